@@ -1,0 +1,55 @@
+"""Every error that a user can cause, in one tree.
+
+LightenError                 one line, exit code 2
+├── ModelError               the model cannot be read, or contradicts itself
+│   └── UnsupportedFamily    its architecture has no description here
+├── WorkloadError            an option of the workload is missing, impossible or has no effect
+├── DeviceError              no such device, or a figure of it is not known
+├── RecipeError              a recipe that cannot be parsed, or a step that cannot be carried out
+├── RuntimeUnavailable       a runtime that does not exist, is not installed, or cannot run this
+├── TextError                a text that is missing, empty or too short
+├── ConstraintError          a constraint or budget that cannot be understood
+└── OutputError              the output folder cannot be written, or belongs to another run
+"""
+
+from __future__ import annotations
+
+
+class LightenError(Exception):
+    """A user's mistake: the command line prints its text in one line and exits with 2."""
+
+
+class ModelError(LightenError):
+    """The model cannot be read, or its parts contradict each other."""
+
+
+class UnsupportedFamily(ModelError):
+    """The model's architecture has no description here."""
+
+
+class WorkloadError(LightenError):
+    """An option of the workload is missing, impossible or without effect."""
+
+
+class DeviceError(LightenError):
+    """No such device, or a figure of it is not known."""
+
+
+class RecipeError(LightenError):
+    """A recipe that cannot be parsed, or a step that cannot be carried out."""
+
+
+class RuntimeUnavailable(LightenError):
+    """A runtime that does not exist, is not installed, or cannot run this."""
+
+
+class TextError(LightenError):
+    """A text that is missing, empty or too short."""
+
+
+class ConstraintError(LightenError):
+    """A constraint or a budget that cannot be understood."""
+
+
+class OutputError(LightenError):
+    """The output folder cannot be written, or belongs to another run."""

@@ -1,0 +1,95 @@
+"""BERT (Devlin et al. 2018, arXiv:1810.04805) as `transformers` computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lighten.model.families._fields import activation, require
+from lighten.model.spec import Attention, Elementwise, Embedding, Linear, Norm, Part
+
+HEADS = ("BertForMaskedLM", "BertForSequenceClassification", "BertForTokenClassification", "BertForQuestionAnswering")
+ARCHITECTURES = ("BertModel", *HEADS)
+FIELDS = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings", "type_vocab_size",
+)  # fmt: skip
+
+
+def describe(config: Mapping[str, Any], architecture: str) -> tuple[Part, ...]:
+    """Parts of a BERT encoder, with pooler and head where the architecture has them."""
+    c = require(config, FIELDS, "bert")
+    hidden = c["hidden_size"]
+    prefix = "" if architecture == "BertModel" else "bert."
+    parts: list[Part] = [
+        _embedding(f"{prefix}embeddings.word_embeddings", c["vocab_size"], hidden),
+        _embedding(f"{prefix}embeddings.token_type_embeddings", c["type_vocab_size"], hidden),
+        _embedding(f"{prefix}embeddings.position_embeddings", c["max_position_embeddings"], hidden, rows="position"),
+        Elementwise(name=f"{prefix}embeddings.add", component="embedding", size=hidden, kind="add", flops_per_element=2),
+        Norm(name=f"{prefix}embeddings.LayerNorm", component="norm", size=hidden, kind="layernorm"),
+    ]
+    for layer in range(c["num_hidden_layers"]):
+        parts += _layer(f"{prefix}encoder.layer.{layer}", c, str(config.get("hidden_act", "gelu")))
+    return (*parts, *_head(architecture, prefix, c, config))
+
+
+def _embedding(name: str, count: int, size: int, rows: Any = "token") -> Embedding:
+    return Embedding(name=name, component="embedding", num_embeddings=count, embedding_dim=size, rows=rows)
+
+
+def _linear(name: str, component: str, columns: int, outputs: int, **more: Any) -> Linear:
+    return Linear(name=name, component=component, in_features=columns, out_features=outputs, bias=True, **more)
+
+
+def _layer(at: str, c: Mapping[str, int], act: str) -> list[Part]:
+    hidden, ffn, heads = c["hidden_size"], c["intermediate_size"], c["num_attention_heads"]
+    return [
+        *(_linear(f"{at}.attention.self.{name}", "attention", hidden, hidden) for name in ("query", "key", "value")),
+        Attention(
+            name=f"{at}.attention.self", component="attention", causal=False,
+            num_attention_heads=heads, num_key_value_heads=heads, head_dim=hidden // heads,
+        ),
+        _linear(f"{at}.attention.output.dense", "attention", hidden, hidden),
+        Elementwise(name=f"{at}.attention.output.add", component="attention", size=hidden, kind="add", flops_per_element=1),
+        Norm(name=f"{at}.attention.output.LayerNorm", component="norm", size=hidden, kind="layernorm"),
+        _linear(f"{at}.intermediate.dense", "mlp", hidden, ffn),
+        activation(f"{at}.intermediate.intermediate_act_fn", act, ffn),
+        _linear(f"{at}.output.dense", "mlp", ffn, hidden),
+        Elementwise(name=f"{at}.output.add", component="mlp", size=hidden, kind="add", flops_per_element=1),
+        Norm(name=f"{at}.output.LayerNorm", component="norm", size=hidden, kind="layernorm"),
+    ]  # fmt: skip
+
+
+def _head(architecture: str, prefix: str, c: Mapping[str, int], config: Mapping[str, Any]) -> list[Part]:
+    hidden, labels = c["hidden_size"], _labels(config)
+    if architecture in ("BertModel", "BertForSequenceClassification"):
+        parts: list[Part] = [
+            _linear(f"{prefix}pooler.dense", "pooler", hidden, hidden, rows="sequence"),
+            Elementwise(name=f"{prefix}pooler.activation", component="pooler", size=hidden, kind="tanh", flops_per_element=1, rows="sequence"),
+        ]
+        if architecture == "BertForSequenceClassification":
+            parts.append(_linear("classifier", "head", hidden, labels, rows="sequence"))
+        return parts
+    if architecture == "BertForMaskedLM":
+        return [
+            _linear("cls.predictions.transform.dense", "head", hidden, hidden),
+            activation("cls.predictions.transform.transform_act_fn", str(config.get("hidden_act", "gelu")), hidden),
+            Norm(name="cls.predictions.transform.LayerNorm", component="head", size=hidden, kind="layernorm"),
+            _MaskedLMDecoder(
+                name="cls.predictions.decoder", component="head", in_features=hidden, out_features=c["vocab_size"], bias=True,
+                tied_to="bert.embeddings.word_embeddings" if config.get("tie_word_embeddings", True) else None,
+            ),
+        ]  # fmt: skip
+    name = "classifier" if architecture == "BertForTokenClassification" else "qa_outputs"
+    return [_linear(name, "head", hidden, labels)]
+
+
+class _MaskedLMDecoder(Linear):
+    """The checkpoint keeps this linear's bias one level up."""
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        found = super().tensors()
+        return {name.replace("decoder.bias", "bias"): shape for name, shape in found.items()}
+
+
+def _labels(config: Mapping[str, Any]) -> int:
+    return int(config.get("num_labels") or len(config.get("id2label") or ()) or 2)
