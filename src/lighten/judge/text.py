@@ -1,0 +1,183 @@
+"""The text that a model is calibrated on and the text that it is judged on: never the same part for both."""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lighten.errors import TextError
+from lighten.units import format_bytes
+
+MIN_PASSAGES = 8
+"""Fewer distinct passages than this cannot be split into two parts that mean anything: choice, 2 or 3 to calibrate and 5 to test."""
+
+MAX_BYTES = 16_000_000
+"""How much of a file is read: choice, some 3 million words, hundreds of times what one evaluation uses."""
+
+_CALIBRATION_SHARE = 1 / 3
+_MIN_CHARACTERS = 60  # of an embedded passage: shorter ones are list items such as "Added in version 3.8."; looked at by hand
+_MIN_PROSE_SHARE = 0.8  # of letters and spaces: below it are code, grammar and tables; looked at by hand
+_NOT_PROSE = ("::=", ">>>", "+--", "***", "====", "----")  # grammar, sessions, tables, underlined headings
+_BLANK_LINES = re.compile(r"\n[ \t]*(?:\n[ \t]*)+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """Passages in two parts that share none.
+
+    Attributes:
+        source: where it comes from, and how much of it was read where not all was.
+        calibration: passages that a compression may look at; never in `test`.
+        test: passages that quality is measured on.
+        fingerprint: sha256 of all passages and of how they are split: equal only where both are.
+    """
+
+    source: str
+    calibration: tuple[str, ...]
+    test: tuple[str, ...]
+    fingerprint: str
+
+
+def load_text(path: Path | None) -> Text:
+    """The calibration and the test part of the user's text, or of the one that every Python carries.
+
+    None: the help topics in `pydoc_data.topics`, English prose of which tables, code, grammar and headings are dropped. Topics that
+    share a passage are one document; whole documents go to one part, in the order of the sha256 of their names, the first third of
+    the characters to calibration. The topics differ between Python versions, and so does the fingerprint.
+
+    A `.txt` file: passages are parted by blank lines, or are its lines where it has no blank line. A `.jsonl` file: the "text" of each
+    line. Repeated passages count once. The first third of the passages is for calibration, the rest for the test: two blocks, so that
+    a test passage's neighbours are not calibrated on.
+
+    Args:
+        path: a UTF-8 file, of which at most `MAX_BYTES` are read.
+
+    Raises:
+        TextError: the file is missing, empty, of another kind, not UTF-8, or has fewer than `MIN_PASSAGES` distinct passages.
+    """
+    if path is None:
+        return _embedded_text()
+    content, source = _read(path)
+    passages = _distinct(_json_texts(path, content) if path.suffix.lower() == ".jsonl" else _paragraphs(content))
+    if not passages:
+        raise TextError(f"{path} holds no text; give a .txt file with passages of prose parted by blank lines, or a .jsonl file.")
+    if len(passages) < MIN_PASSAGES:
+        raise TextError(
+            f"{path} is too short to be split into calibration and test: it has {len(passages)} distinct passages and at least "
+            f"{MIN_PASSAGES} are needed; part the passages by blank lines, or give a longer text."
+        )
+    middle = round(len(passages) * _CALIBRATION_SHARE)
+    return _text(source, passages[:middle], passages[middle:])
+
+
+def _text(source: str, calibration: Sequence[str], test: Sequence[str]) -> Text:
+    content = json.dumps([list(calibration), list(test)]).encode()
+    return Text(source=source, calibration=tuple(calibration), test=tuple(test), fingerprint=hashlib.sha256(content).hexdigest())
+
+
+def _distinct(passages: Iterable[str]) -> list[str]:
+    """The passages with each run of white space as one space, in order, without repetitions and empty ones."""
+    joined = dict.fromkeys(" ".join(passage.split()) for passage in passages)
+    return [passage for passage in joined if passage]
+
+
+def _paragraphs(content: str) -> list[str]:
+    content = content.strip()
+    return _BLANK_LINES.split(content) if _BLANK_LINES.search(content) else content.split("\n")
+
+
+def _read(path: Path) -> tuple[str, str]:
+    """The file's text with `\\n` line ends, and what was read, for `Text.source`."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        size = path.stat().st_size
+    except OSError as error:
+        raise TextError(f"{path} cannot be read as a text: {error.strerror or error}; give a readable .txt or .jsonl file.") from error
+    if path.suffix.lower() not in (".txt", ".jsonl"):
+        raise TextError(f'{path} is not a text of a known kind; accepted: .txt (passages parted by blank lines), .jsonl (a "text" a line).')
+    cut = len(data) > MAX_BYTES
+    try:
+        content = codecs.getincrementaldecoder("utf-8-sig")().decode(data[:MAX_BYTES], final=not cut)
+    except UnicodeDecodeError as error:
+        raise TextError(f"{path} is not UTF-8 (byte {error.start} is {error.object[error.start]:#04x}); save it as UTF-8.") from error
+    content = content.replace("\r\n", "\n").replace("\r", "\n")
+    if not cut:
+        return content, str(path)
+    whole = content.rfind("\n")  # what follows the last line end is part of a line
+    return content[:whole] if whole > 0 else content, f"{path} (the first {format_bytes(MAX_BYTES)} of {format_bytes(size)})"
+
+
+def _json_texts(path: Path, content: str) -> list[str]:
+    texts = []
+    for number, line in enumerate(content.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise TextError(f'{path} line {number} is not JSON: {error}; each line is an object such as {{"text": "…"}}.') from error
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            found = f"the fields {', '.join(row) or 'none'}" if isinstance(row, dict) else f"a {type(row).__name__}"
+            raise TextError(f'{path} line {number} has no text, but {found}; each line is an object such as {{"text": "…"}}.')
+        texts.append(row["text"])
+    return texts
+
+
+def _embedded_text() -> Text:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise TextError("The embedded text, pydoc_data.topics, is not in this Python; give a text with --text FILE.") from error
+    documents = _documents({name: _prose(topic) for name, topic in sorted(topics.items())})
+    total = sum(len(passage) for passages in documents.values() for passage in passages)
+    calibration: list[str] = []
+    test: list[str] = []
+    used = 0
+    for name in sorted(documents, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        size = sum(map(len, documents[name]))
+        if used + size <= total * _CALIBRATION_SHARE:
+            used += size
+            calibration += documents[name]
+        else:
+            test += documents[name]
+    if min(len(calibration), len(test)) < MIN_PASSAGES:
+        raise TextError(
+            f"The embedded text, pydoc_data.topics, is too short in this Python: {len(calibration) + len(test)} passages; "
+            "give a text with --text FILE."
+        )
+    return _text("embedded: pydoc_data.topics", calibration, test)
+
+
+def _prose(topic: str) -> list[str]:
+    """The topic's paragraphs that are sentences, not tables, code, grammar or headings."""
+    blocks = _BLANK_LINES.split(topic)
+    joined = [" ".join(block.split()) for block in blocks if not any(mark in block for mark in _NOT_PROSE)]
+    return [block for block in joined if len(block) >= _MIN_CHARACTERS and _prose_share(block) >= _MIN_PROSE_SHARE]
+
+
+def _prose_share(passage: str) -> float:
+    return sum(character.isalpha() or character == " " for character in passage) / len(passage)
+
+
+def _documents(topics: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The passages of topics that share one, joined under the first topic's name; each passage once.
+
+    The help topics are overlapping cuts of one manual: `while` is a section of `compound`. Parted by topic, a passage and the sentence
+    that follows it would land in both parts.
+    """
+    owner: dict[str, str] = {}  # passage → the document that has it
+    members: dict[str, list[str]] = {}  # document → its topics
+    for name, passages in topics.items():
+        members[name] = [name]
+        for other in sorted({owner[passage] for passage in passages if passage in owner}):
+            members[name] += members.pop(other)
+        for topic in members[name]:
+            owner.update(dict.fromkeys(topics[topic], name))
+    joined = {min(names): _distinct(passage for topic in sorted(names) for passage in topics[topic]) for names in members.values()}
+    return {name: passages for name, passages in joined.items() if passages}
