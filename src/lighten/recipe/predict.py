@@ -1,0 +1,68 @@
+"""A recipe's first reading: what the model becomes, before any weight is touched."""
+
+from __future__ import annotations
+
+from lighten.errors import RecipeError
+from lighten.model.spec import Embedding, Linear, ModelSpec, part_weight_bytes
+from lighten.recipe.recipe import Recipe
+from lighten.recipe.targets import RUNTIMES, carries
+from lighten.units import dtype_bytes
+
+
+def apply_recipe(recipe: Recipe, spec: ModelSpec) -> ModelSpec:
+    """The spec after all steps, checked against what the runtime carries.
+
+    Raises:
+        RecipeError: a step that this model or the runtime cannot take; what exists is named.
+    """
+    for step in recipe.steps:
+        spec = step.kind.predict(spec, dict(step.arguments))
+    kind = RUNTIMES[recipe.runtime]
+    if spec.is_decoder and not kind.decoders:
+        able = ", ".join(name for name, other in RUNTIMES.items() if other.decoders)
+        raise RecipeError(f"runtime {recipe.runtime} does not run decoders here; these do: {able}.")
+    for part in spec.parts:
+        if isinstance(part, Linear | Embedding) and not carries(recipe.runtime, part.weight, decoder=spec.is_decoder):
+            raise RecipeError(
+                f"runtime {recipe.runtime} cannot carry {part.name} as {format_text(part)}; "
+                f"it carries {' and '.join(kind.stored)} weights, and {kind.formats}."
+            )
+    return spec
+
+
+def format_text(part: Linear | Embedding) -> str:
+    """A weight's format in words."""
+    weight = part.weight
+    if weight.bits is None:
+        return weight.dtype
+    group = {-1: "by channel", 0: "by tensor"}.get(weight.group_size, f"by groups of {weight.group_size}")
+    return f"{weight.bits}-bit codes {group}" + (f" with {weight.activations} int8 activations" if weight.activations else "")
+
+
+def compute_dtype(recipe: Recipe, spec: ModelSpec) -> str:
+    """The type that the runtime computes in: the recipe's word, else that of the weights where the runtime computes in it, else its default."""
+    kind = RUNTIMES[recipe.runtime]
+    return recipe.dtype or (spec.dtype if spec.dtype in kind.dtypes else kind.dtypes[0])
+
+
+def artifact_bytes(recipe: Recipe, spec: ModelSpec) -> int:
+    """Bytes on disk of the artifact of a spec that `apply_recipe` gave: weights as stored, side files, and the container's own description.
+
+    The container's description is taken as `CONTAINER_BYTES` a tensor (safetensors) or an operator (ONNX, OpenVINO IR).
+    """
+    exported = recipe.runtime in ("onnxruntime", "openvino")
+    parts = [part for part in spec.parts if not (exported and part.component == "pooler")]
+    weights = sum(part_weight_bytes(part, spec.dtype) for part in parts)
+    count = sum(len(part.tensors()) or 1 for part in parts)
+    return weights + count * CONTAINER_BYTES[recipe.runtime] + spec.other_bytes
+
+
+CONTAINER_BYTES = {"torch": 110, "torch-compile": 110, "onnxruntime": 600, "openvino": 3000}
+"""Bytes of description for each tensor or operator: measured on exports of random models by benchmarks/container_bytes.py."""
+
+
+def loaded_weight_bytes(recipe: Recipe, spec: ModelSpec) -> int:
+    """Bytes of the weights as the runtime holds them: torch expands every code to the type that it computes in."""
+    if recipe.runtime in ("torch", "torch-compile"):
+        return round(spec.total_parameters * dtype_bytes(compute_dtype(recipe, spec)))
+    return sum(part_weight_bytes(part, spec.dtype) for part in spec.parts)

@@ -1,0 +1,245 @@
+"""A recipe as data: ordered steps and a runtime, with one text form and one YAML form that say the same.
+
+    prune(magnitude, sparsity=0.5) | quantize(rtn, bits=4, group_size=64) @ openvino(dtype=bfloat16)
+
+    steps:
+      - prune: {method: magnitude, sparsity: 0.5}
+      - quantize: {method: rtn, bits: 4, group_size: 64}
+    runtime: {name: openvino, dtype: bfloat16}
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from lighten.errors import RecipeError
+from lighten.recipe.steps import STEPS, StepKind
+from lighten.recipe.targets import RUNTIMES
+
+Value: TypeAlias = str | int | float | bool
+DEFAULT_RUNTIME = "torch"
+
+_CALL = re.compile(r"^\s*([A-Za-z_][\w.-]*)\s*(?:\((.*)\))?\s*$", re.DOTALL)
+_PLAIN = re.compile(r"^[\w.:+-]+$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step, its arguments complete (defaults filled in) and checked."""
+
+    verb: str
+    method: str
+    arguments: tuple[tuple[str, Value], ...]
+
+    def __getitem__(self, name: str) -> Any:
+        return dict(self.arguments).get(name)
+
+    @property
+    def kind(self) -> StepKind:
+        return STEPS[self.verb, self.method]
+
+    def __str__(self) -> str:
+        defaults = {name: parameter.default for name, parameter in self.kind.parameters.items()}
+        said = [f"{name}={_value_text(value)}" for name, value in self.arguments if value != defaults[name]]
+        return f"{self.verb}({', '.join([self.method, *said])})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Steps in the order in which they are done, and the runtime that runs the result.
+
+    Attributes:
+        runtime: a name of `RUNTIMES`.
+        dtype: the type that the runtime computes in; None: that of the weights.
+    """
+
+    steps: tuple[Step, ...] = ()
+    runtime: str = DEFAULT_RUNTIME
+    dtype: str | None = None
+
+    @property
+    def steps_text(self) -> str:
+        return " | ".join(str(step) for step in self.steps)
+
+    @property
+    def runtime_text(self) -> str:
+        return self.runtime + (f"(dtype={self.dtype})" if self.dtype else "")
+
+    def __str__(self) -> str:
+        """The text form, which parses back to the same recipe."""
+        return f"{self.steps_text} @ {self.runtime_text}".strip()
+
+
+def read_recipe(text_or_file: str) -> Recipe:
+    """The recipe that a text says, or that the YAML or text file of that name holds.
+
+    Raises:
+        RecipeError: not a recipe; what exists is named.
+    """
+    path = Path(text_or_file)
+    if path.suffix in (".yaml", ".yml", ".txt", ".recipe"):
+        try:
+            content = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"recipe file {path}: {error}.") from error
+        return parse_recipe(content) if path.suffix in (".txt", ".recipe") else parse_yaml(content)
+    return parse_recipe(text_or_file)
+
+
+def parse_recipe(text: str) -> Recipe:
+    """The recipe that a text says.
+
+    >>> str(parse_recipe("quantize(rtn, bits=4) @ openvino"))
+    'quantize(rtn, bits=4) @ openvino'
+
+    Raises:
+        RecipeError: a syntax error, or an unknown step, argument, value or runtime.
+    """
+    said, *runtimes = _split(text, "@")
+    steps = tuple(_parse_step(piece) for piece in _split(said, "|")) if said.strip() else ()
+    if not runtimes:
+        return Recipe(steps=steps)
+    if len(runtimes) > 1:
+        raise RecipeError(f"recipe {text.strip()!r} names more than one runtime; write steps @ runtime.")
+    runtime = runtimes[0]
+    name, options = _parse_call(runtime, "runtime")
+    if any(key is None for key, _ in options):
+        raise RecipeError(f"runtime {runtime.strip()!r}: options are written name=value.")
+    return make_recipe(steps, name, {str(key): value for key, value in options})
+
+
+def parse_yaml(text: str) -> Recipe:
+    """The recipe that a YAML document says.
+
+    Raises:
+        RecipeError: not YAML of the form above.
+    """
+    import yaml
+
+    try:
+        document = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise RecipeError(f"recipe: not YAML ({str(error).splitlines()[0]}).") from error
+    if not isinstance(document, dict) or not set(document) <= {"steps", "runtime"} or not isinstance(document.get("steps", []), list):
+        raise RecipeError("recipe: a YAML recipe has `steps` (a list) and `runtime`, nothing else.")
+    steps = []
+    for entry in document.get("steps", []):
+        if not isinstance(entry, dict) or len(entry) != 1 or not isinstance((body := next(iter(entry.values()))), dict) or "method" not in body:
+            raise RecipeError(f"recipe: step {entry!r} is not of the form `verb: {{method: name, key: value}}`.")
+        arguments = {str(key): value for key, value in body.items() if key != "method"}
+        steps.append(make_step(str(next(iter(entry))), str(body["method"]), arguments))
+    runtime = document.get("runtime", DEFAULT_RUNTIME)
+    options = dict(runtime) if isinstance(runtime, dict) else {"name": runtime}
+    return make_recipe(tuple(steps), str(options.pop("name", DEFAULT_RUNTIME)), options)
+
+
+def format_yaml(recipe: Recipe) -> str:
+    """The YAML form, which parses back to the same recipe."""
+    import yaml
+
+    steps = [{step.verb: {"method": step.method, **dict(step.arguments)}} for step in recipe.steps]
+    runtime = {"name": recipe.runtime} | ({"dtype": recipe.dtype} if recipe.dtype else {})
+    return yaml.safe_dump({"steps": steps, "runtime": runtime}, sort_keys=False)
+
+
+def make_recipe(steps: tuple[Step, ...], runtime: str, options: Mapping[str, Any]) -> Recipe:
+    """A recipe whose runtime and options exist.
+
+    Raises:
+        RecipeError: they do not.
+    """
+    if runtime not in RUNTIMES:
+        raise RecipeError(f"runtime {runtime!r} does not exist; runtimes: {', '.join(RUNTIMES)}.")
+    if unknown := set(options) - {"dtype"}:
+        raise RecipeError(f"runtime {runtime}: no option {', '.join(sorted(unknown))}; options: dtype.")
+    dtype = options.get("dtype")
+    if dtype is not None and dtype not in RUNTIMES[runtime].dtypes:
+        raise RecipeError(f"runtime {runtime} does not compute in {dtype!r}; it computes in {', '.join(RUNTIMES[runtime].dtypes)}.")
+    return Recipe(steps=steps, runtime=runtime, dtype=dtype)
+
+
+def make_step(verb: str, method: str, given: Mapping[str, Any]) -> Step:
+    """A step with all its arguments.
+
+    Raises:
+        RecipeError: an unknown verb, method, argument or value; what exists is named.
+    """
+    methods = [known for known_verb, known in STEPS if known_verb == verb]
+    if not methods:
+        raise RecipeError(f"step {verb!r} does not exist; steps: {', '.join(sorted({known for known, _ in STEPS}))}.")
+    if method not in methods:
+        raise RecipeError(f"{verb} has no method {method!r}; methods: {', '.join(methods)}.")
+    kind = STEPS[verb, method]
+    if unknown := set(given) - set(kind.parameters):
+        known = ", ".join(kind.parameters) or "none"
+        raise RecipeError(f"{verb}({method}) has no argument {', '.join(sorted(unknown))}; arguments: {known}.")
+    arguments = []
+    for name, parameter in kind.parameters.items():
+        value = given.get(name, parameter.default)
+        if name in given and not parameter.accepts(value):
+            raise RecipeError(f"{verb}({method}): {name}={value!r} is not possible; {name} is {parameter.says}.")
+        if value is not None:
+            arguments.append((name, value))
+    step = Step(verb=verb, method=method, arguments=tuple(arguments))
+    if problem := kind.check(dict(arguments)):
+        raise RecipeError(f"{step}: {problem}")
+    return step
+
+
+def _parse_step(text: str) -> Step:
+    verb, arguments = _parse_call(text, "step")
+    if not arguments or arguments[0][0] is not None:
+        raise RecipeError(f"step {text.strip()!r} names no method; write verb(method, key=value).")
+    if any(key is None for key, _ in arguments[1:]):
+        raise RecipeError(f"step {text.strip()!r}: after the method, arguments are written key=value.")
+    keys = [str(key) for key, _ in arguments[1:]]
+    if len(set(keys)) < len(keys):
+        raise RecipeError(f"step {text.strip()!r} says an argument twice.")
+    return make_step(verb, str(arguments[0][1]), dict(zip(keys, (value for _, value in arguments[1:]), strict=True)))
+
+
+def _parse_call(text: str, what: str) -> tuple[str, list[tuple[str | None, Value]]]:
+    found = _CALL.match(text)
+    if not found:
+        raise RecipeError(f"{what} {text.strip()!r} is not of the form name(argument, key=value).")
+    arguments: list[tuple[str | None, Value]] = []
+    for piece in _split(found[2], ",") if (found[2] or "").strip() else ():
+        key, equals, value = piece.partition("=")
+        arguments.append((key.strip(), _parse_value(value)) if equals else (None, _parse_value(piece)))
+    return found[1], arguments
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """The pieces of `text` between separators that stand outside quotes."""
+    return re.findall(rf"""((?:[^{separator}"']|"[^"]*"|'[^']*')*)(?:{re.escape(separator)}|$)""", text)[: _count(text, separator) + 1]
+
+
+def _count(text: str, separator: str) -> int:
+    return re.sub(r"""("[^"]*"|'[^']*')""", "", text).count(separator)
+
+
+def _parse_value(text: str) -> Value:
+    text = text.strip()
+    if len(text) > 1 and text[0] in "\"'" and text[-1] == text[0]:
+        return text[1:-1]
+    if text in ("true", "True", "false", "False"):
+        return text in ("true", "True")
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    if not _PLAIN.match(text):
+        raise RecipeError(f"value {text!r}: quote what is not a plain word or number.")
+    return text
+
+
+def _value_text(value: Value) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = str(value)
+    return text if not isinstance(value, str) or (_PLAIN.match(text) and _parse_value(text) == value) else f'"{text}"'
