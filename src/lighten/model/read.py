@@ -11,8 +11,9 @@ from typing import Any
 
 from lighten.errors import ModelError
 from lighten.model.families import FAMILIES, describe
+from lighten.model.quantized import quantized_parts, stored_tensors
 from lighten.model.safetensors_header import read_header
-from lighten.model.spec import ModelSpec, TensorSpec, expected_tensors
+from lighten.model.spec import ModelSpec, TensorSpec
 
 SIDE_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json",
@@ -24,6 +25,8 @@ SIDE_FILES = (
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 BUFFERS = re.compile(r"(position_ids|rotary_emb\.inv_freq|masked_bias|embeddings\.token_type_ids)$")
 """Tensors that older checkpoints saved though they are no parameters."""
+
+FLOAT_DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 
@@ -132,12 +135,17 @@ def make_spec(config: Mapping[str, Any], tensors: tuple[TensorSpec, ...], *, nam
         raise ModelError(f"{source}: config.json names no architecture; add for example \"architectures\": [\"BertModel\"].")
     architecture = architectures[0] if isinstance(architectures, list) and architectures else ""
     parts = describe(config, architecture)
+    if quantization := config.get("quantization_config"):
+        parts = quantized_parts(parts, quantization, source)
     stored = tuple(tensor for tensor in tensors if not BUFFERS.search(tensor.name))
     stored = tuple(tensor for tensor in stored if not (tensor.name == "lm_head.weight" and config.get("tie_word_embeddings")))
-    check_tensors(expected_tensors(parts), stored, source)
+    check_tensors({name: shape for part in parts for name, shape in stored_tensors(part).items()}, stored, source)
     dtypes: Counter[str] = Counter()
     for tensor in stored:
-        dtypes[tensor.dtype] += tensor.elements
+        if tensor.dtype in FLOAT_DTYPES:
+            dtypes[tensor.dtype] += tensor.elements
+    if not dtypes:
+        raise ModelError(f"{source}: no tensor of a floating-point type.")
     return ModelSpec(
         name=name, family=str(family), architecture=architecture, source=source, dtype=dtypes.most_common(1)[0][0],
         config=config, parts=parts, tensors=stored, other_bytes=other_bytes,

@@ -7,7 +7,7 @@ maps a spec to a spec by replacing parts (`spec.with_parts`). Names are those of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
@@ -88,7 +88,7 @@ class Linear(Part):
     weight: WeightFormat = field(default_factory=WeightFormat)
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        weight = {} if self.tied_to else {f"{self.name}.weight": (self.out_features, self.in_features)}
+        weight: dict[str, tuple[int, ...]] = {} if self.tied_to else {f"{self.name}.weight": (self.out_features, self.in_features)}
         return weight | ({f"{self.name}.bias": (self.out_features,)} if self.bias else {})
 
 
@@ -219,7 +219,3 @@ def part_weight_bytes(part: Part, dtype: str) -> int:
             total += round(math.prod(shape) * dtype_bytes(dtype))
     return total
 
-
-def expected_tensors(parts: Iterable[Part]) -> dict[str, tuple[int, ...]]:
-    """All checkpoint tensors that the parts call for."""
-    return {name: shape for part in parts for name, shape in part.tensors().items()}

@@ -1,0 +1,1 @@
+"""Stage 7: write it in formats that other people's runtimes load."""
