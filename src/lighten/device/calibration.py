@@ -1,0 +1,91 @@
+"""From whole blocks to factors: what fusion saves, and what a framework adds, over the sum of single operators.
+
+Model:  log measured = log Σ_c factor[c] · seconds[c] + noise,  c in linear, attention, pointwise, overhead.
+The factors are the most probable ones under independent normal priors on their logarithms around 0 (factor 1): a linear costs what it was
+measured to cost, within a quarter; what surrounds it may vanish by fusion or double. So a class that the blocks say nothing about keeps 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from lighten.cost.operators import Forward, forward_operators
+from lighten.device.cases import block_spec
+from lighten.device.profile import Bandwidth, BlockSample, Calibration, EngineProfile
+from lighten.device.roofline import CLASSES, sum_parts
+from lighten.units import DTYPE_BITS
+
+PRIOR_SPREAD = {"linear": 0.25, "attention": 0.5, "pointwise": 1.0, "overhead": 1.0}
+"""Standard deviation of log factor: wide for what compilers fuse, narrow for matrix products, which they do not."""
+NOISE = 0.1
+"""Standard deviation of log measured that is taken for granted: repeated blocks on a shared 2-core machine differ by about that."""
+STEPS = 30
+LEVEL_Z = 1.6449
+"""95 % quantile of the normal distribution: a two-sided 90 % interval."""
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+
+def calibrate(engine: EngineProfile, bandwidth: Sequence[Bandwidth]) -> EngineProfile:
+    """The engine with the calibration that its own blocks give."""
+    return replace(engine, calibration=fit_blocks(engine, bandwidth))
+
+
+def fit_blocks(engine: EngineProfile, bandwidth: Sequence[Bandwidth]) -> Calibration:
+    """Factors from all blocks; the spread from blocks left out one at a time."""
+    if not engine.blocks:
+        return Calibration()
+    sums = np.array([_block_parts(block, engine, bandwidth) for block in engine.blocks])
+    measured = np.array([block.seconds for block in engine.blocks])
+    factors = _fit(sums, measured)
+    return Calibration(
+        factors=dict(zip(CLASSES, (float(factor) for factor in factors), strict=True)),
+        spread=_spread(_left_out_errors(sums, measured)),
+        blocks=len(measured),
+    )
+
+
+def block_operators(block: BlockSample, dtype: str) -> list[Any]:
+    """The operators of a synthetic block, as of any model."""
+    forward = Forward(batch_size=block.batch_size, query_len=block.seq_len, key_len=block.seq_len)
+    return forward_operators(block_spec(block), forward, dtype)
+
+
+def _block_parts(block: BlockSample, engine: EngineProfile, bandwidth: Sequence[Bandwidth]) -> list[float]:
+    dtype = engine.dtype if engine.dtype in DTYPE_BITS and engine.dtype != "int8" else "float32"
+    parts = sum_parts(block_operators(block, dtype), engine, bandwidth)
+    return [parts.by_class[name] for name in CLASSES]
+
+
+def _fit(sums: Array, measured: Array) -> Array:
+    """Gauss-Newton on the logarithms of the factors, damped by the prior."""
+    precision = np.diag([(NOISE / PRIOR_SPREAD[name]) ** 2 for name in CLASSES])
+    logs = np.zeros(len(CLASSES))
+    for _ in range(STEPS):
+        terms = sums * np.exp(logs)
+        total = terms.sum(axis=1)
+        slope = terms / total[:, None]
+        step = np.linalg.solve(slope.T @ slope + precision, slope.T @ np.log(measured / total) - precision @ logs)
+        logs += np.clip(step, -0.5, 0.5)
+    return np.exp(logs)
+
+
+def _left_out_errors(sums: Array, measured: Array) -> Array:
+    errors = []
+    for left_out in range(len(measured)):
+        kept = np.arange(len(measured)) != left_out
+        predicted = sums[left_out] @ _fit(sums[kept], measured[kept])
+        errors.append(math.log(measured[left_out] / predicted))
+    return np.array(errors)
+
+
+def _spread(errors: Array) -> float:
+    """Half width of the 90 % prediction interval of one more error: Student's t (Abramowitz & Stegun 26.7.5) times the root mean square."""
+    count = len(errors)
+    quantile = LEVEL_Z + (LEVEL_Z**3 + LEVEL_Z) / (4 * count)
+    return float(quantile * math.sqrt((errors**2).mean()))

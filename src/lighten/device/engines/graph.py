@@ -1,0 +1,159 @@
+"""Micro-models as ONNX graphs, written as `torch.onnx.export(dynamo=True)` writes a Transformer (torch 2.13, opset 20, SDPA attention).
+
+The exporter itself takes seconds for each model; these take milliseconds. Weights are random: only their shapes matter to time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from lighten.device.cases import HEADS, Case
+
+OPSET = 20
+IR_VERSION = 10
+EPSILON = 1e-5
+
+
+def onnx_model(cases: Sequence[Case]) -> onnx.ModelProto:
+    """One model with a branch for each case; a branch's inputs are `{case.name}.{input}`, its output `{case.name}.y`."""
+    graph = _Graph()
+    for case in cases:
+        graph.branch(case)
+    proto = helper.make_graph(graph.nodes, "probe", graph.inputs, graph.outputs, graph.constants)
+    return helper.make_model(proto, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+
+
+def feed(case: Case, size: tuple[int, ...]) -> dict[str, np.ndarray[Any, Any]]:
+    """Random inputs of a case at one size, named as in its model; nothing is masked."""
+    random = np.random.default_rng(0)
+    found: dict[str, np.ndarray[Any, Any]] = {
+        f"{case.name}.{name}": random.standard_normal(shape, dtype=np.float32) for name, shape in case.input_shapes(size).items()
+    }
+    mask = case.mask_shape(size)
+    if mask:
+        found[f"{case.name}.mask"] = np.ones(mask, dtype=np.int64)
+    return found
+
+
+@dataclass
+class _Graph:
+    nodes: list[Any] = field(default_factory=list)
+    inputs: list[Any] = field(default_factory=list)
+    outputs: list[Any] = field(default_factory=list)
+    constants: list[Any] = field(default_factory=list)
+    random: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+
+    def branch(self, case: Case) -> None:
+        names = {}
+        for name, shape in case.input_shapes((1, 1, 1) if case.kind == "attention" else (1, 1) if case.kind == "block" else (1,)).items():
+            dynamic = [f"{case.name}.{name}.{axis}" for axis in range(len(shape) - 1)]
+            names[name] = f"{case.name}.{name}"
+            self.inputs.append(helper.make_tensor_value_info(names[name], TensorProto.FLOAT, [*dynamic, shape[-1]]))
+        if case.kind in ("attention", "block"):
+            names["mask"] = f"{case.name}.mask"
+            self.inputs.append(helper.make_tensor_value_info(names["mask"], TensorProto.INT64, [f"{case.name}.b", f"{case.name}.s"]))
+        output = self.body(case, names)
+        width = HEADS * case.shape[0] if case.kind == "attention" else case.shape[1] if case.kind == "linear" else (*case.shape, 1)[0]
+        leading = 2 if case.kind in ("attention", "block") else 1
+        self.nodes.append(helper.make_node("Identity", [output], [f"{case.name}.y"]))
+        dynamic = [f"{case.name}.y.{axis}" for axis in range(leading)]
+        self.outputs.append(helper.make_tensor_value_info(f"{case.name}.y", TensorProto.FLOAT, [*dynamic, width]))
+
+    def body(self, case: Case, x: dict[str, str]) -> str:
+        match case.kind:
+            case "call":
+                return self.op("Add", x["x"], self.constant(np.ones(1, np.float32)))
+            case "chain":
+                return self.linears(x["x"], [case.shape[0]] * (case.shape[1] + 1))
+            case "stack":
+                return self.linears(x["x"], [case.shape[0], case.shape[1]] * case.shape[2] + [case.shape[0]])
+            case "linear":
+                return self.linears(x["x"], list(case.shape))
+            case "attention":
+                return self.attention(x["q"], x["k"], x["v"], self.padding(x["mask"]), (HEADS, case.shape[0]))
+            case "block":
+                return self.block(x["x"], self.padding(x["mask"]), case.shape)
+            case "layernorm":
+                return self.layernorm(x["x"], case.shape[0])
+            case "rmsnorm":
+                return self.rmsnorm(x["x"], case.shape[0])
+            case "gelu":
+                return self.op("Gelu", x["x"])
+            case "add":
+                return self.op("Add", x["x"], x["z"])
+            case "rotary":
+                return self.rotary(x["x"], x["z"], case.shape[0])
+        raise AssertionError(case)
+
+    def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
+        output = f"t{len(self.nodes)}"
+        self.nodes.append(helper.make_node(kind, list(inputs), [output], **attributes))
+        return output
+
+    def constant(self, value: np.ndarray[Any, Any]) -> str:
+        name = f"c{len(self.constants)}"
+        self.constants.append(numpy_helper.from_array(value, name))
+        return name
+
+    def whole(self, *values: int) -> str:
+        return self.constant(np.array(values, np.int64))
+
+    def weight(self, *shape: int) -> str:
+        return self.constant(self.random.standard_normal(shape, dtype=np.float32) / math.sqrt(shape[0]))
+
+    def linear(self, x: str, columns: int, outputs: int) -> str:
+        return self.op("Add", self.op("MatMul", x, self.weight(columns, outputs)), self.weight(outputs))
+
+    def linears(self, x: str, widths: list[int]) -> str:
+        for columns, outputs in pairwise(widths):
+            x = self.linear(x, columns, outputs)
+        return x
+
+    def layernorm(self, x: str, width: int) -> str:
+        return self.op("LayerNormalization", x, self.weight(width), self.weight(width), axis=-1, epsilon=EPSILON)
+
+    def rmsnorm(self, x: str, width: int) -> str:
+        mean = self.op("ReduceMean", self.op("Pow", x, self.constant(np.array(2, np.float32))), self.whole(-1), keepdims=1)
+        root = self.op("Sqrt", self.op("Add", mean, self.constant(np.array(EPSILON, np.float32))))
+        return self.op("Mul", self.weight(width), self.op("Mul", x, self.op("Reciprocal", root)))
+
+    def rotary(self, x: str, z: str, width: int) -> str:
+        low = self.op("Slice", x, self.whole(0), self.whole(width // 2), self.whole(1))
+        high = self.op("Slice", x, self.whole(width // 2), self.whole(width), self.whole(1))
+        turned = self.op("Concat", self.op("Neg", high), low, axis=-1)
+        return self.op("Add", self.op("Mul", x, z), self.op("Mul", turned, z))
+
+    def padding(self, mask: str) -> str:
+        keep = self.op("Unsqueeze", self.op("Cast", mask, to=TensorProto.BOOL), self.whole(1, 2))
+        return self.op("Where", keep, self.constant(np.array(0, np.float32)), self.constant(np.array(-np.inf, np.float32)))
+
+    def heads(self, x: str, heads: tuple[int, int], order: tuple[int, ...]) -> str:
+        return self.op("Transpose", self.op("Reshape", x, self.whole(0, 0, *heads)), perm=order)
+
+    def attention(self, q: str, k: str, v: str, mask: str, heads: tuple[int, int]) -> str:
+        scale = self.constant(np.array(heads[1] ** -0.25, np.float32))
+        queries = self.op("Mul", self.heads(q, heads, (0, 2, 1, 3)), scale)
+        keys = self.op("Mul", self.heads(k, heads, (0, 2, 3, 1)), scale)
+        scores = self.op("Softmax", self.op("Add", self.op("MatMul", queries, keys), mask), axis=-1)
+        zero = self.constant(np.array(0, np.float32))
+        scores = self.op("Where", self.op("IsNaN", scores), zero, scores)  # a row that is masked as a whole gives 0, as in SDPA
+        mixed = self.op("Transpose", self.op("MatMul", scores, self.heads(v, heads, (0, 2, 1, 3))), perm=(0, 2, 1, 3))
+        return self.op("Reshape", mixed, self.whole(0, 0, heads[0] * heads[1]))
+
+    def block(self, x: str, mask: str, shape: tuple[int, ...]) -> str:
+        hidden, heads, inner, layers = shape
+        for _ in range(layers):
+            q, k, v = (self.linear(x, hidden, hidden) for _ in range(3))
+            mixed = self.linear(self.attention(q, k, v, mask, (heads, hidden // heads)), hidden, hidden)
+            x = self.layernorm(self.op("Add", mixed, x), hidden)
+            mlp = self.linear(self.op("Gelu", self.linear(x, hidden, inner)), inner, hidden)
+            x = self.layernorm(self.op("Add", mlp, x), hidden)
+        return x

@@ -1,0 +1,168 @@
+"""The micro-models in torch, eager or compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lighten.device.cases import HEADS, Case
+
+COMPILED = ("call", "chain", "block")
+"""Cases that torch-compile compiles (20 to 60 s each on 2 cores). Its single operators are measured eager: the products come from the
+same library, and what fusion saves on the rest is what the compiled blocks calibrate."""
+
+
+def open_bench(engine: str, threads: int) -> TorchBench:
+    return TorchBench(engine, threads)
+
+
+class TorchBench:
+    def __init__(self, engine: str, threads: int) -> None:
+        runtime, self.precision = engine.split("/")
+        self.compiles = runtime == "torch-compile"
+        self.dtype: torch.dtype = getattr(torch, self.precision)
+        self.version = torch.__version__
+        self.built: dict[Case, Callable[..., Tensor]] = {}
+        torch.set_num_threads(threads)
+        torch.set_grad_enabled(False)
+        torch.manual_seed(0)
+
+    def prepare(self, cases: Sequence[Case]) -> None:
+        """Nothing: each is built when it is first run."""
+
+    def runner(self, case: Case, size: tuple[int, ...]) -> Callable[[], object]:
+        if case not in self.built:
+            module = MODULES[case.kind](*case.shape).eval().to(self.dtype)
+            compiled = self.compiles and case.kind in COMPILED
+            self.built[case] = torch.compile(module, dynamic=True) if compiled else module
+        model = self.built[case]
+        inputs = [torch.randn(shape).to(self.dtype) for shape in case.input_shapes(size).values()]
+        return lambda: model(*inputs)
+
+    def store(self, case: Case, folder: Path) -> tuple[Path, int]:
+        import transformers  # noqa: F401 (loading needs it: without it, memory is not known)
+        from safetensors.torch import save_file
+
+        state = MODULES[case.kind](*case.shape).to(self.dtype).state_dict()
+        path = folder / f"{case.name}.safetensors"
+        save_file(state, path)
+        return path, sum(tensor.nbytes for tensor in state.values())
+
+
+class _Call(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1
+
+
+class _Linears(nn.Module):
+    def __init__(self, widths: list[int]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(widths))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class _Attention(nn.Module):
+    """As `transformers` calls it: heads are views of the projections, the result is made contiguous again."""
+
+    def __init__(self, head_dim: int, heads: int = HEADS) -> None:
+        super().__init__()
+        self.heads, self.head_dim = heads, head_dim
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.view(*x.shape[:2], self.heads, self.head_dim).transpose(1, 2) for x in (q, k, v))
+        mixed = functional.scaled_dot_product_attention(q, k, v)
+        return mixed.transpose(1, 2).contiguous().flatten(2)
+
+
+class _RMSNorm(nn.Module):
+    """In single operators, as `transformers` computes it."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.float32)
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)
+        return self.weight * wide.to(x.dtype)
+
+
+class _Add(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        return x + z
+
+
+class _Gelu(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.gelu(x)
+
+
+class _Rotary(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        low, high = x.chunk(2, dim=-1)
+        return x * z + torch.cat((-high, low), dim=-1) * z
+
+
+class _Layer(nn.Module):
+    def __init__(self, hidden: int, heads: int, inner: int) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(hidden, hidden) for _ in range(4))
+        self.up, self.down = nn.Linear(hidden, inner), nn.Linear(inner, hidden)
+        self.attention = _Attention(hidden // heads, heads)
+        self.norm_1, self.norm_2 = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
+        self.act, self.drop = nn.GELU(), nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = self.o(self.attention(self.q(x), self.k(x), self.v(x)))
+        x = self.norm_1(self.drop(mixed) + x)
+        mlp = self.down(self.act(self.up(x)))
+        out: Tensor = self.norm_2(self.drop(mlp) + x)
+        return out
+
+
+class _Block(nn.Module):
+    def __init__(self, hidden: int, heads: int, inner: int, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_Layer(hidden, heads, inner) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def _stack(outer: int, inner: int, pairs: int) -> nn.Module:
+    return _Linears([outer, inner] * pairs + [outer])
+
+
+MODULES: dict[str, Callable[..., nn.Module]] = {
+    "call": _Call,
+    "chain": lambda width, count: _Linears([width] * (count + 1)),
+    "stack": _stack,
+    "linear": lambda columns, outputs: _Linears([columns, outputs]),
+    "attention": _Attention,
+    "layernorm": nn.LayerNorm,
+    "rmsnorm": _RMSNorm,
+    "gelu": _Gelu,
+    "add": _Add,
+    "rotary": _Rotary,
+    "block": _Block,
+}

@@ -1,0 +1,141 @@
+"""The child processes of the probe: `python -m lighten.device.probe_child TASK …` writes one JSON object into the file --out.
+
+    engine     the micro-models of one engine, timed
+    memory     a fresh process: import the runtime, run a tiny model, then load and run a large one
+    bandwidth  what all threads together read and copy
+
+A crash, a hang or an out-of-memory ends this process alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lighten.device.cases import CALL, CHAIN, HEADS, STACK, TINY, Case, all_cases, sizes
+from lighten.device.clock import Clock
+from lighten.device.profile import BlockSample, Sample
+
+NET_FLOOR = 0.1
+"""An operator keeps at least this share of its time when overheads are taken off: they are noisy too."""
+
+
+def measure_engine(engine: str, threads: int, folder: Path, cases: Sequence[Case] | None = None) -> dict[str, Any]:
+    """All micro-models of one engine, and the stored ones that the memory task loads."""
+    from lighten.device.engines.bench import open_bench
+
+    bench = open_bench(engine, threads)
+    chosen = all_cases() if cases is None else list(cases)
+    bench.prepare(chosen)
+    clock = Clock()
+    call = clock.seconds(bench.runner(CALL, (1,)))
+    operator = max((clock.seconds(bench.runner(CHAIN, (1,))) - call) / CHAIN.shape[1], 1e-8)
+    samples: list[Sample] = []
+    blocks: list[BlockSample] = []
+    for case in chosen:
+        if case in (CALL, CHAIN):
+            continue
+        for size in sizes(case):
+            seconds = clock.seconds(bench.runner(case, size))
+            if case.kind == "block":
+                blocks.append(_block(case, size, seconds))
+            else:
+                samples.append(_sample(case, size, max(seconds - call - operator, NET_FLOOR * seconds)))
+    found = {
+        "name": engine, "version": bench.version, "precision": bench.precision, "call_overhead_s": call, "operator_overhead_s": operator,
+        "disturbed_ratio": clock.disturbed / clock.points,
+        "samples": [asdict(each) for each in samples], "blocks": [asdict(each) for each in blocks],
+    }  # fmt: skip
+    return found | _stored(bench, folder)
+
+
+def _stored(bench: Any, folder: Path) -> dict[str, Any]:
+    try:
+        return {"tiny": str(bench.store(TINY, folder)[0]), "large": [str(part) for part in bench.store(STACK, folder)]}
+    except ImportError:  # torch without safetensors: its memory is not known
+        return {}
+
+
+def _sample(case: Case, size: tuple[int, ...], seconds: float) -> Sample:
+    if case.kind == "attention":
+        return Sample(kind="attention", rows=size[0] * HEADS, shape=(*size[1:], case.shape[0]), seconds=seconds)
+    if case.kind == "linear":
+        return Sample(kind="linear", rows=size[0], shape=case.shape, seconds=seconds)
+    return Sample(kind=case.kind, rows=size[0] * case.shape[0], shape=(), seconds=seconds)
+
+
+def _block(case: Case, size: tuple[int, ...], seconds: float) -> BlockSample:
+    hidden, heads, inner, layers = case.shape
+    return BlockSample(
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        intermediate_size=inner,
+        layers=layers,
+        batch_size=size[0],
+        seq_len=size[1],
+        seconds=seconds,
+    )
+
+
+def measure_memory(engine: str, threads: int, tiny: Path, large: Path, large_bytes: int) -> dict[str, Any]:
+    """Peak resident memory, import and load seconds. Only this process's own imports count, so nothing else is imported before."""
+    from lighten.device.engines.bench import open_loader
+
+    start = time.perf_counter()
+    load = open_loader(engine)
+    import_s = time.perf_counter() - start
+    load(engine, tiny, threads)()
+    base = peak_resident_bytes()
+    start = time.perf_counter()
+    run = load(engine, large, threads)
+    run()
+    load_s = time.perf_counter() - start
+    run()
+    peak = peak_resident_bytes()
+    copies = None if peak is None or base is None else (peak - base) / large_bytes
+    return {"base_memory_bytes": base, "weight_copies": copies, "import_s": import_s, "load_s": load_s, "loaded_bytes": large_bytes}
+
+
+def peak_resident_bytes() -> int | None:
+    """This process's highest resident memory so far. Linux's own figure where there is one: `getrusage` may inherit the parent's there."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    try:
+        import resource
+        import sys
+    except ImportError:
+        return None  # Windows: not known
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m lighten.device.probe_child", description=__doc__)
+    parser.add_argument("task", choices=("engine", "memory", "bandwidth"))
+    parser.add_argument("--engine", default="")
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tiny", type=Path)
+    parser.add_argument("--large", type=Path)
+    parser.add_argument("--large-bytes", type=int, default=0)
+    args = parser.parse_args()
+    if args.task == "engine":
+        found: Any = measure_engine(args.engine, args.threads, args.out.parent)
+    elif args.task == "memory":
+        found = measure_memory(args.engine, args.threads, args.tiny, args.large, args.large_bytes)
+    else:
+        from lighten.device.bandwidth import measure_bandwidth
+
+        found = [asdict(each) for each in measure_bandwidth(args.threads)]
+    args.out.write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

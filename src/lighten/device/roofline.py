@@ -1,0 +1,150 @@
+"""Operators × a measured engine → seconds, with a range and what binds.
+
+    seconds = Σ over classes c of factor[c] · Σ over operators of max(compute, memory)  +  factor[overhead] · (call + operators · overhead)
+
+compute: interpolated between this engine's measured operators of the same kind; memory: bytes over the bandwidth at the working set,
+which is for weights all weights of the pass (each is read once and then not again before all others), for activations the operator's own.
+The factors come from synthetic blocks that were measured whole (`calibration.py`); the range is what those blocks scattered by.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from lighten.cost.operators import NORM_FLOPS, Op
+from lighten.device.profile import Bandwidth, EngineProfile, Profile
+from lighten.device.rates import RateTable, bandwidth_at, rate_tables
+from lighten.errors import DeviceError
+from lighten.units import DTYPE_BITS, dtype_bytes
+
+Bound = Literal["compute", "memory", "overhead"]
+
+ROTARY_FLOPS = 3
+"""Operations an element of a rotary embedding (x·cos + rotate(x)·sin), by which it is told from an activation function (1)."""
+CLASSES = ("linear", "attention", "pointwise", "overhead")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimePrediction:
+    """Seconds of one forward pass; `low` to `high` holds the truth 9 times in 10 on the probe's own blocks; None: scatter not known."""
+
+    seconds: float
+    low: float | None
+    high: float | None
+    bound_by: Bound
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Uncalibrated seconds of a forward pass by class, and by what binds."""
+
+    by_class: dict[str, float]
+    by_bound: dict[Bound, float]
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What an operator's time depends on; equal ones are computed once."""
+
+    kind: str
+    rows: int
+    shape: tuple[int, ...]
+    weight_bytes: int
+    activation_bytes: int
+
+
+def predict_time(ops: Sequence[Op], engine: EngineProfile, profile: Profile) -> TimePrediction:
+    """Seconds of one forward pass made of `ops`, on one engine of a measured machine.
+
+    Attention is computed in full where it is causal, as the CPU kernels of all engines do. Linears quantized in their weights alone
+    (bits set, activations None) compute in the engine's type but read fewer bytes.
+
+    Raises:
+        DeviceError: the engine was probed without a kind of operator that is needed.
+    """
+    parts = sum_parts(ops, engine, profile.bandwidth)
+    factors = engine.calibration.factors
+    seconds = sum(factors.get(name, 1.0) * value for name, value in parts.by_class.items())
+    bound: Bound = max(parts.by_bound, key=lambda name: parts.by_bound[name])
+    spread = engine.calibration.spread
+    if spread is None:
+        return TimePrediction(seconds=seconds, low=None, high=None, bound_by=bound)
+    return TimePrediction(seconds=seconds, low=seconds * math.exp(-spread), high=seconds * math.exp(spread), bound_by=bound)
+
+
+def sum_parts(ops: Sequence[Op], engine: EngineProfile, bandwidth: Sequence[Bandwidth]) -> Parts:
+    """The operators' measured seconds summed by class, before calibration."""
+    tables = rate_tables(engine.samples)
+    element = min(dtype_bytes(engine.dtype) if engine.dtype in DTYPE_BITS else 4.0, 4.0)
+    shapes = Counter(_shape(op, element) for op in ops)
+    read = bandwidth_at(bandwidth, sum(shape.weight_bytes * count for shape, count in shapes.items()))[0]
+    by_class = dict.fromkeys(CLASSES, 0.0)
+    by_bound: dict[Bound, float] = {"compute": 0.0, "memory": 0.0, "overhead": 0.0}
+    for shape, count in shapes.items():
+        compute = _compute_seconds(shape, tables, engine)
+        memory = shape.weight_bytes / read + shape.activation_bytes / bandwidth_at(bandwidth, shape.activation_bytes)[1]
+        by_class[_class(shape.kind)] += count * max(compute, memory)
+        by_bound["memory" if memory > compute else "compute"] += count * max(compute, memory)
+    by_class["overhead"] = by_bound["overhead"] = engine.call_overhead_s + len(ops) * engine.operator_overhead_s
+    return Parts(by_class=by_class, by_bound=by_bound)
+
+
+def predict_peak_memory(weights_bytes: int, activation_bytes: int, engine: EngineProfile) -> int | None:
+    """Peak resident bytes of a fresh process that loads and runs a model; None where the probe could not measure memory.
+
+        base_memory_bytes + weights_bytes · weight_copies + activation_bytes
+
+    Args:
+        weights_bytes: as this engine's artifact stores them.
+        activation_bytes: live at once at the peak.
+    """
+    if engine.base_memory_bytes is None or engine.weight_copies is None:
+        return None
+    return round(engine.base_memory_bytes + weights_bytes * engine.weight_copies + activation_bytes)
+
+
+def _compute_seconds(shape: _Shape, tables: dict[str, RateTable], engine: EngineProfile) -> float:
+    if shape.kind == "gather":
+        return 0.0
+    if shape.kind not in tables:
+        raise DeviceError(
+            f"engine {engine.name} was measured without {shape.kind}; measured: {', '.join(tables)}. Run `lighten probe` again."
+        )
+    return tables[shape.kind].seconds(shape.rows, shape.shape)
+
+
+def _shape(op: Op, element: float) -> _Shape:
+    kind = _sample_kind(op)
+    if kind == "linear":
+        stored = op.columns * op.outputs * element
+        weights = min(op.weight_bytes, round(stored))
+        return _Shape("linear", op.rows, (op.columns, op.outputs), weights, op.activation_bytes)
+    if kind == "attention":
+        return _Shape("attention", op.products, (op.rows, op.columns, op.outputs), 0, op.activation_bytes)
+    if kind == "gather":
+        return _Shape("gather", 0, (), op.weight_bytes, op.activation_bytes)
+    return _Shape(kind, op.rows * op.columns, (), 0, op.activation_bytes)
+
+
+def _sample_kind(op: Op) -> str:
+    """The measured kind that stands for an operator.
+
+    A sum or product moves three operands, an activation function two. All activation functions are taken for GELU: one transcendental
+    function an element.
+    """
+    if op.kind == "norm":
+        return "layernorm" if op.other_flops >= NORM_FLOPS["layernorm"] * op.rows * op.columns else "rmsnorm"
+    if op.kind != "elementwise":
+        return op.kind
+    elements = op.rows * op.columns
+    if op.other_flops == ROTARY_FLOPS * elements:
+        return "rotary"
+    return "add" if op.activation_bytes % (3 * elements) == 0 else "gelu"
+
+
+def _class(kind: str) -> str:
+    return kind if kind in ("linear", "attention") else "pointwise"

@@ -1,0 +1,196 @@
+"""The probe: child processes, their failures, and every micro-model on every runtime that is installed. Speeds are never asserted."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import sys
+
+import pytest
+
+from lighten.device import probe as probe_engines
+from lighten.device.bandwidth import measure_bandwidth
+from lighten.device.cases import BLOCKS, CALL, CHAIN, LINEARS, STACK, Case, all_cases, sizes
+from lighten.device.clock import Clock
+from lighten.device.engines.bench import open_bench, open_loader, required_modules
+from lighten.device.probe_child import main, measure_engine
+from lighten.device.profile import ENGINES, engine_from_json
+from lighten.errors import DeviceError
+
+PROBE = sys.modules["lighten.device.probe"]  # the package exports a function of the same name
+SMALL = [CALL, CHAIN, Case("linear", (64, 64))]
+
+
+def needs(engine: str) -> None:
+    for module in required_modules(engine):
+        pytest.importorskip(module, reason=f"{engine} needs {module}")
+
+
+def fake_module(tmp_path, monkeypatch, name: str, body: str) -> None:
+    """In child processes, `name` is this; here it stays what it is."""
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed: the probe would not start a child for it")
+    (tmp_path / f"{name}.py").write_text(body)
+    path = [str(tmp_path), *(entry for entry in sys.path if entry)]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
+
+
+CRASHES = {
+    "signal": ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "ended by signal 11"),
+    "exception": ("raise RuntimeError('no such instruction')", "RuntimeError: no such instruction"),
+    "silent exit": ("import os; os._exit(3)", "exit code 3"),
+    "success without a result": ("import os; os._exit(0)", "no result"),
+    "hang": ("import time; time.sleep(600)", "no answer within 2 s"),
+}
+
+
+@pytest.mark.parametrize(("body", "reason"), CRASHES.values(), ids=CRASHES.keys())
+def test_a_child_that_ends_badly_is_one_failed_line(tmp_path, monkeypatch, body: str, reason: str) -> None:
+    fake_module(tmp_path, monkeypatch, "onnxruntime", body)
+    monkeypatch.setattr(PROBE, "_measure_bandwidth", lambda run: ())
+    monkeypatch.setattr(PROBE, "DEFAULT_TIMEOUT_S", 2.0 if "sleep" in body else 60.0)
+    lines: list[str] = []
+    profile = probe_engines(threads=1, log=lines.append, engines=["onnxruntime/float32"])
+    assert profile.engines == {}
+    assert reason in profile.failures["onnxruntime/float32"]
+    assert len(lines) == 1
+    assert "failed" in lines[0]
+    assert "\n" not in lines[0]
+
+
+def test_an_engine_that_is_not_installed_is_a_failure_when_asked_for_and_absent_otherwise(monkeypatch) -> None:
+    monkeypatch.setattr(PROBE, "_measure_bandwidth", lambda run: ())
+    monkeypatch.setattr(PROBE, "_missing", lambda name: ["onnxruntime"])
+    asked = probe_engines(threads=1, log=lambda line: None, engines=["onnxruntime/int8"])
+    assert asked.failures == {"onnxruntime/int8": "onnxruntime not installed"}
+    default = probe_engines(threads=1, log=lambda line: None)
+    assert (default.engines, default.failures) == ({}, {})
+
+
+def test_an_unknown_engine_and_no_thread_are_refused() -> None:
+    with pytest.raises(DeviceError, match=r"no engine tensorrt/int8; engines: torch/float32, .*openvino/int8"):
+        probe_engines(threads=1, log=print, engines=["tensorrt/int8"])
+    with pytest.raises(DeviceError, match="threads=0 is not positive"):
+        probe_engines(threads=0, log=print)
+
+
+@pytest.mark.slow
+def test_the_probe_of_one_engine_gives_a_complete_profile(monkeypatch) -> None:
+    needs("onnxruntime/float32")
+    profile = probe_engines(threads=1, log=lambda line: None, engines=["onnxruntime/float32"])
+    engine = profile.engine("onnxruntime/float32")
+    assert engine.calibration.blocks == sum(map(len, BLOCKS.values()))
+    assert engine.base_memory_bytes > 10e6
+    assert 0.5 < engine.weight_copies < 5
+    assert [point.working_set_bytes for point in profile.bandwidth] == sorted(point.working_set_bytes for point in profile.bandwidth)
+
+
+@pytest.mark.parametrize("engine", ["torch/float32", "onnxruntime/float32", "openvino/float32"])
+def test_a_bench_measures_what_an_engine_profile_holds(engine: str, tmp_path, monkeypatch) -> None:
+    needs(engine)
+    monkeypatch.setattr("lighten.device.cases.LINEARS", {(64, 64): (1, 8)})
+    found = measure_engine(engine, 1, tmp_path, SMALL)
+    del found["tiny"], found["large"]
+    profile = engine_from_json({**json.loads(json.dumps(found)), "calibration": {}})
+    assert [(sample.kind, sample.rows, sample.shape) for sample in profile.samples] == [("linear", 1, (64, 64)), ("linear", 8, (64, 64))]
+    assert profile.version[0].isdigit()
+
+
+@pytest.mark.parametrize("engine", [name for name in ENGINES if not name.startswith("torch-compile")])
+@pytest.mark.parametrize(
+    "case",
+    [Case("linear", (64, 48)), Case("attention", (32,)), Case("block", (64, 2, 128, 1)), Case("rmsnorm", (64,)), Case("rotary", (64,))],
+)
+def test_every_micro_model_runs_on_every_engine(engine: str, case: Case) -> None:
+    needs(engine)
+    bench = open_bench(engine, 1)
+    bench.prepare([case])
+    size = {"attention": (2, 3, 5), "block": (2, 6)}.get(case.kind, (7,))
+    assert bench.runner(case, size)() is not False
+
+
+@pytest.mark.parametrize("engine", [name for name in ENGINES if not name.startswith("torch-compile")])
+def test_a_stored_stack_loads_and_runs(engine: str, tmp_path) -> None:
+    needs(engine)
+    small = Case("stack", (32, 48, 2))
+    bench = open_bench(engine, 1)
+    path, stored = bench.store(small, tmp_path)
+    parameters = 2 * (2 * 32 * 48 + 32 + 48)
+    element = {"float32": 4, "bfloat16": 4 if engine.startswith("openvino") else 2, "int8": 1}[engine.split("/")[1]]
+    assert stored >= parameters * element
+    open_loader(engine)(engine, path, 1)()
+
+
+def test_the_graph_s_block_computes_what_torch_s_formulas_say() -> None:
+    """The micro-model is an encoder layer: its output equals one written with numpy, from the graph's own weights."""
+    onnx = pytest.importorskip("onnx")
+    ort = pytest.importorskip("onnxruntime")
+    import numpy as np
+
+    from lighten.device.engines.graph import feed, onnx_model
+
+    case = Case("attention", (4,))
+    model = onnx_model([case])
+    onnx.checker.check_model(model, full_check=True)
+    inputs = feed(case, (2, 3, 5))
+    got = ort.InferenceSession(model.SerializeToString()).run(None, inputs)[0]
+    q, k, v = (inputs[f"{case.name}.{name}"].reshape(2, -1, 8, 4).transpose(0, 2, 1, 3) for name in "qkv")
+    scores = np.exp(q @ k.transpose(0, 1, 3, 2) / math.sqrt(4))
+    expected = (scores / scores.sum(-1, keepdims=True)) @ v
+    np.testing.assert_allclose(got, expected.transpose(0, 2, 1, 3).reshape(2, 3, 32), rtol=1e-4, atol=1e-5)
+
+
+def test_sizes_cover_what_the_tables_say() -> None:
+    cases = all_cases()
+    assert cases[:2] == [CALL, CHAIN]
+    assert {case.shape for case in cases if case.kind == "linear"} == set(LINEARS)
+    assert len({case.name for case in cases}) == len(cases)
+    assert all(list(sizes(case)) for case in cases)
+    parameters = STACK.shape[0] * STACK.shape[1] * 2 * STACK.shape[2]
+    assert 40e6 < 4 * parameters < 60e6
+
+
+def test_bandwidth_is_measured_at_each_size(monkeypatch) -> None:
+    monkeypatch.setattr("lighten.device.bandwidth.WORKING_SETS", (1 << 16, 1 << 18))
+    monkeypatch.setattr("lighten.device.bandwidth.SECONDS", 0.002)
+    found = measure_bandwidth(2)
+    assert [point.working_set_bytes for point in found] == [1 << 16, 1 << 18]
+    assert all(math.isfinite(point.read_bytes_per_s) and point.read_bytes_per_s > 0 for point in found)
+
+
+def test_the_memory_task_writes_its_figures(tmp_path, monkeypatch) -> None:
+    needs("onnxruntime/float32")
+    bench = open_bench("onnxruntime/float32", 1)
+    tiny, _ = bench.store(Case("stack", (16, 16, 2)), tmp_path)
+    out = tmp_path / "found.json"
+    arguments = [
+        "memory",
+        "--engine",
+        "onnxruntime/float32",
+        "--threads",
+        "1",
+        "--out",
+        out,
+        "--tiny",
+        tiny,
+        "--large",
+        tiny,
+        "--large-bytes",
+        1000,
+    ]
+    monkeypatch.setattr("sys.argv", ["probe_child", *map(str, arguments)])
+    main()
+    assert set(json.loads(out.read_text())) == {"base_memory_bytes", "weight_copies", "import_s", "load_s", "loaded_bytes"}
+
+
+def test_the_clock_counts_points_that_were_never_undisturbed(monkeypatch) -> None:
+    count = iter(range(10**9))
+    clock = Clock(point_s=0.001, patience_s=0.01)
+    assert clock.seconds(lambda: None) > 0
+    calm = clock.disturbed
+    monkeypatch.setattr("lighten.device.clock.involuntary_switches", lambda: next(count))
+    assert clock.seconds(lambda: None) > 0
+    assert (clock.points, clock.disturbed - calm) == (2, 1)
+    assert clock.patience_s <= 0.01
