@@ -85,10 +85,10 @@ def format_seconds(seconds: float | None) -> str:
     """
     if seconds is None:
         return "not known"
-    if seconds >= 3600:
-        return f"{seconds // 3600:.0f} h {seconds % 3600 / 60:.0f} min"
-    if seconds >= 60:
-        return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+    if round(seconds) >= 3600:
+        return f"{round(seconds / 60) // 60} h {round(seconds / 60) % 60} min"
+    if round(seconds) >= 60:
+        return f"{round(seconds) // 60} min {round(seconds) % 60} s"
     return _scaled(seconds, [(1.0, "s"), (1e-3, "ms"), (1e-6, "µs")], "s")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from lighten.errors import RecipeError
 from lighten.model.spec import PER_CHANNEL, PER_TENSOR, Embedding, Linear, ModelSpec, Part, WeightFormat
@@ -166,13 +166,15 @@ def _predict_rtn(spec: ModelSpec, arguments: Arguments) -> ModelSpec:
     return change_weights(spec, arguments, format_of)
 
 
-def _predict_activations(method: str) -> Callable[[ModelSpec, Arguments], ModelSpec]:
+def _predict_activations(method: Literal["dynamic", "static"], *, embeddings: bool) -> Callable[[ModelSpec, Arguments], ModelSpec]:
     def predict(spec: ModelSpec, arguments: Arguments) -> ModelSpec:
         def format_of(part: Linear | Embedding) -> WeightFormat:
             _refuse_quantized(part, f"quantize({method})")
-            return replace(part.weight, bits=arguments["bits"], group_size=PER_CHANNEL, symmetric=True, scale_dtype="float32", activations=method)  # type: ignore[arg-type]
+            return replace(
+                part.weight, bits=arguments["bits"], group_size=PER_CHANNEL, symmetric=True, scale_dtype="float32", activations=method
+            )
 
-        return change_weights(spec, arguments, format_of)
+        return change_weights(spec, {"embeddings": embeddings, **arguments}, format_of)
 
     return predict
 
@@ -222,8 +224,8 @@ STEPS: dict[tuple[str, str], StepKind] = {
         },
         predict=_predict_rtn,
     ),
-    ("quantize", "dynamic"): StepKind(parameters={**_INT8, **_EMBEDDINGS}, predict=_predict_activations("dynamic")),
-    ("quantize", "static"): StepKind(parameters=_INT8, predict=_predict_activations("static"), calibrated=True),
+    ("quantize", "dynamic"): StepKind(parameters={**_INT8, **_EMBEDDINGS}, predict=_predict_activations("dynamic", embeddings=False)),
+    ("quantize", "static"): StepKind(parameters=_INT8, predict=_predict_activations("static", embeddings=True), calibrated=True),
 }  # fmt: skip
 """(verb, method) → its kind. Names are the papers' or the field's: rtn is round-to-nearest; dynamic and static say how int8 activations get
 their scale, as ONNX Runtime and NNCF use the words."""

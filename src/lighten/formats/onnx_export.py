@@ -1,0 +1,161 @@
+"""Export a model to ONNX once, and write it again with other weights as often as a recipe asks.
+
+Encoder: (input_ids [B, S], attention_mask [B, S]) → last_hidden_state [B, S, D].
+Decoder: (input_ids [B, Q], attention_mask [B, P + Q], position_ids [B, Q], past.N.key and past.N.value [B, H, P, D]) → logits [B, Q, V] and
+present.N.key, present.N.value [B, H, P + Q, D].
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lighten.formats.torch_model import load_module
+from lighten.model.spec import Attention, ModelSpec
+
+INLINE_BYTES = 1_800_000_000
+"""Weights above this lie in a file beside the graph: a protobuf file holds less than 2 GiB (protobuf's own limit)."""
+
+ENCODER_INPUTS = ("input_ids", "attention_mask")
+DECODER_INPUTS = ("input_ids", "attention_mask", "position_ids")
+
+
+def cache_names(layers: int, stem: str) -> list[str]:
+    """Names of the cached keys and values, as inputs (`past`) or outputs (`present`)."""
+    return [f"{stem}.{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
+
+
+def export_onnx(folder: Path, spec: ModelSpec, path: Path) -> None:
+    """Write `path` with the folder's weights in float32, and beside it `path.weights.json`: which initializer holds which tensor.
+
+    Eager attention is exported: runtimes recognise and fuse its products and softmax.
+    """
+    module = load_module(folder, spec, dtype="float32", attention="eager")
+    wrapped, inputs, names, outputs, shapes = _decoder(module, spec) if spec.is_decoder else _encoder(module)
+    with _quiet(), torch.no_grad():
+        torch.onnx.export(
+            wrapped, inputs, path, dynamo=True, input_names=names, output_names=outputs, dynamic_shapes=shapes,
+            external_data=module.num_parameters() * 4 > INLINE_BYTES, verbose=False,
+        )  # fmt: skip
+    path.with_suffix(".weights.json").write_text(json.dumps(_places(path, module.state_dict())))
+
+
+def write_onnx(exported: Path, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Write an exported graph with the given tensors in place of those that it was exported with."""
+    import onnx
+
+    model = onnx.load(exported)
+    places = json.loads(exported.with_suffix(".weights.json").read_text())
+    for initializer in model.graph.initializer:
+        if initializer.name in places:
+            name, transposed = places[initializer.name]
+            value = weights[name].float().numpy()
+            _replace(initializer, value.T if transposed else value)
+    large = sum(len(initializer.raw_data) for initializer in model.graph.initializer) > INLINE_BYTES
+    onnx.save(model, path, save_as_external_data=large, location=path.name + ".data")
+
+
+def tensor_table(weights: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[str, bool]]:
+    """Digest of a tensor's float32 bytes → (its name, the first of equals, and whether the digest is of its transpose)."""
+    table: dict[str, tuple[str, bool]] = {}
+    for name, tensor in weights:
+        value = tensor.detach().float().numpy()
+        table.setdefault(digest(value), (name, False))
+        if value.ndim == 2:
+            table.setdefault(digest(value.T), (name, True))
+    return table
+
+
+def digest(value: np.ndarray[Any, Any]) -> str:
+    """A fingerprint of shape and bytes."""
+    return hashlib.sha256(repr(value.shape).encode() + np.ascontiguousarray(value).tobytes()).hexdigest()
+
+
+def _places(path: Path, weights: Mapping[str, Tensor]) -> dict[str, tuple[str, bool]]:
+    """Initializer → (tensor, transposed), matched by content: exporters fold transposes and rename what they fold."""
+    import onnx
+    from onnx import numpy_helper
+
+    table = tensor_table(weights.items())
+    base = str(path.parent)
+    found = ((i.name, table.get(digest(numpy_helper.to_array(i, base)))) for i in onnx.load(path).graph.initializer if i.data_type == 1)
+    return {name: place for name, place in found if place is not None}
+
+
+def _replace(initializer: Any, value: np.ndarray[Any, Any]) -> None:
+    from onnx import numpy_helper
+
+    initializer.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(value), initializer.name))
+
+
+class _Encoder(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        output: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return output
+
+
+class _Decoder(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[tuple[Tensor, Tensor]]) -> Any:
+        from transformers import DynamicCache
+
+        output = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=DynamicCache(past), use_cache=True
+        )
+        return output.logits, [(layer.keys, layer.values) for layer in output.past_key_values.layers]
+
+
+def _encoder(module: nn.Module) -> tuple[Any, ...]:
+    batch, length = torch.export.Dim("batch", min=1), torch.export.Dim("length", min=2)
+    ids = torch.zeros(2, 16, dtype=torch.int64)
+    shapes = {name: {0: batch, 1: length} for name in ENCODER_INPUTS}
+    return _Encoder(module), (ids, torch.ones_like(ids)), list(ENCODER_INPUTS), ["last_hidden_state"], shapes
+
+
+def _decoder(module: nn.Module, spec: ModelSpec) -> tuple[Any, ...]:
+    heads, head_dim, layers = kv_shape(spec)
+    batch, auto = torch.export.Dim("batch", min=1), torch.export.Dim.AUTO
+    b, q, p = 2, 3, 5  # any sizes that differ from each other and from 0 and 1, which an export takes for constants
+    past = [(torch.zeros(b, heads, p, head_dim), torch.zeros(b, heads, p, head_dim)) for _ in range(layers)]
+    ids = torch.zeros(b, q, dtype=torch.int64)
+    inputs = (ids, torch.ones(b, p + q, dtype=torch.int64), torch.arange(p, p + q)[None].expand(b, q), past)
+    shapes = {name: {0: batch, 1: auto} for name in DECODER_INPUTS} | {"past": [({0: batch, 2: auto}, {0: batch, 2: auto})] * layers}
+    names = [*DECODER_INPUTS, *cache_names(layers, "past")]
+    return _Decoder(module), inputs, names, ["logits", *cache_names(layers, "present")], shapes
+
+
+def kv_shape(spec: ModelSpec) -> tuple[int, int, int]:
+    """Key/value heads, head size and layers of a decoder whose layers are alike."""
+    attention = [part for part in spec.parts if isinstance(part, Attention)]
+    return attention[0].num_key_value_heads, attention[0].head_dim, len(attention)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Exporters print progress and warn about their own internals; an export that fails raises."""
+    level = logging.getLogger("torch.onnx").level
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logging.getLogger("torch.onnx").setLevel(level)

@@ -1,0 +1,93 @@
+"""Time two workers in turn, so that a machine that changes its speed changes it for both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lighten.cost import Workload
+from lighten.judge.child import Child
+
+WARM_UP_RUNS = 2
+ROUNDS = (5, 25)
+BUDGET_S = 12.0
+SHORT_S = 0.1
+"""A run shorter than this is preceded, in each turn, by one that is not counted: the other worker had the caches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """Seconds of one workload: the median and the quartiles of `samples`.
+
+    Attributes:
+        speedup: the median over rounds of baseline seconds / own seconds; None where nothing ran beside it.
+    """
+
+    samples: tuple[float, ...]
+    speedup: float | None
+
+    @property
+    def quartiles(self) -> tuple[float, float, float]:
+        first, median, third = np.percentile(self.samples, (25, 50, 75))
+        return float(first), float(median), float(third)
+
+
+def time_beside(candidate: Child, baseline: Child | None, workload: Workload, *, timeout_s: float, warm: bool) -> Latency:
+    """The candidate's latency, its runs in turn with the baseline's, each worker stopped while the other runs.
+
+    Args:
+        warm: whether the baseline has been warmed up in this process already.
+    """
+    runner = _Runner(workload, timeout_s)
+    first = runner.turn(candidate, WARM_UP_RUNS)
+    candidate_s = min(first)
+    baseline_s = 0.0
+    if baseline is not None:
+        candidate.pause()
+        baseline.resume()
+        baseline_s = min(runner.turn(baseline, 1 if warm else WARM_UP_RUNS))
+        baseline.pause()
+        candidate.resume()
+    rounds = min(max(ROUNDS[0], int(BUDGET_S / (candidate_s + baseline_s))), ROUNDS[1])
+    samples, ratios = [], []
+    for _ in range(rounds):
+        own = runner.counted(candidate, candidate_s)
+        samples.append(own)
+        if baseline is not None:
+            candidate.pause()
+            baseline.resume()
+            ratios.append(runner.counted(baseline, baseline_s) / own)
+            baseline.pause()
+            candidate.resume()
+    return Latency(samples=tuple(samples), speedup=float(np.median(ratios)) if ratios else None)
+
+
+class _Runner:
+    """Asks for runs, each on tokens that no run had before."""
+
+    def __init__(self, workload: Workload, timeout_s: float) -> None:
+        self._asked = {key: getattr(workload, key) for key in ("phase", "batch_size", "seq_len", "new_tokens")}
+        self._timeout_s = timeout_s
+        self._seed = 0
+
+    def turn(self, child: Child, runs: int) -> list[float]:
+        seeds = list(range(self._seed, self._seed + runs))
+        self._seed += runs
+        answer: dict[str, Any] = child.ask("time", timeout_s=self._timeout_s, seeds=seeds, **self._asked)
+        seconds: list[float] = answer["seconds"]
+        return seconds
+
+    def counted(self, child: Child, expected_s: float) -> float:
+        """The median of one turn, which is one run, or several where a run is short."""
+        if expected_s >= SHORT_S:
+            return self.turn(child, 1)[0]
+        runs = min(20, math.ceil(SHORT_S / max(expected_s, 1e-6)))
+        return _median(self.turn(child, runs + 1)[1:])
+
+
+def _median(values: Sequence[float]) -> float:
+    return float(np.median(values))

@@ -1,0 +1,206 @@
+"""Measure a model or an artifact: latency beside the original's, peak memory, size, and quality against the original on held-out text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lighten.cost import Workload
+from lighten.formats.artifact import fingerprint, folder_bytes
+from lighten.judge.child import Child
+from lighten.judge.latency import Latency, time_beside
+from lighten.judge.quality import Score, TokenScores, embedding_fidelity, language_fidelity
+from lighten.judge.text import Text
+from lighten.judge.tokens import Tokenizer
+from lighten.model import ModelSpec
+from lighten.model.read import SIDE_FILES, weight_files
+
+MOST_TEXTS = 1000
+WINDOW_TOKENS = 512
+MOST_WINDOWS = 16
+REFERENCE_BYTES = 1_000_000_000
+"""Disk that the original's logits may take while candidates are compared with them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What runs: a folder, by a runtime, in a type."""
+
+    folder: Path
+    runtime: str
+    dtype: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What one target was measured at.
+
+    Attributes:
+        precision: what it really ran in, as the runtime tells.
+        cold_start_s: from the start of loading to ready, imports included.
+    """
+
+    size_bytes: int
+    peak_memory_bytes: int | None
+    latency: Latency
+    throughput: float
+    precision: str
+    runtime_version: str
+    cold_start_s: float
+    quality: dict[str, Score]
+
+    def as_json(self) -> dict[str, Any]:
+        """The form of `choice.json` and `lighten measure --json`."""
+        first, median, third = self.latency.quartiles
+        return {
+            "size_bytes": self.size_bytes, "peak_memory_bytes": self.peak_memory_bytes, "latency_s": median, "latency_q1_s": first,
+            "latency_q3_s": third, "throughput": self.throughput, "speedup": self.latency.speedup, "cold_start_s": self.cold_start_s,
+            "precision": self.precision, "runtime_version": self.runtime_version,
+            "quality": {name: asdict(score) for name, score in self.quality.items()},
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Of each child process."""
+
+    threads: int
+    memory_bytes: int
+    timeout_s: float
+
+
+class Judge:
+    """Measures targets against one original, which it keeps loaded and paused between measurements.
+
+    Args:
+        original: the model folder that quality and speed are held against, run by torch in float32.
+        work: a folder for the original's outputs; they are computed once.
+    """
+
+    def __init__(self, original: Path, spec: ModelSpec, text: Text, workload: Workload, limits: Limits, work: Path) -> None:
+        self.original, self.spec, self.text, self.workload, self.limits, self.work = original, spec, text, workload, limits, work
+        self._baseline: Child | None = None
+
+    def close(self) -> None:
+        """End the original's process."""
+        if self._baseline is not None:
+            self._baseline.close()
+            self._baseline = None
+
+    def measure(self, target: Target) -> Measurement:
+        """Load and run a target in a process of its own.
+
+        Raises:
+            WorkerFailed: it crashed, hung or grew too large.
+            LightenError: it cannot be run or judged.
+        """
+        with Child(runtime=target.runtime, threads=self.limits.threads, memory_bytes=self.limits.memory_bytes) as child:
+            loaded = self._load(child, target)
+            warm, baseline = self._baseline is not None, self._original()
+            latency = time_beside(child, baseline, self.workload, timeout_s=self.limits.timeout_s, warm=warm)
+            peak = child.ask("time", timeout_s=self.limits.timeout_s, phase="encode", batch_size=1, seq_len=1, new_tokens=0, seeds=[])
+            quality = self._quality(child)
+        median = latency.quartiles[1]
+        return Measurement(
+            size_bytes=target.size_bytes, peak_memory_bytes=peak["peak_memory_bytes"], latency=latency, throughput=self.workload.tokens / median,
+            precision=loaded["precision"], runtime_version=loaded["version"], cold_start_s=loaded["seconds"], quality=quality,
+        )  # fmt: skip
+
+    def measure_original(self) -> Measurement:
+        """The original itself, by torch in float32: its own yardstick."""
+        return self.measure(self.original_target())
+
+    def original_target(self) -> Target:
+        return Target(folder=self.original, runtime="torch", dtype="float32", size_bytes=model_bytes(self.original))
+
+    def _load(self, child: Child, target: Target) -> dict[str, Any]:
+        return child.ask(
+            "load", timeout_s=self.limits.timeout_s, folder=str(target.folder), original=str(self.original), runtime=target.runtime,
+            dtype=target.dtype, threads=self.limits.threads,
+        )  # fmt: skip
+
+    def _original(self) -> Child:
+        if self._baseline is None:
+            child = Child(runtime="torch", threads=self.limits.threads, memory_bytes=self.limits.memory_bytes)
+            self._load(child, self.original_target())
+            child.pause()
+            self._baseline = child
+        return self._baseline
+
+    def _quality(self, child: Child) -> dict[str, Score]:
+        return self._language(child) if self.spec.is_decoder else self._embedding(child)
+
+    def _embedding(self, child: Child) -> dict[str, Score]:
+        reference = self._reference("embeddings.npy")
+        if not reference.is_file():
+            self._by_original(lambda original: self._embed(original, reference))
+        own = self.work / f"candidate-{os.getpid()}.npy"
+        self._embed(child, own)
+        scores = embedding_fidelity(np.load(reference), np.load(own))
+        own.unlink()
+        return scores
+
+    def _embed(self, child: Child, out: Path) -> None:
+        beside = out.with_suffix(".part.npy")
+        child.ask(
+            "embed", timeout_s=self.limits.timeout_s, texts=self.text.test[:MOST_TEXTS], tokenizer=str(self.original),
+            batch_size=self.workload.batch_size, seq_len=self.workload.seq_len, out=str(beside),
+        )  # fmt: skip
+        beside.replace(out)
+
+    def _language(self, child: Child) -> dict[str, Score]:
+        windows, logits, scores = self._reference("windows.npy"), self._reference("logits.npy"), self._reference("scores.json")
+        if not scores.is_file():
+            np.save(windows, self._windows())
+
+            def write(original: Child) -> None:
+                answer = original.ask("score", timeout_s=self.limits.timeout_s, windows=str(windows), reference=str(logits), write=True)
+                beside = scores.with_suffix(".part")
+                beside.write_text(json.dumps(answer["windows"]))
+                beside.replace(scores)
+
+            self._by_original(write)
+        answer = child.ask("score", timeout_s=self.limits.timeout_s, windows=str(windows), reference=str(logits), write=False)
+        return language_fidelity(_token_scores(json.loads(scores.read_text())), _token_scores(answer["windows"]))
+
+    def _windows(self) -> NDArray[np.int64]:
+        length = min(WINDOW_TOKENS, self.spec.max_positions or WINDOW_TOKENS)
+        fits = max(2, REFERENCE_BYTES // (length * int(self.spec.config["vocab_size"]) * 4))
+        return Tokenizer(self.original).windows(self.text.test, count=min(MOST_WINDOWS, fits), length=length)
+
+    def _by_original(self, do: Any) -> None:
+        original = self._original()
+        original.resume()
+        do(original)
+        original.pause()
+
+    def _reference(self, name: str) -> Path:
+        self.work.mkdir(parents=True, exist_ok=True)
+        key = f"{fingerprint(self.original)}{self.text.fingerprint}{self.workload.batch_size}x{self.workload.seq_len}"
+        return self.work / f"original-{hashlib.sha256(key.encode()).hexdigest()[:12]}-{name}"
+
+
+def model_bytes(folder: Path) -> int:
+    """Bytes of a model folder's weights and of the side files that an artifact would carry."""
+    side = sum((folder / name).stat().st_size for name in SIDE_FILES if (folder / name).is_file())
+    return side + sum(path.stat().st_size for path in weight_files(folder))
+
+
+def artifact_target(folder: Path, runtime: str, dtype: str) -> Target:
+    """The target that an artifact folder is."""
+    return Target(folder=folder, runtime=runtime, dtype=dtype, size_bytes=folder_bytes(folder))
+
+
+def _token_scores(windows: Sequence[dict[str, Any]]) -> list[TokenScores]:
+    return [
+        TokenScores(**{key: None if value is None else np.array(value) for key, value in window.items()}) for window in windows
+    ]

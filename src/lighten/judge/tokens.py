@@ -1,0 +1,64 @@
+"""Text to tokens, by the model's own tokenizer.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lighten.errors import ModelError, TextError
+
+Ids = NDArray[np.int64]
+
+
+class Tokenizer:
+    """A model folder's tokenizer.
+
+    Raises:
+        ModelError: no tokenizer.json there, or not readable.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from tokenizers import Tokenizer as Read
+
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise ModelError(f"{folder}: no tokenizer.json; AutoTokenizer.from_pretrained(folder).save_pretrained(folder) writes it.")
+        try:
+            self._tokenizer: Any = Read.from_file(str(path))
+        except Exception as error:  # noqa: BLE001 - the library raises bare Exception
+            raise ModelError(f"{path} cannot be read ({error}).") from error
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+
+    def batches(self, texts: Sequence[str], *, batch_size: int, length: int) -> Iterator[tuple[Ids, Ids]]:
+        """(input_ids, attention_mask), both [batch_size, length], in order: cut to `length`, padded with 0 where shorter, the last batch
+        filled up with copies of its first text, so that every batch has one shape."""
+        self._tokenizer.enable_truncation(length)
+        for start in range(0, len(texts), batch_size):
+            batch = list(texts[start : start + batch_size])
+            rows = [encoding.ids for encoding in self._tokenizer.encode_batch(batch + batch[:1] * (batch_size - len(batch)))]
+            ids, mask = np.zeros((batch_size, length), np.int64), np.zeros((batch_size, length), np.int64)
+            for row, found in enumerate(rows):
+                ids[row, : len(found)], mask[row, : len(found)] = found, 1
+            yield ids, mask
+        self._tokenizer.no_truncation()
+
+    def windows(self, texts: Sequence[str], *, count: int, length: int) -> Ids:
+        """[count, length]: the texts' tokens one after another, cut into windows.
+
+        Raises:
+            TextError: not enough tokens for one window.
+        """
+        stream: list[int] = []
+        for text in texts:
+            stream += self._tokenizer.encode(text + "\n\n", add_special_tokens=False).ids
+            if len(stream) >= count * length:
+                break
+        found = min(count, len(stream) // length)
+        if not found:
+            raise TextError(f"the text's test part has {len(stream)} tokens; one window of {length} is the least that can be judged.")
+        return np.array(stream[: found * length], np.int64).reshape(found, length)

@@ -1,0 +1,170 @@
+"""A child process that builds, loads and runs: one JSON command a line on stdin, one JSON answer a line on stdout.
+
+`{"error": text, "kind": name}` answers a command that failed. Whatever a library prints to stdout goes to stderr.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lighten.errors import LightenError
+from lighten.model import ModelSpec, read_spec
+from lighten.recipe import parse_recipe
+from lighten.runtimes import MODULES, Session
+
+CALIBRATION_TEXTS = 128
+"""Calibration passages of `quantize(static)`. NNCF's own default is 300; 128 gave the same agreement on MiniLM (benchmarks/LOG.md)."""
+
+
+class Worker:
+    """The state of a child: at most one loaded session."""
+
+    def __init__(self) -> None:
+        self.session: Session | None = None
+        self.spec: ModelSpec | None = None
+
+    def build(self, source: str, recipe: str, folder: str, text: str | None, exports: str) -> dict[str, Any]:
+        """Write an artifact."""
+        from lighten.formats.artifact import write_artifact
+        from lighten.judge.text import load_text
+        from lighten.judge.tokens import Tokenizer
+
+        def calibration() -> list[dict[str, Any]]:
+            texts = load_text(Path(text) if text else None).calibration[:CALIBRATION_TEXTS]
+            tokenizer, spec = Tokenizer(Path(source)), read_spec(source)
+            batches = tokenizer.batches(texts, batch_size=1, length=min(128, spec.max_positions or 128))
+            return [{"input_ids": ids[:, : mask.sum()], "attention_mask": mask[:, : mask.sum()]} for ids, mask in batches]
+
+        artifact = write_artifact(Path(source), parse_recipe(recipe), Path(folder), calibration=calibration, exports=Path(exports))
+        return {"size_bytes": artifact.size_bytes}
+
+    def load(self, folder: str, original: str, runtime: str, dtype: str, threads: int) -> dict[str, Any]:
+        """Import the runtime and load a folder with it."""
+        start = time.perf_counter()
+        held = (Path(folder) / "model.safetensors").exists() or (Path(folder) / "model.safetensors.index.json").exists()
+        self.spec = read_spec(Path(folder) if held else Path(original))
+        module = MODULES[runtime]
+        self.session = module.load(Path(folder), self.spec, dtype=dtype, threads=threads)
+        return {"seconds": time.perf_counter() - start, "precision": self.session.precision, "version": module.version()}
+
+    def time(self, phase: str, batch_size: int, seq_len: int, new_tokens: int, seeds: Sequence[int]) -> dict[str, Any]:
+        """Run the workload once for each seed, on other tokens each time; seconds of each."""
+        session, spec = self._loaded()
+        found = []
+        for seed in seeds:
+            ids = np.random.default_rng(seed).integers(10, int(spec.config["vocab_size"]), (batch_size, seq_len))
+            mask = np.ones_like(ids)
+            start = time.perf_counter()
+            if phase == "encode":
+                session.encode(ids, mask)
+            elif phase == "prefill":
+                session.logits(ids)
+            else:
+                last = session.prefill(ids)
+                start = time.perf_counter() if phase == "decode" else start
+                for _ in range(new_tokens - (phase == "generate")):
+                    last = session.decode(last.argmax(-1)[:, None])
+            found.append(time.perf_counter() - start)
+        return {"seconds": found, "peak_memory_bytes": peak_memory_bytes()}
+
+    def embed(self, texts: Sequence[str], tokenizer: str, batch_size: int, seq_len: int, out: str) -> dict[str, Any]:
+        """Sentence embeddings of the texts, pooled as the model's `1_Pooling/config.json` says (mean where there is none), to an .npy file."""
+        from lighten.judge.tokens import Tokenizer
+
+        session, _ = self._loaded()
+        first_token = uses_first_token(Path(tokenizer))
+        rows = []
+        for ids, mask in Tokenizer(Path(tokenizer)).batches(texts, batch_size=batch_size, length=seq_len):
+            hidden = session.encode(ids, mask)
+            weights = mask[..., None].astype(np.float32)
+            rows.append(hidden[:, 0] if first_token else (hidden * weights).sum(1) / weights.sum(1))
+        np.save(out, np.concatenate(rows)[: len(texts)].astype(np.float32))
+        return {}
+
+    def score(self, windows: str, reference: str, write: bool) -> dict[str, Any]:
+        """Score [W, T] token windows: log-likelihoods, and against `reference` (an .npy of logits [W, T-1, V]) KL and top-1; or write it."""
+        from lighten.judge.quality import score_window
+
+        session, spec = self._loaded()
+        ids = np.load(windows)
+        shape = (len(ids), ids.shape[1] - 1, int(spec.config["vocab_size"]))
+        held = np.lib.format.open_memmap(reference, "w+" if write else "r", np.float32, shape if write else None)
+        found: list[dict[str, Any]] = []
+        for row, window in enumerate(ids):
+            logits = session.logits(window[None])[0, :-1]
+            if write:
+                held[row] = logits
+            scores = score_window(logits, window[1:], None if write else held[row])
+            found.append({
+                "log_likelihood": scores.log_likelihood.tolist(),
+                "kl": None if scores.kl is None else scores.kl.tolist(),
+                "top1": None if scores.top1 is None else scores.top1.tolist(),
+            })  # fmt: skip
+        if write:
+            held.flush()
+        return {"windows": found}
+
+    def _loaded(self) -> tuple[Session, ModelSpec]:
+        assert self.session is not None, "the parent loads before it runs"
+        assert self.spec is not None, "the parent loads before it runs"
+        return self.session, self.spec
+
+
+def uses_first_token(folder: Path) -> bool:
+    """Whether a sentence embedding is the first token's hidden state, by the pooling description of sentence-transformers; else the mean."""
+    path = folder / "1_Pooling" / "config.json"
+    return path.is_file() and bool(json.loads(path.read_text()).get("pooling_mode_cls_token"))
+
+
+def peak_memory_bytes() -> int | None:
+    """The largest resident size of this process so far; None where the system does not tell."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
+
+
+def die_with_parent() -> None:
+    """On Linux, end when the parent does, even where it was killed and this process is stopped."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1  # linux/prctl.h
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def serve(worker: Worker) -> None:
+    """Answer commands until stdin ends."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        request: dict[str, Any] = json.loads(line)
+        command: Callable[..., dict[str, Any]] = getattr(worker, request.pop("command"))
+        try:
+            answer = command(**request)
+        except LightenError as error:
+            answer = {"error": str(error), "kind": type(error).__name__}
+        except MemoryError:
+            answer = {"error": "out of memory", "kind": "MemoryError"}
+        except Exception as error:  # noqa: BLE001 - whatever a runtime raises is this trial's failure, reported by the parent
+            answer = {"error": f"{type(error).__name__}: {_first_line(error)}", "kind": "failure"}
+        out.write(json.dumps(answer) + "\n")
+        out.flush()
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")[:300]
+
+
+if __name__ == "__main__":
+    die_with_parent()
+    serve(Worker())

@@ -1,0 +1,54 @@
+"""Stage 8: run it. One contract, one module a runtime, each imported only when it is used."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+from lighten.errors import RuntimeUnavailable
+from lighten.recipe.targets import RUNTIMES
+from lighten.runtimes import onnx_runtime, openvino_runtime, torch_compile, torch_eager
+from lighten.runtimes.session import Runtime, Session
+
+MODULES: dict[str, Runtime] = {
+    "torch": torch_eager, "torch-compile": torch_compile, "onnxruntime": onnx_runtime, "openvino": openvino_runtime,
+}  # fmt: skip
+"""Runtime → its module, by the names that recipes use."""
+
+BUILD_PACKAGES = {
+    "torch": ("torch", "transformers", "safetensors"),
+    "torch-compile": ("torch", "transformers", "safetensors"),
+    "onnxruntime": ("torch", "transformers", "onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("torch", "transformers", "onnx", "onnxscript", "openvino", "nncf"),
+}
+"""Runtime → the packages that building and running its artifacts takes."""
+
+
+def missing_packages(runtime: str) -> list[str]:
+    """Packages that a runtime needs and that are not installed; none is imported to find out."""
+    return [name for name in BUILD_PACKAGES[runtime] if find_spec(name) is None]
+
+
+def require_runtime(runtime: str) -> None:
+    """Raises:
+    RuntimeUnavailable: no such runtime, or not installed, with the extra that installs it.
+    """
+    if runtime not in MODULES:
+        raise RuntimeUnavailable(f"runtime {runtime!r} does not exist; runtimes: {', '.join(MODULES)}.")
+    if missing := missing_packages(runtime):
+        extra = RUNTIMES[runtime].extra
+        raise RuntimeUnavailable(f"runtime {runtime} is not installed (no {', '.join(missing)}); pip install 'lighten[{extra}]'.")
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what measurements depend on, of the packages that are installed."""
+    found = {}
+    for name in ("torch", "transformers", "onnx", "onnxruntime", "openvino", "nncf", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+__all__ = ["MODULES", "Runtime", "Session", "missing_packages", "package_versions", "require_runtime"]

@@ -1,0 +1,92 @@
+"""OpenVINO on the CPU."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lighten.formats.openvino_ir import FILE
+from lighten.model.spec import ModelSpec
+from lighten.runtimes.session import Floats, Ids, Session
+
+MODULES = ("openvino",)
+HINTS = {"float32": "f32", "bfloat16": "bf16"}
+PRODUCTS = ("FullyConnected", "MatMul", "Subgraph")
+NAMES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "i8": "int8", "u8": "int8"}
+
+
+def version() -> str:
+    import openvino
+
+    return str(openvino.__version__).split("-")[0]
+
+
+def load(folder: Path, spec: ModelSpec, *, dtype: str, threads: int) -> Session:
+    """Every property that OpenVINO would choose by itself is stated: precision, cache type, dynamic quantization of activations."""
+    import openvino
+
+    hint = HINTS[dtype]
+    properties = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
+    if spec.is_decoder:
+        properties |= {"KV_CACHE_PRECISION": hint, "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+    compiled = openvino.Core().compile_model(folder / FILE, "CPU", properties)
+    return _OpenVINOSession(compiled, _precision(compiled))
+
+
+def _precision(compiled: Any) -> str:
+    """The type in which most matrix products really run, as the executed graph tells."""
+    found: Counter[str] = Counter()
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        info = node.get_rt_info()
+        if "layerType" in info and info["layerType"].astype(str) in PRODUCTS[:2]:
+            found[info["runtimePrecision"].astype(str)] += 1
+    most = found.most_common(1)[0][0] if found else "not known"
+    return NAMES.get(most, most)
+
+
+class _OpenVINOSession:
+    """See `Session`. A decoder's keys and values live in the request's state, set to no positions before each prompt."""
+
+    def __init__(self, compiled: Any, precision: str) -> None:
+        self._request = compiled.create_infer_request()
+        self.precision = precision
+        self._positions = 0
+
+    def encode(self, input_ids: Ids, attention_mask: Ids) -> Floats:
+        output: Floats = self._request.infer({"input_ids": input_ids, "attention_mask": attention_mask})[0]
+        return output
+
+    def logits(self, input_ids: Ids) -> Floats:
+        self._reset(len(input_ids))
+        return self._run(input_ids)
+
+    def prefill(self, input_ids: Ids) -> Floats:
+        self._reset(len(input_ids))
+        return self.decode(input_ids)
+
+    def decode(self, input_ids: Ids) -> Floats:
+        return self._run(input_ids)[:, -1]
+
+    def _run(self, input_ids: Ids) -> Floats:
+        batch, new = input_ids.shape
+        past, self._positions = self._positions, self._positions + new
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": np.ones((batch, past + new), np.int64),
+            "position_ids": np.broadcast_to(np.arange(past, past + new), (batch, new)).astype(np.int64),
+        }
+        output: Floats = self._request.infer(inputs)[0]
+        return output
+
+    def _reset(self, batch: int) -> None:
+        """No positions for `batch` sequences: the model takes its batch size from the state."""
+        import openvino
+
+        self._request.reset_state()
+        self._positions = 0
+        for state in self._request.query_state():
+            _, heads, _, head_dim = state.state.shape
+            state.state = openvino.Tensor(np.zeros((batch, heads, 0, head_dim), np.float32))
