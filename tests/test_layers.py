@@ -19,7 +19,7 @@ else:
 PACKAGE = Path(__file__).parent.parent / "src" / "lighten"
 ORDER = [
     ["errors"], ["units"], ["model"], ["cost"], ["device"], ["parallel"], ["recipe"], ["compress"], ["formats"], ["runtimes"], ["judge"],
-    ["choose"], ["report"], ["cli", "web"],
+    ["choose"], ["report"], ["verbs"], ["cli", "web"],
 ]  # fmt: skip
 RANK = {stage: rank for rank, stages in enumerate(ORDER) for stage in stages}
 LIGHT = ["errors", "units", "model", "cost", "device", "parallel", "recipe"]  # `pip install lighten` without extras runs these

@@ -128,7 +128,6 @@ def test_formatted_bytes_are_within_a_half_per_cent(value):
     assert float(number) * SIZE_UNITS[unit.replace("k", "K")] == pytest.approx(value, rel=0.0051)
 
 
-@pytest.mark.xfail(reason="119.7 s is shown as '1 min 60 s': minutes and seconds are rounded apart", strict=True)
 @given(st.floats(1, 1e6))
 @example(119.7)
 def test_formatted_seconds_have_no_sixtieth_second_or_minute(seconds):

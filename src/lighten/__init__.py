@@ -1,3 +1,23 @@
-"""lighten: what a Transformer costs before it is run, how to make it smaller and faster, and which way is best, by experiment."""
+"""lighten: what a Transformer costs before it is run, how to make it smaller and faster, and which way is best, by experiment.
+
+The verbs of the command line are functions here: `estimate`, `compress`, `measure`, `choose`, `probe`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lighten.verbs import choose, compress, estimate, measure, probe
 
 __version__ = "0.1.0"
+__all__ = ["__version__", "choose", "compress", "estimate", "measure", "probe"]
+
+
+def __getattr__(name: str) -> Any:
+    """The verbs, imported when they are first asked for: `import lighten` loads nothing else."""
+    if name in __all__:
+        from lighten import verbs
+
+        return getattr(verbs, name)
+    raise AttributeError(f"module 'lighten' has no attribute {name!r}; verbs: {', '.join(__all__[1:])}.")

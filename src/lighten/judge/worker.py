@@ -36,16 +36,11 @@ class Worker:
     def build(self, source: str, recipe: str, folder: str, text: str | None, exports: str) -> dict[str, Any]:
         """Write an artifact."""
         from lighten.formats.artifact import write_artifact
-        from lighten.judge.text import load_text
-        from lighten.judge.tokens import Tokenizer
 
-        def calibration() -> list[dict[str, Any]]:
-            texts = load_text(Path(text) if text else None).calibration[:CALIBRATION_TEXTS]
-            tokenizer, spec = Tokenizer(Path(source)), read_spec(source)
-            batches = tokenizer.batches(texts, batch_size=1, length=min(128, spec.max_positions or 128))
-            return [{"input_ids": ids[:, : mask.sum()], "attention_mask": mask[:, : mask.sum()]} for ids, mask in batches]
-
-        artifact = write_artifact(Path(source), parse_recipe(recipe), Path(folder), calibration=calibration, exports=Path(exports))
+        artifact = write_artifact(
+            Path(source), parse_recipe(recipe), Path(folder), exports=Path(exports),
+            calibration=lambda: calibration_batches(Path(source), Path(text) if text else None),
+        )  # fmt: skip
         return {"size_bytes": artifact.size_bytes}
 
     def load(self, folder: str, original: str, runtime: str, dtype: str, threads: int) -> dict[str, Any]:
@@ -118,6 +113,17 @@ class Worker:
         assert self.session is not None, "the parent loads before it runs"
         assert self.spec is not None, "the parent loads before it runs"
         return self.session, self.spec
+
+
+def calibration_batches(source: Path, text: Path | None) -> list[dict[str, Any]]:
+    """Inputs of one calibration passage each, from the text's calibration part, cut to 128 tokens, without padding."""
+    from lighten.judge.text import load_text
+    from lighten.judge.tokens import Tokenizer
+
+    texts = load_text(text).calibration[:CALIBRATION_TEXTS]
+    longest = min(128, read_spec(source).max_positions or 128)
+    batches = Tokenizer(source).batches(texts, batch_size=1, length=longest)
+    return [{"input_ids": ids[:, : mask.sum()], "attention_mask": mask[:, : mask.sum()]} for ids, mask in batches]
 
 
 def uses_first_token(folder: Path) -> bool:

@@ -1,4 +1,5 @@
-"""Micro-models as ONNX graphs, written as `torch.onnx.export(dynamo=True)` writes a Transformer (torch 2.13, opset 20, SDPA attention).
+"""Micro-models as ONNX graphs, written as `torch.onnx.export(dynamo=True)` writes a Transformer (torch 2.13, opset 20,
+eager attention: what the runtimes recognise and fuse).
 
 The exporter itself takes seconds for each model; these take milliseconds. Weights are random: only their shapes matter to time.
 """
@@ -80,7 +81,7 @@ class _Graph:
             case "attention":
                 return self.attention(x["q"], x["k"], x["v"], self.padding(x["mask"]), (HEADS, case.shape[0]))
             case "block":
-                return self.block(x["x"], self.padding(x["mask"]), case.shape)
+                return self.block(x["x"], self.padding(x["mask"], square=True), case.shape)
             case "layernorm":
                 return self.layernorm(x["x"], case.shape[0])
             case "rmsnorm":
@@ -131,22 +132,23 @@ class _Graph:
         turned = self.op("Concat", self.op("Neg", high), low, axis=-1)
         return self.op("Add", self.op("Mul", x, z), self.op("Mul", turned, z))
 
-    def padding(self, mask: str) -> str:
-        keep = self.op("Unsqueeze", self.op("Cast", mask, to=TensorProto.BOOL), self.whole(1, 2))
+    def padding(self, mask: str, *, square: bool = False) -> str:
+        """0 or -∞ for each key, as [B, 1, 1, K], or as exports have it for each query and key, [B, 1, Q, K]."""
+        seen = self.op("Cast", mask, to=TensorProto.BOOL)
+        keep = self.op("Unsqueeze", seen, self.whole(1, 2))
+        if square:
+            keep = self.op("And", keep, self.op("Unsqueeze", seen, self.whole(1, 3)))
         return self.op("Where", keep, self.constant(np.array(0, np.float32)), self.constant(np.array(-np.inf, np.float32)))
 
     def heads(self, x: str, heads: tuple[int, int], order: tuple[int, ...]) -> str:
         return self.op("Transpose", self.op("Reshape", x, self.whole(0, 0, *heads)), perm=order)
 
     def attention(self, q: str, k: str, v: str, mask: str, heads: tuple[int, int]) -> str:
-        scale = self.constant(np.array(heads[1] ** -0.25, np.float32))
-        queries = self.op("Mul", self.heads(q, heads, (0, 2, 1, 3)), scale)
-        keys = self.op("Mul", self.heads(k, heads, (0, 2, 3, 1)), scale)
-        scores = self.op("Softmax", self.op("Add", self.op("MatMul", queries, keys), mask), axis=-1)
-        zero = self.constant(np.array(0, np.float32))
-        scores = self.op("Where", self.op("IsNaN", scores), zero, scores)  # a row that is masked as a whole gives 0, as in SDPA
-        mixed = self.op("Transpose", self.op("MatMul", scores, self.heads(v, heads, (0, 2, 1, 3))), perm=(0, 2, 1, 3))
-        return self.op("Reshape", mixed, self.whole(0, 0, heads[0] * heads[1]))
+        scores = self.op("MatMul", self.heads(q, heads, (0, 2, 1, 3)), self.heads(k, heads, (0, 2, 3, 1)))
+        scaled = self.op("Mul", scores, self.constant(np.array(heads[1] ** -0.5, np.float32)))
+        shares = self.op("Softmax", self.op("Add", scaled, mask), axis=-1)
+        mixed = self.op("MatMul", shares, self.heads(v, heads, (0, 2, 1, 3)))
+        return self.op("Reshape", self.op("Transpose", mixed, perm=(0, 2, 1, 3)), self.whole(0, 0, heads[0] * heads[1]))
 
     def block(self, x: str, mask: str, shape: tuple[int, ...]) -> str:
         hidden, heads, inner, layers = shape

@@ -1,0 +1,1 @@
+"""Stage 12: the command line. Parse, call one verb, print."""

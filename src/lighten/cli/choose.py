@@ -1,0 +1,48 @@
+"""Try recipes on runtimes and choose the best under your constraints: an artifact and a report."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from lighten import verbs
+from lighten.cli.options import add_json, add_workload, print_json, progress, workload_of
+from lighten.model import read_spec
+from lighten.recipe import read_recipe
+
+EXAMPLE = 'lighten choose .models/minilm --require "neighbour_agreement>=0.97" --minimize latency --batch-size 32 -o chosen'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a folder in Hugging Face format")
+    parser.add_argument("--require", action="append", default=[], metavar="LIMIT", help="such as size<=50MB, latency<=0.5x, quality>=0.99; repeatable")
+    parser.add_argument("--minimize", default="latency", metavar="FIGURE", help="latency (default), size or memory")
+    parser.add_argument("--budget", metavar="TIME", help="no trial starts that would end later, such as 20min (default: none)")
+    parser.add_argument("--recipe", action="append", default=[], metavar="TEXT|FILE", help="try this one instead of the usual ones; repeatable")
+    parser.add_argument("--text", metavar="FILE", help="calibrate and judge by it: .txt or .jsonl (default: the embedded text)")
+    parser.add_argument("--engine", choices=("local",), default="local", help="where trials run")
+    parser.add_argument("--threads", type=int, metavar="N", help="of every trial (default: all cores that this process may use)")
+    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="a folder; run again with the same one to go on")
+    add_workload(parser, phases=("encode", "prefill", "decode", "generate"))
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from lighten.choose.search import Request, parse_budget
+    from lighten.report import choice_table, prediction_table
+
+    spec = read_spec(arguments.model)
+    request = Request(
+        model=Path(arguments.model), out=Path(arguments.output), workload=verbs.make_workload(spec, dtype="float32", **workload_of(arguments)),
+        require=tuple(arguments.require), minimize=arguments.minimize, budget_s=parse_budget(arguments.budget) if arguments.budget else None,
+        text=Path(arguments.text) if arguments.text else None, recipes=tuple(read_recipe(text) for text in arguments.recipe),
+        threads=arguments.threads or verbs.usable_cores(), command=shlex.join(["lighten", *sys.argv[1:]]),
+    )  # fmt: skip
+    choice = verbs.choose(request, log=progress)
+    if arguments.json:
+        print_json(choice)
+    else:
+        print(f"\n{choice_table(choice)}\n\n{prediction_table(choice)}\n\nreport: {request.out / 'report.html'}")
+    return 0 if choice["chosen"] else 1

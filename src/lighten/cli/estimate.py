@@ -1,0 +1,59 @@
+"""What a model costs: parameters, FLOPs, memory, and with --device the time. No weight is loaded."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+from lighten import verbs
+from lighten.cli.options import add_json, add_numerics, add_workload, print_json, workload_of
+from lighten.recipe.estimate import Estimate
+from lighten.units import format_bytes, format_count, format_seconds
+
+EXAMPLE = "lighten estimate .models/minilm --batch-size 32 --seq-len 128 --device this"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a folder in Hugging Face format, or a hub id")
+    add_workload(parser)
+    add_numerics(parser)
+    parser.add_argument("--device", metavar="NAME", help="this: the machine that `lighten probe` measured")
+    parser.add_argument("--recipe", metavar="TEXT|FILE", help="what the model becomes first, such as 'quantize(rtn, bits=4, group_size=64)'")
+    parser.add_argument("--method", choices=("auto", "formula"), default="auto", help="default auto: the formula where the family has one")
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    found = verbs.estimate(arguments.model, recipe=arguments.recipe, device=arguments.device, **workload_of(arguments))
+    print_json(found.as_json()) if arguments.json else print(estimate_text(found))
+    return 0
+
+
+def estimate_text(found: Estimate) -> str:
+    """The estimate for people: one line a figure, the parts behind it."""
+    spec, asked, memory = found.spec, found.workload, found.memory
+    shape = f"batch {asked.batch_size} × {asked.seq_len}" + (f" + {asked.new_tokens} new" if asked.new_tokens else "")
+    matmul = sum(found.matmul.values())
+    parts = {name: getattr(memory, name) for name in ("weights", "gradients", "optimizer", "activations", "kv_cache", "temporary")}
+    lines = [
+        f"{spec.name} ({spec.architecture}, {spec.layers} layers), {asked.phase}, {shape}, {asked.dtype}",
+        f"  parameters  {spec.total_parameters:,}  ({_shares(spec.parameters(), format_count)})",
+        f"  FLOPs       {format_count(found.total_flops)}, of them {matmul:,} in matrix products  ({_shares(found.matmul, format_count)})",
+        f"  memory      {format_bytes(memory.peak)}  ({_shares({k.replace('_', ' '): v for k, v in parts.items() if v}, format_bytes)})",
+        f"  on disk     {format_bytes(found.size_bytes)}",
+    ]
+    if found.time:
+        time = found.time
+        range_ = f" ({format_seconds(time.low)} to {format_seconds(time.high)})" if time.low is not None else ""
+        rate = f"{asked.tokens / time.seconds:,.0f} tokens/s"
+        mfu = f", {found.mfu:.0%} of the measured peak" if found.mfu is not None else ""
+        lines.append(f"  time        {format_seconds(time.seconds)}{range_} on {found.device}: {rate}, bound by {time.bound_by}{mfu}")
+    if found.process_bytes:
+        lines.append(f"  process     {format_bytes(found.process_bytes)} resident at the peak, the runtime included")
+    lines += [f"  · {line}" for line in found.assumptions]
+    lines += [f"  ! {line}" for line in found.warnings]
+    return "\n".join(lines)
+
+
+def _shares(parts: dict[str, int], say: Callable[[float], str]) -> str:
+    return ", ".join(f"{name} {say(value)}" for name, value in parts.items())

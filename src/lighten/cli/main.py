@@ -1,0 +1,58 @@
+"""`lighten`: one parser, one module a command, one place where a mistake becomes a line and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import lighten
+from lighten.cli import choose, compress, estimate, measure, probe, report
+from lighten.errors import LightenError
+
+COMMANDS = {"estimate": estimate, "compress": compress, "measure": measure, "choose": choose, "probe": probe, "report": report}
+
+
+class _Parser(argparse.ArgumentParser):
+    """A wrong command line is one line and exit 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; 0 on success, 1 where nothing met the constraints, 2 with one line on a user's mistake."""
+    parser = _Parser(prog="lighten", description="What a Transformer costs, how to make it smaller and faster, and which way is best.")
+    parser.add_argument("--version", action="version", version=lighten.__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    for name, module in COMMANDS.items():
+        summary = (module.__doc__ or "").splitlines()[0]
+        command = commands.add_parser(
+            name, help=summary, description=summary, epilog=f"example:\n  {module.EXAMPLE}", formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        module.add_arguments(command)
+    arguments = parser.parse_args(argv)
+    try:
+        return COMMANDS[arguments.command].run(arguments)
+    except LightenError as error:
+        return _mistake(str(error))
+    except KeyboardInterrupt:
+        return _mistake("interrupted", 130)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of the output left; there is nobody to tell
+        return 1
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            return _mistake(f"{error.filename or 'output'}: {error.strerror}")
+        raise
+
+
+def _mistake(text: str, code: int = 2) -> int:
+    print(f"lighten: {' '.join(text.split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""Run a model or an artifact beside its original: latency, memory, size, quality, each with its prediction."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from lighten import verbs
+from lighten.cli.options import add_json, add_workload, print_json, progress, workload_of
+from lighten.recipe import RUNTIMES
+from lighten.units import format_bytes, format_seconds
+
+EXAMPLE = "lighten measure minilm-int8 --batch-size 32 --seq-len 128"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL|ARTIFACT", help="a model folder, or a folder that `lighten compress` wrote")
+    parser.add_argument("--runtime", choices=RUNTIMES, help="for a model folder (default torch); an artifact has its own")
+    parser.add_argument("--text", metavar="FILE", help="text to judge by: .txt or .jsonl (default: the embedded text)")
+    parser.add_argument("--threads", type=int, metavar="N", help="default: all cores that this process may use")
+    add_workload(parser, phases=("encode", "prefill", "decode", "generate"))
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    found = verbs.measure(
+        arguments.model, runtime=arguments.runtime, text=arguments.text, threads=arguments.threads, log=progress, **workload_of(arguments)
+    )
+    print_json(found) if arguments.json else print(measurement_text(found))
+    return 0
+
+
+def measurement_text(found: dict[str, Any]) -> str:
+    """predicted | measured | ratio, then quality."""
+    predicted, ratio = found["predicted"], found["ratio"]
+    rows = [("", "predicted", "measured", "ratio")]
+    for key, name, say in (
+        ("size_bytes", "size", format_bytes), ("peak_memory_bytes", "peak memory", format_bytes), ("latency_s", "latency", format_seconds),
+    ):  # fmt: skip
+        rows.append((name, say(predicted[key]), say(found[key]), f"{ratio[key]:.2f}" if ratio[key] else "not known"))
+    lines = [f"{name:12} {a:>12} {b:>12} {c:>10}" for name, a, b, c in rows]
+    first, third = format_seconds(found["latency_q1_s"]), format_seconds(found["latency_q3_s"])
+    lines.append(f"latency quartiles {first} to {third}, {found['throughput']:,.0f} tokens/s, {found['speedup']:.2f}x as fast as the original beside it")
+    lines.append(f"ran in {found['precision']}, ready after {format_seconds(found['cold_start_s'])}")
+    for name, score in found["quality"].items():
+        error = f" ± {score['standard_error']:.4f}" if score["standard_error"] is not None else ""
+        lines.append(f"{name:20} {score['value']:.4f}{error}")
+    return "\n".join(lines)

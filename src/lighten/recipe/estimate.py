@@ -1,0 +1,197 @@
+"""What a model costs under a recipe and a workload: parameters, FLOPs, memory, and on a measured device the time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lighten.cost.memory import MemoryBreakdown, workload_memory
+from lighten.cost.operators import Forward, Op, forward_operators
+from lighten.cost.workload import OPTIMIZER_STATE, Workload, check_workload
+from lighten.device.profile import EngineProfile, Profile
+from lighten.device.roofline import TimePrediction, predict_peak_memory, predict_time
+from lighten.errors import DeviceError, WorkloadError
+from lighten.model.spec import Embedding, Linear, ModelSpec
+from lighten.recipe.predict import apply_recipe, artifact_bytes, compute_dtype, loaded_weight_bytes
+from lighten.recipe.recipe import Recipe
+from lighten.units import dtype_bytes
+
+BACKWARD = 2
+"""Each product of the forward pass has two in the backward pass, for its input's and its weight's gradient, of the same size each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """The answer of `lighten estimate`; `as_json` gives the contract's form.
+
+    Attributes:
+        flops: by component: matrix products, the same without masked scores, and everything.
+        time: None without a device.
+        size_bytes: of the artifact on disk.
+        process_bytes: peak resident size of a process that runs it; None where the device's probe does not tell.
+    """
+
+    spec: ModelSpec
+    workload: Workload
+    matmul: dict[str, int]
+    matmul_causal: int
+    total_flops: int
+    memory: MemoryBreakdown
+    size_bytes: int
+    device: str | None
+    time: TimePrediction | None
+    mfu: float | None
+    process_bytes: int | None
+    free_bytes: int | None
+    assumptions: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """The document of `lighten estimate --json`."""
+        spec, workload, by_component = self.spec, self.workload, self.spec.parameters()
+        return {
+            "model": {"name": spec.name, "family": spec.family, "source": spec.source, "dtype": spec.dtype, "layers": spec.layers},
+            "workload": {
+                "phase": workload.phase, "batch_size": workload.batch_size, "seq_len": workload.seq_len, "new_tokens": workload.new_tokens,
+                "dtype": workload.dtype, "kv_dtype": workload.kv_dtype or (workload.dtype if spec.is_decoder else None),
+                "attention": workload.attention, "optimizer": workload.optimizer, "recompute": workload.recompute,
+            },
+            "method": "formula",
+            "parameters": {
+                "total": spec.total_parameters, "active": spec.total_parameters, "trainable": spec.total_parameters,
+                "embedding": by_component.get("embedding", 0), "by_component": by_component,
+            },
+            "flops": {
+                "total": self.total_flops, "matmul": sum(self.matmul.values()), "matmul_causal": self.matmul_causal, "by_component": self.matmul,
+            },
+            "memory": {"peak": self.memory.peak, **asdict(self.memory)},
+            "size_bytes": self.size_bytes,
+            "time": self._time_json(),
+            "fits": [] if self.device is None else [{"device": self.device, "count": 1, "free": self.free_bytes}],
+            "assumptions": list(self.assumptions), "warnings": list(self.warnings),
+        }  # fmt: skip
+
+    def _time_json(self) -> dict[str, Any] | None:
+        if self.time is None:
+            return None
+        return {
+            "seconds": self.time.seconds, "low": self.time.low, "high": self.time.high, "bound_by": self.time.bound_by,
+            "tokens_per_second": self.workload.tokens / self.time.seconds, "mfu": self.mfu,
+        }  # fmt: skip
+
+
+def estimate(spec: ModelSpec, workload: Workload, *, recipe: Recipe | None = None, device: str | None = None, profile: Profile | None = None) -> Estimate:
+    """Parameters, FLOPs and memory of a workload on a model as the recipe leaves it, and on a measured device its time.
+
+    Raises:
+        WorkloadError, RecipeError, DeviceError: what is asked does not fit the model, the runtime or the device.
+    """
+    recipe = recipe or Recipe()
+    check_workload(spec, workload)
+    changed = apply_recipe(recipe, spec)
+    if workload.phase == "train" and any(isinstance(p, Linear | Embedding) and p.weight.bits for p in changed.parts):
+        raise WorkloadError("phase train of quantized weights is not supported: codes have no gradient; train first, then quantize.")
+    passes = forward_passes(changed, workload)
+    ops = [(op, count) for operators, count in passes for op in operators]
+    times = 1 + BACKWARD if workload.phase == "train" else 1
+    times += workload.phase == "train" and workload.recompute == "full"
+    matmul: dict[str, int] = {}
+    for op, count in ops:
+        if op.matmul_flops:
+            matmul[op.component] = matmul.get(op.component, 0) + times * count * op.matmul_flops // 2
+    memory = workload_memory(changed, workload)
+    engine = _engine(recipe, changed, profile) if profile else None
+    time = _time(passes, changed, workload, engine, profile) if engine and profile else None
+    process = predict_peak_memory(loaded_weight_bytes(recipe, changed), memory.activations + memory.temporary + memory.kv_cache, engine) if engine else None
+    machine_bytes = profile.machine.memory_bytes if profile else None
+    needed = process or memory.peak
+    return Estimate(
+        spec=changed, workload=workload, matmul=matmul, matmul_causal=times * sum(count * op.causal_flops for op, count in ops) // 2,
+        total_flops=times * sum(count * op.flops for op, count in ops) // 2, memory=memory, size_bytes=artifact_bytes(recipe, changed), device=device,
+        time=time, mfu=sum(matmul.values()) / time.seconds / peak_flops_per_s(engine) if engine and time else None, process_bytes=process,
+        free_bytes=machine_bytes - needed if machine_bytes is not None else None,
+        assumptions=_assumptions(workload, recipe, device), warnings=_warnings(machine_bytes, needed),
+    )  # fmt: skip
+
+
+def forward_passes(spec: ModelSpec, workload: Workload) -> list[tuple[list[Op], int]]:
+    """The forward passes of a workload, each with twice the number of times that it is run.
+
+    FLOPs and bytes of a decoding step are linear in its context, so the first and the last step, each counted half as often as there are
+    steps, give the exact sum; twice the number keeps it whole.
+    """
+    batch, length, dtype = workload.batch_size, workload.seq_len, workload.dtype
+    passes: list[tuple[list[Op], int]] = []
+    if workload.phase in ("encode", "prefill", "train", "generate"):
+        last = workload.phase == "generate"
+        passes.append((forward_operators(spec, Forward(batch_size=batch, query_len=length, key_len=length, last_logits_only=last), dtype), 2))
+    steps = workload.new_tokens - (workload.phase == "generate")  # the prefill of a generation gives its first token
+    if steps > 0:
+        for keys in (length + 1, length + steps):
+            passes.append((forward_operators(spec, Forward(batch_size=batch, query_len=1, key_len=keys), dtype), steps))
+    return passes
+
+
+def engine_name(recipe: Recipe, spec: ModelSpec) -> str:
+    """The measured engine that stands for a recipe's runtime: `runtime/int8` where activations are int8, else by the computing type."""
+    quantized = any(isinstance(part, Linear) and part.weight.activations for part in spec.parts)
+    return f"{recipe.runtime}/{'int8' if quantized else compute_dtype(recipe, spec)}"
+
+
+def peak_flops_per_s(engine: EngineProfile) -> float:
+    """The highest rate of a matrix product that the probe saw."""
+    return max(2 * s.rows * s.shape[0] * s.shape[1] / s.seconds for s in engine.samples if s.kind == "linear")
+
+
+def _engine(recipe: Recipe, spec: ModelSpec, profile: Profile) -> EngineProfile:
+    name = engine_name(recipe, spec)
+    if name in profile.failures:
+        raise DeviceError(f"engine {name} could not be measured: {profile.failures[name]}")
+    if name not in profile.engines:
+        raise DeviceError(f"engine {name} was not measured; measured: {', '.join(profile.engines)}. Run `lighten probe --engine {name}`.")
+    return profile.engines[name]
+
+
+def _time(
+    passes: Sequence[tuple[list[Op], int]], spec: ModelSpec, workload: Workload, engine: EngineProfile, profile: Profile
+) -> TimePrediction:
+    predictions = [(predict_time(ops, engine, profile), count / 2) for ops, count in passes]
+    factor, more = 1.0, 0.0
+    if workload.phase == "train":
+        if engine.name != "torch/float32":
+            raise DeviceError(f"phase train is timed on engine torch/float32, not on {engine.name}.")
+        factor = 1 + BACKWARD + (workload.recompute == "full")
+        # the optimizer reads gradient, weight and state and writes weight and state, at the bandwidth of sets that no cache holds
+        moved = (3 + 2 * OPTIMIZER_STATE[str(workload.optimizer)]) * spec.total_parameters * dtype_bytes(workload.dtype)
+        more = moved / profile.bandwidth[-1].copy_bytes_per_s
+    longest = max(predictions, key=lambda found: found[0].seconds * found[1])[0]
+
+    def total(name: str) -> float | None:
+        values = [getattr(prediction, name) for prediction, _ in predictions]
+        if any(value is None for value in values):
+            return None
+        return more + factor * sum(value * count for value, (_, count) in zip(values, predictions, strict=True))
+
+    return TimePrediction(seconds=total("seconds") or 0.0, low=total("low"), high=total("high"), bound_by=longest.bound_by)
+
+
+def _assumptions(workload: Workload, recipe: Recipe, device: str | None) -> tuple[str, ...]:
+    said = ["a multiply-add is 2 FLOPs; causal attention is counted in full, matmul_causal leaves out the masked scores"]
+    if workload.phase == "prefill":
+        said.append("logits at every position, as model(...) computes them")
+    if workload.phase == "generate":
+        said.append("logits at the last prompt position alone; the prefill gives the first new token")
+    if workload.phase == "train":
+        said.append("the backward pass has twice the forward pass's FLOPs; the optimizer's own are left out")
+    if recipe.runtime in ("torch", "torch-compile") and "quantize" in recipe.steps_text:
+        said.append(f"{recipe.runtime} expands codes when it loads them: smaller on disk, not in memory")
+    if device:
+        said.append(f"time of {recipe.runtime_text} from the rates that `lighten probe` measured; low to high is a 90 % range")
+    return tuple(said)
+
+
+def _warnings(machine_bytes: int | None, needed: int) -> tuple[str, ...]:
+    if machine_bytes is not None and needed > machine_bytes:
+        return (f"needs {needed} bytes, the device has {machine_bytes}",)
+    return ()

@@ -1,0 +1,219 @@
+"""The verbs, as functions: what the command line does, `import lighten` does."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lighten.cost.workload import Phase, Workload, check_workload
+from lighten.device.find import find_device
+from lighten.errors import DeviceError, ModelError, WorkloadError
+from lighten.model import ModelSpec, read_spec
+from lighten.recipe import Recipe, apply_recipe, read_recipe
+from lighten.recipe.estimate import Estimate
+from lighten.recipe.predict import compute_dtype
+from lighten.units import parse_dtype
+
+if TYPE_CHECKING:
+    from lighten.choose.search import Request
+    from lighten.device import Profile
+    from lighten.formats.artifact import Artifact
+
+Log = Callable[[str], None]
+TIMEOUT_S = 900.0
+
+
+def silent(line: str) -> None:
+    """Log nothing."""
+
+
+def make_workload(spec: ModelSpec, *, phase: Phase | None = None, dtype: str | None = None, **asked: Any) -> Workload:
+    """A workload with what fits the model where nothing was asked: an encoder encodes; a decoder generates where `new_tokens` are asked
+    for, else prefills; AdamW trains; the type is that of the checkpoint.
+
+    Raises:
+        WorkloadError: impossible, or more than the model's positions.
+    """
+    if phase is None:
+        phase = ("generate" if asked.get("new_tokens") else "prefill") if spec.is_decoder else "encode"
+    if phase == "train":
+        asked["optimizer"] = asked.get("optimizer") or "adamw"
+    if phase in ("decode", "generate"):
+        asked["new_tokens"] = asked.get("new_tokens") or (1 if phase == "decode" else 32)
+    if asked.get("kv_dtype"):
+        asked["kv_dtype"] = parse_dtype(asked["kv_dtype"])
+    workload = Workload(phase=phase, dtype=parse_dtype(dtype) if dtype else spec.dtype, **asked)
+    check_workload(spec, workload)
+    return workload
+
+
+def estimate(model: str | Path, *, recipe: str | None = None, device: str | None = None, **workload: Any) -> Estimate:
+    """What a model costs: parameters, FLOPs, memory, and with `device` the time. No weight is loaded.
+
+    Args:
+        model: a folder in Hugging Face format, or a hub id.
+        recipe: a recipe's text or file, read on the model's spec.
+        device: `this`, the machine that `lighten probe` measured.
+        workload: phase, batch_size, seq_len, new_tokens, dtype, kv_dtype, attention, optimizer, recompute.
+
+    Raises:
+        LightenError: whatever of this cannot be read or does not fit together.
+    """
+    from lighten.recipe.estimate import estimate as estimate_spec
+
+    spec = read_spec(model)
+    said = read_recipe(recipe) if recipe else Recipe()
+    asked_dtype = workload.pop("dtype", None)
+    dtype = asked_dtype or compute_dtype(said, apply_recipe(said, spec))
+    profile = find_device(device) if device else None
+    return estimate_spec(spec, make_workload(spec, dtype=dtype, **workload), recipe=said, device=device, profile=profile)
+
+
+def compress(model: str | Path, recipe: str, out: str | Path, *, text: str | Path | None = None) -> Artifact:
+    """Carry a recipe out and write the artifact to `out`, with `lighten.json` beside it.
+
+    Raises:
+        LightenError: whatever of this cannot be read or done; nothing half-written stays.
+    """
+    from lighten.formats.artifact import write_artifact
+    from lighten.judge.worker import calibration_batches
+    from lighten.runtimes import require_runtime
+
+    said, source = read_recipe(recipe), _folder(model)
+    apply_recipe(said, read_spec(source))
+    require_runtime(said.runtime)
+    chosen = Path(text) if text else None
+    return write_artifact(source, said, Path(out), calibration=lambda: calibration_batches(source, chosen))
+
+
+def measure(
+    model: str | Path, *, runtime: str | None = None, text: str | Path | None = None, threads: int | None = None, log: Log = silent, **workload: Any
+) -> dict[str, Any]:
+    """Run a model or an artifact beside the original, and hold it against its prediction: the document of `lighten measure --json`.
+
+    Raises:
+        LightenError: whatever of this cannot be read or run.
+    """
+    from lighten.choose.outcome import ratios
+    from lighten.choose.trial import predict
+    from lighten.formats.artifact import MANIFEST, read_artifact
+    from lighten.judge.child import WorkerFailed
+    from lighten.judge.measure import Judge, Limits, Target, artifact_target, model_bytes
+    from lighten.judge.text import load_text
+    from lighten.runtimes import require_runtime
+
+    folder = _folder(model)
+    made = read_artifact(folder) if (folder / MANIFEST).is_file() else None
+    if made and runtime and runtime != made.recipe.runtime:
+        raise WorkloadError(f"{folder} is an artifact for runtime {made.recipe.runtime}; it does not run on {runtime}.")
+    recipe = made.recipe if made else read_recipe(f"@ {runtime or 'torch'}")
+    require_runtime(recipe.runtime)
+    original = made.original if made else folder
+    if not original.is_dir():
+        raise ModelError(f"{folder} was made from {original}, which is not there any more; quality is measured against it.")
+    spec = read_spec(original)
+    asked = make_workload(spec, dtype="float32", **workload)
+    profile = _profile_or_none()
+    cores = threads or usable_cores()
+    with tempfile.TemporaryDirectory(prefix="lighten-") as work, contextlib.ExitStack() as stack:
+        if made:
+            target = artifact_target(folder, recipe.runtime, made.dtype)
+        elif recipe.runtime in ("torch", "torch-compile"):
+            target = Target(folder=folder, runtime=recipe.runtime, dtype=compute_dtype(recipe, spec), size_bytes=model_bytes(folder))
+        else:
+            log(f"writing an artifact for {recipe.runtime}")
+            written = compress(folder, str(recipe), Path(work) / "artifact", text=text)
+            target = artifact_target(written.folder, recipe.runtime, written.dtype)
+        limits = Limits(threads=cores, memory_bytes=2**62, timeout_s=TIMEOUT_S)
+        judge = Judge(original, spec, load_text(Path(text) if text else None), asked, limits, Path(work))
+        stack.callback(judge.close)
+        log(f"measuring {folder} by {recipe.runtime_text} beside the original")
+        try:
+            measured = judge.measure(target).as_json()
+        except WorkerFailed as error:
+            raise WorkloadError(f"{folder} could not be measured: {error}") from error
+    predicted = predict(spec, asked, recipe, profile) if profile else predict_without_device(spec, asked, recipe)
+    return measured | {"recipe": str(recipe), "predicted": predicted, "ratio": ratios(predicted, measured)}
+
+
+def choose(request: Request, *, log: Log = silent) -> dict[str, Any]:
+    """Choose by experiment and write choice.json, artifact/ and report.html: the content of choice.json.
+
+    Raises:
+        LightenError: a mistake in the request.
+    """
+    from lighten.choose import choose as search
+    from lighten.report import write_report
+
+    choice = search(request, log=log)
+    write_report(choice, request.out / "report.html")
+    return choice
+
+
+def probe(*, threads: int | None = None, engines: Sequence[str] | None = None, log: Log = silent) -> Profile:
+    """Measure this machine and keep its profile in the user's data folder; engines that are not asked for keep what was known of them.
+
+    Raises:
+        DeviceError: an engine that does not exist.
+        OutputError: the data folder cannot be written.
+    """
+    from lighten.device import probe as measure_machine
+    from lighten.device import save_profile
+
+    found = measure_machine(threads=threads or usable_cores(), log=log, engines=engines)
+    known = _profile_or_none()
+    if engines and known and known.threads == found.threads:
+        failures = {name: reason for name, reason in known.failures.items() if name not in found.engines}
+        found = replace(found, engines={**known.engines, **found.engines}, failures={**failures, **found.failures})
+    save_profile(found)
+    return found
+
+
+def predict_without_device(spec: ModelSpec, workload: Workload, recipe: Recipe) -> dict[str, Any]:
+    """The predictions that need no measured machine: the size."""
+    from lighten.recipe.predict import artifact_bytes
+
+    unknown = dict.fromkeys(("peak_memory_bytes", "latency_s", "latency_low_s", "latency_high_s"))
+    return {"size_bytes": artifact_bytes(recipe, apply_recipe(recipe, spec)), **unknown}
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def read_choice(folder: Path) -> dict[str, Any]:
+    """`choice.json` of a folder that `choose` wrote.
+
+    Raises:
+        ModelError: none there, or not readable.
+    """
+    path = folder / "choice.json"
+    try:
+        choice = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: no readable choice.json ({error}).") from error
+    if not isinstance(choice, dict) or "candidates" not in choice:
+        raise ModelError(f"{path} is not what `lighten choose` writes.")
+    return choice
+
+
+def _folder(model: str | Path) -> Path:
+    path = Path(model)
+    if not path.is_dir():
+        raise ModelError(f"{model}: no such folder; this command needs the model's weights: download it into a folder first.")
+    return path
+
+
+def _profile_or_none() -> Profile | None:
+    try:
+        return find_device("this")
+    except DeviceError:
+        return None
+
