@@ -246,9 +246,7 @@ def blocks_with(factors: dict[str, float], engine: EngineProfile) -> tuple[Block
 
 def test_blocks_that_cost_their_sum_give_factors_of_1_and_no_spread() -> None:
     engine = make_engine()
-    found = fit_blocks(
-        replace(engine, blocks=blocks_with(dict.fromkeys(("linear", "attention", "pointwise", "overhead"), 1.0), engine)), FLAT
-    )
+    found = fit_blocks(replace(engine, blocks=blocks_with(dict.fromkeys(("linear", "attention", "pointwise", "overhead"), 1.0), engine)), FLAT)
     assert list(found.factors.values()) == pytest.approx([1.0] * 4, abs=1e-6)
     assert found.spread == pytest.approx(0, abs=1e-6)
     assert found.blocks == 7
@@ -262,9 +260,7 @@ def test_calibration_finds_what_fusion_saves() -> None:
     unseen = block(batch_size=8, seq_len=200)
     ops = block_operators(unseen, "float32")
     parts = sum_parts(ops, engine, FLAT).by_class
-    assert predict_time(ops, calibrated, make_profile()).seconds == pytest.approx(
-        sum(truth[name] * parts[name] for name in parts), rel=0.05
-    )
+    assert predict_time(ops, calibrated, make_profile()).seconds == pytest.approx(sum(truth[name] * parts[name] for name in parts), rel=0.05)
 
 
 def test_scattered_blocks_widen_the_range() -> None:
@@ -330,9 +326,7 @@ def test_a_failed_write_leaves_the_old_profile_and_nothing_beside_it(home, monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", full_disk)
-    with pytest.raises(
-        OutputError, match=r"profile\.json: cannot be written \(No space left on device\); LIGHTEN_HOME names another folder"
-    ):
+    with pytest.raises(OutputError, match=r"profile\.json: cannot be written \(No space left on device\); LIGHTEN_HOME names another folder"):
         save_profile(make_profile(CACHES))
     assert profile_path().read_text() == before
     assert [path.name for path in home.iterdir()] == ["profile.json"]

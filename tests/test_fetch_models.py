@@ -30,9 +30,7 @@ def test_right_checksum_passes(tmp_path: Path) -> None:
 def test_wrong_checksum_is_refused_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "some.whl"
     path.write_bytes(b"other")
-    with pytest.raises(
-        fetch_models.FetchError, match=rf"^expected some\.whl with SHA-256 {EMPTY_SHA256}, found .*; refused: use an index .*$"
-    ):
+    with pytest.raises(fetch_models.FetchError, match=rf"^expected some\.whl with SHA-256 {EMPTY_SHA256}, found .*; refused: use an index .*$"):
         fetch_models.check_sha256(path, EMPTY_SHA256)
 
 
@@ -89,9 +87,7 @@ def test_file_that_is_no_safetensors_is_not_finished(content: bytes, tmp_path: P
     assert not fetch_models.is_finished(tmp_path / "minilm")
 
 
-def test_build_that_leaves_no_whole_model_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_build_that_leaves_no_whole_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(fetch_models.MODELS, "minilm", lambda scratch, target, models: target.mkdir())
     assert fetch_models.main(["minilm", "--into", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("fetch_models: asked for minilm, found no whole model in what was built; ")
@@ -131,9 +127,7 @@ def tiny_llama(*, heads: int, key_value_heads: int) -> LlamaForCausalLM:
 
 
 @pytest.mark.parametrize("key_value_heads", [1, 2, 4])
-@pytest.mark.parametrize(
-    "change", [fetch_models.fold_norms, lambda model: fetch_models.scale_channels(model, seed=0)], ids=["fold", "scale"]
-)
+@pytest.mark.parametrize("change", [fetch_models.fold_norms, lambda model: fetch_models.scale_channels(model, seed=0)], ids=["fold", "scale"])
 def test_changes_keep_the_function(change, key_value_heads: int) -> None:
     model = tiny_llama(heads=4, key_value_heads=key_value_heads)
     ids = torch.arange(12).view(2, 6)

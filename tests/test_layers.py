@@ -86,9 +86,7 @@ def test_no_stage_imports_a_later_one():
 
 
 def test_the_first_stages_import_with_the_base_requirements_alone():
-    found = {
-        str(path.relative_to(PACKAGE)): not_light(path.read_text("utf-8"), package_of(path)) for stage, path in modules() if stage in LIGHT
-    }
+    found = {str(path.relative_to(PACKAGE)): not_light(path.read_text("utf-8"), package_of(path)) for stage, path in modules() if stage in LIGHT}
     assert {path: names for path, names in found.items() if names} == {}
 
 

@@ -227,9 +227,7 @@ def test_any_of_two_equal_first_tokens_agrees():
 
 def windows_of(seed, lengths):
     random = np.random.default_rng(seed)
-    return [
-        TokenScores(log_likelihood=-random.exponential(2, n), kl=random.exponential(1, n), top1=random.random(n) < 0.7) for n in lengths
-    ]
+    return [TokenScores(log_likelihood=-random.exponential(2, n), kl=random.exponential(1, n), top1=random.random(n) < 0.7) for n in lengths]
 
 
 @given(seeds, st.lists(st.integers(1, 9), min_size=2, max_size=8))
@@ -332,9 +330,7 @@ def test_two_texts_are_too_few():
 
 
 def test_another_vocabulary_is_refused():
-    with pytest.raises(
-        ModelError, match=r"logits are \[3, 5\] \(positions, vocabulary\) and the original's \[3, 4\]; only models with one vocab"
-    ):
+    with pytest.raises(ModelError, match=r"logits are \[3, 5\] \(positions, vocabulary\) and the original's \[3, 4\]; only models with one vocab"):
         kl_divergence(normal(0, 3, 4), normal(0, 3, 5))
 
 
@@ -350,9 +346,7 @@ def test_another_number_of_positions_is_refused():
 
 
 def test_windows_that_do_not_match_are_refused():
-    with pytest.raises(
-        ModelError, match="scored on 2 windows of 5 tokens and the original on 1 of 5; give both the same text, window by window"
-    ):
+    with pytest.raises(ModelError, match="scored on 2 windows of 5 tokens and the original on 1 of 5; give both the same text, window by window"):
         language_fidelity(windows_of(0, [5]), windows_of(0, [2, 3]))
 
 

@@ -29,9 +29,7 @@ from lighten.report.svg import Box, Wanted, linear_ticks, log_ticks, place_label
 MB = 10**6
 
 
-def trial(
-    name: str, runtime: str, *, size: float, memory: float, ms: float, of_ms: float, quality: dict[str, Any], **more: Any
-) -> dict[str, Any]:
+def trial(name: str, runtime: str, *, size: float, memory: float, ms: float, of_ms: float, quality: dict[str, Any], **more: Any) -> dict[str, Any]:
     """A measured trial whose predictions are off by various factors."""
     wave = (ms * 0.37 + size) % 7 / 7  # varied, and the same in every run
     off = more.pop("off", (0.99 + 0.02 * wave, 0.7 + 0.4 * wave, 1.35 - 0.5 * wave))
@@ -111,9 +109,7 @@ def encoder_choice() -> dict[str, Any]:
             one("quantize(dynamic, bits=8)", "onnxruntime", 23.1, 148, fidelity(0.904, 0.013, 0.991), meets=False, precision="int8"),
             one("", "openvino", 91.2, 265, same),
             one("", "openvino(dtype=bfloat16)", 91.2, 139, fidelity(0.988, 0.0048, 0.9997), precision="bfloat16"),
-            one(
-                "quantize(static, bits=8)", "openvino", 23.4, 93, fidelity(0.893, 0.0137, 0.990), meets=False, pareto=True, precision="int8"
-            ),
+            one("quantize(static, bits=8)", "openvino", 23.4, 93, fidelity(0.893, 0.0137, 0.990), meets=False, pareto=True, precision="int8"),
             one("quantize(rtn, bits=8)", "openvino(dtype=bfloat16)", 23.6, 141, fidelity(0.984, 0.0055, 0.9994), off=(0.91, 0.8, 1.3)),
             one(
                 "prune(magnitude, sparsity=0.5) | quantize(rtn, bits=4, group_size=64)",
@@ -125,9 +121,7 @@ def encoder_choice() -> dict[str, Any]:
             ),
             unmeasured("quantize(rtn, bits=2)", "torch-compile", "failed", "killed by the memory limit of 4 GB"),
             unmeasured("", "ctranslate2", "skipped", "ctranslate2 is not installed; pip install lighten[ctranslate2]"),
-            unmeasured(
-                "prune(magnitude, n=2, m=4)", "torch", "skipped", "predicted latency 190 ms cannot beat 101 ms by the margin of 1.5"
-            ),
+            unmeasured("prune(magnitude, n=2, m=4)", "torch", "skipped", "predicted latency 190 ms cannot beat 101 ms by the margin of 1.5"),
         ],
         "closest": None,
         "warnings": [],
@@ -305,9 +299,7 @@ def test_the_page_fetches_nothing_runs_nothing_and_its_links_lead_somewhere(make
     choice = make()
     source = report_page(choice)
     page = parse(source)
-    assert not [
-        node.tag for node in page.every() if node.tag in ("script", "link", "img", "iframe", "object", "base", "form", "image", "use")
-    ]
+    assert not [node.tag for node in page.every() if node.tag in ("script", "link", "img", "iframe", "object", "base", "form", "image", "use")]
     assert not [name for node in page.every() for name in node.attributes if name in ("src", "srcset", "style") or name.startswith("on")]
     assert not re.search(r"url\(|@import|https?:", source)
     ids = [node.attributes["id"] for node in page.every() if "id" in node.attributes]
@@ -787,9 +779,7 @@ def test_a_requirement_of_another_form_is_shown_as_text_alone(text: str) -> None
 
 
 def test_a_table_is_aligned() -> None:
-    shown = format_table(
-        [["a", "1.5 MB", "x"], ["名前", "12 MB", "two\nlines"], ["b", "failed: it ran out of memory"]], ["name", "size", "note"]
-    )
+    shown = format_table([["a", "1.5 MB", "x"], ["名前", "12 MB", "two\nlines"], ["b", "failed: it ran out of memory"]], ["name", "size", "note"])
     assert shown.split("\n") == [
         "name    size  note",
         "-------------------",

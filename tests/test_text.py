@@ -193,9 +193,7 @@ def test_what_is_no_text_is_refused(tmp_path, name, content, message):
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(
-        TextError, match=r"no-such\.txt cannot be read as a text: No such file or directory; give a readable \.txt or \.jsonl file"
-    ):
+    with pytest.raises(TextError, match=r"no-such\.txt cannot be read as a text: No such file or directory; give a readable \.txt or \.jsonl file"):
         load_text(tmp_path / "no-such.txt")
 
 

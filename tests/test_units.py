@@ -67,9 +67,7 @@ def test_a_count_without_unit_is_listed_as_none():
         parse_quantity("3x", COUNT_UNITS, "budget")
 
 
-@pytest.mark.parametrize(
-    ("text", "name"), [("bf16", "bfloat16"), ("fp32", "float32"), ("half", "float16"), ("int8", "int8"), ("float64", "float64")]
-)
+@pytest.mark.parametrize(("text", "name"), [("bf16", "bfloat16"), ("fp32", "float32"), ("half", "float16"), ("int8", "int8"), ("float64", "float64")])
 def test_parse_dtype(text, name):
     assert parse_dtype(text) == name
 

@@ -93,7 +93,13 @@ def compress(model: str | Path, recipe: str, out: str | Path, *, text: str | Pat
 
 
 def measure(
-    model: str | Path, *, runtime: str | None = None, text: str | Path | None = None, threads: int | None = None, log: Log = silent, **workload: Any
+    model: str | Path,
+    *,
+    runtime: str | None = None,
+    text: str | Path | None = None,
+    threads: int | None = None,
+    log: Log = silent,
+    **workload: Any,
 ) -> dict[str, Any]:
     """Run a model or an artifact beside the original, and hold it against its prediction: the document of `lighten measure --json`.
 
@@ -216,4 +222,3 @@ def _profile_or_none() -> Profile | None:
         return find_device("this")
     except DeviceError:
         return None
-

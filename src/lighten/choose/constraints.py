@@ -10,7 +10,11 @@ from typing import Any
 from lighten.errors import ConstraintError
 from lighten.units import SIZE_UNITS, TIME_UNITS, parse_quantity
 
-FIGURES = {"size": ("size_bytes", SIZE_UNITS), "memory": ("peak_memory_bytes", SIZE_UNITS), "latency": ("latency_s", TIME_UNITS)}
+FIGURES: dict[str, tuple[str, dict[str, int] | dict[str, float]]] = {
+    "size": ("size_bytes", SIZE_UNITS),
+    "memory": ("peak_memory_bytes", SIZE_UNITS),
+    "latency": ("latency_s", TIME_UNITS),
+}
 """Figure → (its key in a measurement, its units). Smaller is better."""
 RATES = {"throughput": "throughput", "speedup": "speedup"}
 ENCODER_QUALITY = ("cosine", "rank_agreement", "neighbour_agreement")

@@ -1,4 +1,4 @@
-"""From finished trials to an answer: which meet the constraints, which lie on the Pareto front, which is chosen, what looser quality buys."""
+"""From finished trials to an answer: which meet the constraints, which lie on the Pareto front, which is chosen."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ def quality_metric(*, decoder: bool) -> str:
 
 
 def judge_trials(trials: Sequence[Record], baseline: Record, constraints: Sequence[Constraint], minimize: str, metric: str) -> list[Record]:
-    """The trials with `meets` and `pareto` filled in; both None where nothing was measured."""
+    """The trials with `meets` and `pareto` filled in where something was measured."""
     measured = [trial for trial in trials if trial["measured"]]
-    return [
-        trial | {"meets": meets(trial, baseline, constraints) if trial["measured"] else None, "pareto": trial in measured and on_front(trial, measured, minimize, metric)}
-        for trial in trials
-    ]  # fmt: skip
+
+    def judged(trial: Record) -> Record:
+        if not trial["measured"]:
+            return trial
+        return trial | {"meets": meets(trial, baseline, constraints), "pareto": on_front(trial, measured, minimize, metric)}
+
+    return [judged(trial) for trial in trials]
 
 
 def meets(trial: Record, baseline: Record, constraints: Sequence[Constraint]) -> bool:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import lighten
+from lighten import __version__
 from lighten.choose import outcome
 from lighten.choose.candidates import default_recipes
 from lighten.choose.constraints import FIGURES, Constraint, check_minimize, figure_of, parse_constraint
@@ -88,7 +88,15 @@ class _Search:
     """One run of `choose`, from its checked request to its answer."""
 
     def __init__(  # noqa: PLR0913 - what `choose` has checked, once each
-        self, request: Request, spec: ModelSpec, constraints: tuple[Constraint, ...], text: Text, profile: Profile, journal: Journal, log: Log, start: float
+        self,
+        request: Request,
+        spec: ModelSpec,
+        constraints: tuple[Constraint, ...],
+        text: Text,
+        profile: Profile,
+        journal: Journal,
+        log: Log,
+        start: float,
     ) -> None:
         self.request, self.spec, self.constraints, self.text = request, spec, constraints, text
         self.profile, self.journal, self.log, self.start = profile, journal, log, start
@@ -132,7 +140,9 @@ class _Search:
         for number, candidate in enumerate(todo, start=1):
             left = sum(self._expected_s(c, done) for c in todo[number - 1 :] if c.id not in self.journal.trials)
             if self._over_budget(candidate, done):
-                done.append(candidate.record(status="skipped", failure=f"not tried: the budget of {format_seconds(self.request.budget_s)} is used up"))
+                done.append(
+                    candidate.record(status="skipped", failure=f"not tried: the budget of {format_seconds(self.request.budget_s)} is used up")
+                )
                 continue
             said = f"[{number}/{len(todo)}, about {format_seconds(left)} left] {candidate.recipe}"
             done.append(self._trial(candidate, baseline["measured"]["latency_s"], said))
@@ -144,10 +154,8 @@ class _Search:
             self.log(f"{said}: done before")
             return found | {"predicted": candidate.predicted, "ratio": _ratio(candidate, found)}
         self.log(said)
-        if candidate.recipe == Recipe():
-            record = self._original_trial(candidate)
-        else:
-            record = self.bench.run(candidate, baseline_latency_s)
+        original = candidate.recipe == Recipe()
+        record = self._original_trial(candidate) if original else self.bench.run(candidate, baseline_latency_s)
         self.journal.append(record)
         self.log(f"    {_summary(record, self.metric)}")
         return record
@@ -190,7 +198,7 @@ class _Search:
         if chosen is not None:
             self._keep_artifact(chosen)
         choice = {
-            "lighten": lighten.__version__, "command": request.command,
+            "lighten": __version__, "command": request.command,
             "model": {
                 "name": self.spec.name, "family": self.spec.family, "source": str(request.model), "dtype": self.spec.dtype,
                 "parameters": self.spec.total_parameters,
@@ -200,7 +208,8 @@ class _Search:
             "text": {
                 "source": self.text.source, "calibration_texts": len(self.text.calibration), "test_texts": min(len(self.text.test), MOST_TEXTS),
             },
-            "seconds": round(time.monotonic() - self.start, 1), "baseline": baseline, "candidates": trials, "chosen": chosen["id"] if chosen else None,
+            "seconds": round(time.monotonic() - self.start, 1), "baseline": baseline, "candidates": trials,
+            "chosen": chosen["id"] if chosen else None,
             "closest": None if chosen else outcome.closest(judged, baseline, self.constraints),
             "looser": outcome.looser(judged, chosen, request.minimize, self.metric), "warnings": outcome.warnings(chosen, baseline),
             "accuracy": outcome.accuracy(judged),

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import lighten
+from lighten import __version__
 from lighten.choose.outcome import ratios
 from lighten.cost import Workload
 from lighten.device.profile import Profile
@@ -47,7 +47,7 @@ class Candidate:
 
 def make_candidate(spec: ModelSpec, workload: Workload, recipe: Recipe, profile: Profile, context: Mapping[str, Any]) -> Candidate:
     """A recipe with its predictions; `context` is all else that a measurement depends on."""
-    key = json.dumps({"recipe": str(recipe), "lighten": lighten.__version__, **context}, sort_keys=True)
+    key = json.dumps({"recipe": str(recipe), "lighten": __version__, **context}, sort_keys=True)
     identity = hashlib.sha256(key.encode()).hexdigest()[:12]
     try:
         predicted = predict(spec, workload, recipe, profile)

@@ -17,7 +17,9 @@ EXAMPLE = 'lighten choose .models/minilm --require "neighbour_agreement>=0.97" -
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a folder in Hugging Face format")
-    parser.add_argument("--require", action="append", default=[], metavar="LIMIT", help="such as size<=50MB, latency<=0.5x, quality>=0.99; repeatable")
+    parser.add_argument(
+        "--require", action="append", default=[], metavar="LIMIT", help="such as size<=50MB, latency<=0.5x, quality>=0.99; repeatable"
+    )
     parser.add_argument("--minimize", default="latency", metavar="FIGURE", help="latency (default), size or memory")
     parser.add_argument("--budget", metavar="TIME", help="no trial starts that would end later, such as 20min (default: none)")
     parser.add_argument("--recipe", action="append", default=[], metavar="TEXT|FILE", help="try this one instead of the usual ones; repeatable")

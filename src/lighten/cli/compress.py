@@ -30,5 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
         print_json(document)
     else:
         ratio = made.predicted_size_bytes / made.size_bytes
-        print(f"{made.folder}: {format_bytes(made.size_bytes)} (predicted {format_bytes(made.predicted_size_bytes)}, ratio {ratio:.3f}), {made.recipe}")
+        print(
+            f"{made.folder}: {format_bytes(made.size_bytes)} (predicted {format_bytes(made.predicted_size_bytes)}, ratio {ratio:.3f}), {made.recipe}"
+        )
     return 0

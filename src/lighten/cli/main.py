@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-import lighten
+from lighten import __version__
 from lighten.cli import choose, compress, estimate, measure, probe, report
 from lighten.errors import LightenError
 
@@ -25,17 +25,22 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 on success, 1 where nothing met the constraints, 2 with one line on a user's mistake."""
     parser = _Parser(prog="lighten", description="What a Transformer costs, how to make it smaller and faster, and which way is best.")
-    parser.add_argument("--version", action="version", version=lighten.__version__)
+    parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     for name, module in COMMANDS.items():
         summary = (module.__doc__ or "").splitlines()[0]
         command = commands.add_parser(
-            name, help=summary, description=summary, epilog=f"example:\n  {module.EXAMPLE}", formatter_class=argparse.RawDescriptionHelpFormatter
+            name,
+            help=summary,
+            description=summary,
+            epilog=f"example:\n  {module.EXAMPLE}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(command)
     arguments = parser.parse_args(argv)
     try:
-        return COMMANDS[arguments.command].run(arguments)
+        code: int = COMMANDS[arguments.command].run(arguments)
+        return code
     except LightenError as error:
         return _mistake(str(error))
     except KeyboardInterrupt:

@@ -40,7 +40,9 @@ def measurement_text(found: dict[str, Any]) -> str:
         rows.append((name, say(predicted[key]), say(found[key]), f"{ratio[key]:.2f}" if ratio[key] else "not known"))
     lines = [f"{name:12} {a:>12} {b:>12} {c:>10}" for name, a, b, c in rows]
     first, third = format_seconds(found["latency_q1_s"]), format_seconds(found["latency_q3_s"])
-    lines.append(f"latency quartiles {first} to {third}, {found['throughput']:,.0f} tokens/s, {found['speedup']:.2f}x as fast as the original beside it")
+    lines.append(
+        f"latency quartiles {first} to {third}, {found['throughput']:,.0f} tokens/s, {found['speedup']:.2f}x as fast as the original beside it"
+    )
     lines.append(f"ran in {found['precision']}, ready after {format_seconds(found['cold_start_s'])}")
     for name, score in found["quality"].items():
         error = f" ± {score['standard_error']:.4f}" if score["standard_error"] is not None else ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 
 from lighten import verbs
 from lighten.cli.options import add_json, print_json, progress
@@ -21,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     found = verbs.probe(threads=arguments.threads, engines=arguments.engine, log=progress)
     if arguments.json:
-        print_json(json.loads(profile_to_json(found)))
+        print_json(profile_to_json(found))
     else:
         print(f"{found.machine.cpu}, {found.threads} threads: {len(found.engines)} engines measured, {len(found.failures)} failed; {profile_path()}")
     return 0

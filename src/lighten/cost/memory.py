@@ -565,7 +565,7 @@ class _Model(_Operators):
     def pre_norm_block(self, parts: Sequence[Part], x: _Tensor) -> _Tensor:
         first, second = _sublayers(parts)
         h = self.norm(_norm_of(first), x)
-        h, _weights = self.attention(first, h)  # held to the end of the block, as in LlamaDecoderLayer
+        h, _probabilities = self.attention(first, h)  # held to the end of the block, as in LlamaDecoderLayer
         h = self.add(x, h)
         residual = h
         h = self.norm(_norm_of(second), h)
@@ -574,7 +574,7 @@ class _Model(_Operators):
 
     def post_norm_block(self, parts: Sequence[Part], x: _Tensor) -> _Tensor:
         first, second = _sublayers(parts)
-        h, _weights = self.attention(first, x)  # held to the end of the block, as in BertLayer
+        h, _probabilities = self.attention(first, x)  # held to the end of the block, as in BertLayer
         h = self.project(first, h, x)
         middle = self.mlp(second, h)
         return self.project(second, middle, h)
@@ -599,10 +599,11 @@ class _Model(_Operators):
         """The output, and the probabilities where they exist; the output projection is part of it in pre-norm models."""
         part = _core(parts)
         assert isinstance(part, Attention)
-        fused = self.workload.attention == "flash" or (self.workload.attention == "sdpa" and not (self.training and self.attention_dropout))
+        mode, drops = self.workload.attention, self.training and self.attention_dropout > 0
+        one_kernel = mode == "flash" or (mode == "sdpa" and not drops)
         rotary = _rotary(parts)
         heads = part.num_attention_heads, part.num_key_value_heads, part.num_key_value_heads
-        strided = not fused or rotary, not fused or rotary, not fused
+        strided = not one_kernel or rotary, not one_kernel or rotary, not one_kernel
         q, k, v = (
             self.split_heads(self.sequence(chain, x), count, strided=gradient)
             for chain, count, gradient in zip(_chains(_linears_before(parts)), heads, strided, strict=True)
@@ -612,9 +613,9 @@ class _Model(_Operators):
         if part.name in self.cache:
             k, v = self.append(part, k, v)
         probabilities = None
-        if fused:
+        if one_kernel:
             out = self.fused(part, q, k, v)
-        elif self.workload.attention == "eager":
+        elif mode == "eager":
             out, probabilities = self.eager(part, q, k, v)
         else:
             out = self.join_heads(self.unfused(part, q, k, v), part.num_attention_heads)
@@ -626,10 +627,11 @@ class _Model(_Operators):
         """The cache with the new keys and values: a copy, after which the old one goes."""
         elements = self.batch * self.keys * part.num_key_value_heads * part.head_dim
         element = dtype_bytes(self.workload.kv_dtype or self.workload.dtype)
-        keys, values = self.cache[part.name]
-        self.cache[part.name] = keys, values = self.hold(elements * element, "kv_cache"), values
-        self.cache[part.name] = keys, values = keys, self.hold(elements * element, "kv_cache")
-        return (_Tensor(storage=keys, elements=elements, element=element), _Tensor(storage=values, elements=elements, element=element))
+        keys, values = self.cache.pop(part.name)
+        keys = self.hold(elements * element, "kv_cache")
+        values = self.hold(elements * element, "kv_cache")
+        self.cache[part.name] = keys, values
+        return _Tensor(storage=keys, elements=elements, element=element), _Tensor(storage=values, elements=elements, element=element)
 
     def fused(self, part: Attention, q: _Tensor, k: _Tensor, v: _Tensor) -> _Tensor:
         """Saves its inputs, its output and a float32 logarithm of each row's sum; no scores."""

@@ -57,7 +57,9 @@ class Workload:
         if self.dtype not in DTYPE_BITS or (self.kv_dtype or self.dtype) not in DTYPE_BITS:
             raise WorkloadError(f"dtype {self.dtype!r} or kv_dtype {self.kv_dtype!r} is not known; known: {', '.join(DTYPE_BITS)}.")
         if (self.phase in ("decode", "generate")) != (self.new_tokens > 0):
-            raise WorkloadError(f"new_tokens={self.new_tokens} with phase={self.phase}: phases decode and generate need at least 1, others take none.")
+            raise WorkloadError(
+                f"new_tokens={self.new_tokens} with phase={self.phase}: phases decode and generate need at least 1, others take none."
+            )
         if (self.phase == "train") != (self.optimizer is not None):
             raise WorkloadError(f"optimizer={self.optimizer} with phase={self.phase}: phase train needs one, others take none.")
         if self.optimizer is not None and self.optimizer not in OPTIMIZER_STATE:

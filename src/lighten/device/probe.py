@@ -99,9 +99,7 @@ def _measure_bandwidth(run: _Run) -> tuple[Bandwidth, ...]:
     except ChildFailed as error:
         raise DeviceError(f"memory bandwidth could not be measured: {error}") from error
     points = tuple(Bandwidth(**each) for each in found)
-    run.log(
-        f"memory: {points[0].read_bytes_per_s / 1e9:.0f} GB/s read from caches, {points[-1].read_bytes_per_s / 1e9:.0f} GB/s beyond them"
-    )
+    run.log(f"memory: {points[0].read_bytes_per_s / 1e9:.0f} GB/s read from caches, {points[-1].read_bytes_per_s / 1e9:.0f} GB/s beyond them")
     return points
 
 

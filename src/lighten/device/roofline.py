@@ -111,9 +111,7 @@ def _compute_seconds(shape: _Shape, tables: dict[str, RateTable], engine: Engine
     if shape.kind == "gather":
         return 0.0
     if shape.kind not in tables:
-        raise DeviceError(
-            f"engine {engine.name} was measured without {shape.kind}; measured: {', '.join(tables)}. Run `lighten probe` again."
-        )
+        raise DeviceError(f"engine {engine.name} was measured without {shape.kind}; measured: {', '.join(tables)}. Run `lighten probe` again.")
     return tables[shape.kind].seconds(shape.rows, shape.shape)
 
 

@@ -16,18 +16,19 @@ from typing import Any
 
 from torch import Tensor
 
-import lighten
+from lighten import __version__
 from lighten.compress.grid import QuantizedTensor
 from lighten.compress.walk import Checkpoint, LayerReport, compress_weights
 from lighten.errors import ModelError, OutputError
 from lighten.formats.onnx_artifact import write_onnx_artifact
-from lighten.formats.onnx_export import export_onnx
+from lighten.formats.onnx_export import export_onnx, is_exported
 from lighten.formats.openvino_ir import Batch, write_openvino
 from lighten.formats.safetensors_folder import copy_side_files, write_folder
 from lighten.model import ModelSpec, read_spec
 from lighten.model.read import read_config, weight_files
 from lighten.recipe import Recipe, apply_recipe, parse_recipe
 from lighten.recipe.predict import artifact_bytes, compute_dtype
+from lighten.units import format_bytes
 
 MANIFEST = "lighten.json"
 
@@ -67,11 +68,13 @@ def write_artifact(
     predicted = apply_recipe(recipe, spec)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputError(f"{folder} exists and is not empty; name a new folder, or remove it.")
+    plan = _Plan(source=source, spec=spec, predicted=predicted, recipe=recipe, calibration=calibration, exports=exports)
     with writing_beside(folder) as beside:
-        layers = _write(source, spec, predicted, recipe, beside, calibration, exports)
+        _check_space(plan, beside)
+        layers = _write(plan, beside)
         size = folder_bytes(beside)
         manifest = {
-            "lighten": lighten.__version__, "recipe": str(recipe), "runtime": recipe.runtime, "dtype": compute_dtype(recipe, predicted),
+            "lighten": __version__, "recipe": str(recipe), "runtime": recipe.runtime, "dtype": compute_dtype(recipe, predicted),
             "original": str(source.resolve()), "original_fingerprint": fingerprint(source), "size_bytes": size,
             "predicted": {"size_bytes": artifact_bytes(recipe, predicted)}, "layers": [asdict(layer) for layer in layers],
         }  # fmt: skip
@@ -129,33 +132,58 @@ def writing_beside(folder: Path) -> Iterator[Path]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise OutputError(f"{folder} cannot be written: {error.strerror}.") from error
         raise
+    except Exception as error:
+        if "No space left" in str(error):  # libraries wrap the system's error in their own
+            raise OutputError(f"{folder} cannot be written: no space left on device.") from error
+        raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _write(
-    source: Path, spec: ModelSpec, predicted: ModelSpec, recipe: Recipe, folder: Path,
-    calibration: Callable[[], Sequence[Batch]], exports: Path | None,
-) -> list[LayerReport]:  # fmt: skip
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What is to be written: a recipe on a model, and where inputs come from."""
+
+    source: Path
+    spec: ModelSpec
+    predicted: ModelSpec
+    recipe: Recipe
+    calibration: Callable[[], Sequence[Batch]]
+    exports: Path | None
+
+
+def _write(plan: _Plan, folder: Path) -> list[LayerReport]:
+    """Fill `folder` with everything but the manifest."""
     layers: list[LayerReport] = []
-    weights = _reported(compress_weights(Checkpoint(source), spec, recipe), layers)
-    if recipe.runtime in ("torch", "torch-compile"):
-        write_folder(weights, predicted, source, folder)
+    weights = _reported(compress_weights(Checkpoint(plan.source), plan.spec, plan.recipe), layers)
+    if plan.recipe.runtime in ("torch", "torch-compile"):
+        write_folder(weights, plan.predicted, plan.source, folder)
         return layers
     values = {name: weight.dequantize() if isinstance(weight, QuantizedTensor) else weight for name, weight in weights}
-    exported = (exports or folder) / f"{fingerprint(source)}.onnx"
-    if not exported.with_suffix(".weights.json").is_file():
+    exported = (plan.exports or folder) / f"{fingerprint(plan.source)}.onnx"
+    if not is_exported(exported):
         exported.parent.mkdir(parents=True, exist_ok=True)
-        export_onnx(source, spec, exported)
-    if recipe.runtime == "onnxruntime":
-        write_onnx_artifact(exported, values, predicted, folder)
+        export_onnx(plan.source, plan.spec, exported)
+    if plan.recipe.runtime == "onnxruntime":
+        write_onnx_artifact(exported, values, plan.predicted, folder)
     else:
-        needs = any(step.kind.calibrated for step in recipe.steps)
-        write_openvino(exported, values, predicted, folder, calibration=calibration() if needs else None)
+        needs = any(step.kind.calibrated for step in plan.recipe.steps)
+        write_openvino(exported, values, plan.predicted, folder, calibration=plan.calibration() if needs else None)
     for path in folder.glob(f"{exported.stem}*"):
         path.unlink()
-    copy_side_files(source, folder)
+    copy_side_files(plan.source, folder)
     return layers
+
+
+def _check_space(plan: _Plan, folder: Path) -> None:
+    """Raises:
+    OutputError: the disk has less room than the work takes: the artifact, and for an exported one two copies of the float32 weights.
+    """
+    copies = 0 if plan.recipe.runtime in ("torch", "torch-compile") else 2
+    needed = artifact_bytes(plan.recipe, plan.predicted) + copies * 4 * plan.spec.total_parameters
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OutputError(f"{folder.parent} has {format_bytes(free)} free; writing this artifact takes {format_bytes(needed)}.")
 
 
 def _reported(

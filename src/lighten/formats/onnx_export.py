@@ -48,7 +48,14 @@ def export_onnx(folder: Path, spec: ModelSpec, path: Path) -> None:
             wrapped, inputs, path, dynamo=True, input_names=names, output_names=outputs, dynamic_shapes=shapes,
             external_data=module.num_parameters() * 4 > INLINE_BYTES, verbose=False,
         )  # fmt: skip
-    path.with_suffix(".weights.json").write_text(json.dumps(_places(path, module.state_dict())))
+    beside = path.with_suffix(".part")
+    beside.write_text(json.dumps(_places(path, module.state_dict())))
+    beside.replace(path.with_suffix(".weights.json"))
+
+
+def is_exported(path: Path) -> bool:
+    """Whether an export is there and whole: the list of its weights is written last."""
+    return path.with_suffix(".weights.json").is_file()
 
 
 def write_onnx(exported: Path, weights: Mapping[str, Tensor], path: Path) -> None:
@@ -118,7 +125,11 @@ class _Decoder(nn.Module):
         from transformers import DynamicCache
 
         output = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=DynamicCache(past), use_cache=True
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=DynamicCache(past),
+            use_cache=True,
         )
         return output.logits, [(layer.keys, layer.values) for layer in output.past_key_values.layers]
 

@@ -24,9 +24,7 @@ FILE = "openvino_model.xml"
 Batch = Mapping[str, np.ndarray[Any, Any]]
 
 
-def write_openvino(
-    exported: Path, weights: Mapping[str, Tensor], spec: ModelSpec, folder: Path, *, calibration: Sequence[Batch] | None
-) -> None:
+def write_openvino(exported: Path, weights: Mapping[str, Tensor], spec: ModelSpec, folder: Path, *, calibration: Sequence[Batch] | None) -> None:
     """Write `folder/openvino_model.xml` and its `.bin`.
 
     A decoder keeps its keys and values inside (a stateful model), so that no step copies them.
@@ -67,9 +65,7 @@ def _quantize_static(model: Any, calibration: Sequence[Batch] | None) -> Any:
     if not calibration:
         raise RecipeError("quantize(static) needs calibration text, and none was given.")
     data = nncf.Dataset([dict(batch) for batch in calibration])
-    return nncf.quantize(
-        model, data, subset_size=len(calibration), model_type=nncf.ModelType.TRANSFORMER, preset=nncf.QuantizationPreset.PERFORMANCE
-    )
+    return nncf.quantize(model, data, subset_size=len(calibration), model_type=nncf.ModelType.TRANSFORMER, preset=nncf.QuantizationPreset.PERFORMANCE)
 
 
 def _compress(model: Any, weights: Mapping[str, Tensor], formats: Mapping[str, WeightFormat]) -> Any:

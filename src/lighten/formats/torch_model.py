@@ -15,8 +15,8 @@ def load_module(folder: Path, spec: ModelSpec, *, dtype: str, attention: str) ->
     """The module in eval mode, its weights in `dtype`: a decoder with its head, an encoder's body without a task head."""
     import transformers
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     kind = transformers.AutoModelForCausalLM if spec.is_decoder else transformers.AutoModel
     torch_dtype: torch.dtype = getattr(torch, dtype)
     if "quantization_config" not in spec.config:
@@ -27,5 +27,5 @@ def load_module(folder: Path, spec: ModelSpec, *, dtype: str, attention: str) ->
     config.dtype = torch_dtype
     weights = {name: tensor.to(torch_dtype) for name, tensor in expanded_weights(folder, spec)}
     with torch.device("meta"):
-        model_class = type(kind.from_config(config))
+        model_class = type(kind.from_config(config))  # type: ignore[no-untyped-call]
     return model_class.from_pretrained(None, config=config, state_dict=weights, dtype=torch_dtype, attn_implementation=attention).eval()

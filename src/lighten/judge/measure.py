@@ -201,6 +201,7 @@ def artifact_target(folder: Path, runtime: str, dtype: str) -> Target:
 
 
 def _token_scores(windows: Sequence[dict[str, Any]]) -> list[TokenScores]:
-    return [
-        TokenScores(**{key: None if value is None else np.array(value) for key, value in window.items()}) for window in windows
-    ]
+    def array(value: Any) -> Any:
+        return None if value is None else np.array(value)
+
+    return [TokenScores(log_likelihood=array(w["log_likelihood"]), kl=array(w["kl"]), top1=array(w["top1"])) for w in windows]

@@ -80,9 +80,7 @@ def embedding_fidelity(reference: Floats, candidate: Floats) -> dict[str, Score]
     {'cosine': 1.0, 'rank_agreement': 1.0, 'neighbour_agreement': 1.0}
     """
     if len(reference) != len(candidate):
-        raise ModelError(
-            f"The candidate gave {len(candidate)} embeddings where the original gave {len(reference)}; give both the same texts."
-        )
+        raise ModelError(f"The candidate gave {len(candidate)} embeddings where the original gave {len(reference)}; give both the same texts.")
     if len(reference) < 3:
         raise TextError(f"Comparing embeddings needs at least 3 texts; there are {len(reference)}: give a longer text.")
     before, after = _unit_rows(reference, "original"), _unit_rows(candidate, "candidate")
@@ -315,9 +313,7 @@ def _share(hits: NDArray[np.bool_]) -> Score:
 def _check_finite(values: Floats, whose: str) -> None:
     bad = sum(int(np.count_nonzero(~np.isfinite(values[rows]))) for rows in _chunks(*values.shape))
     if bad:
-        raise ModelError(
-            f"{bad:,} of the {whose}'s {values.size:,} output values are not finite (NaN or infinite); its quality cannot be judged."
-        )
+        raise ModelError(f"{bad:,} of the {whose}'s {values.size:,} output values are not finite (NaN or infinite); its quality cannot be judged.")
 
 
 def _chunks(rows: int, columns: int) -> Iterator[slice]:

@@ -29,7 +29,7 @@ class Tokenizer:
             raise ModelError(f"{folder}: no tokenizer.json; AutoTokenizer.from_pretrained(folder).save_pretrained(folder) writes it.")
         try:
             self._tokenizer: Any = Read.from_file(str(path))
-        except Exception as error:  # noqa: BLE001 - the library raises bare Exception
+        except Exception as error:
             raise ModelError(f"{path} cannot be read ({error}).") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()

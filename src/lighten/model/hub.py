@@ -17,7 +17,12 @@ def read_hub(model_id: str) -> ModelSpec:
         ModelError: no such model, no access, no answer, or no safetensors.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError, NotASafetensorsRepoError, OfflineModeIsEnabled, SafetensorsParsingError
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is of whichever client library it uses
+        HTTPError,
+        NotASafetensorsRepoError,
+        OfflineModeIsEnabled,
+        SafetensorsParsingError,
+    )
 
     api = HfApi()
     try:

@@ -57,12 +57,13 @@ def packed_shapes(weight: WeightFormat, rows: int, columns: int) -> dict[str, tu
     """Names and shapes of the tensors that stand for one quantized weight."""
     bits = weight.bits
     assert bits is not None, "a weight that is not quantized has no packed form"
-    scales = (1,) if weight.group_size == PER_TENSOR else (rows, weight.scales(rows, columns) // rows)
+    groups = 1 if weight.group_size == PER_TENSOR else weight.scales(rows, columns) // rows
+    scales: tuple[int, ...] = (1,) if weight.group_size == PER_TENSOR else (rows, groups)
     shapes: dict[str, tuple[int, ...]] = {
         "weight_packed": (rows, math.ceil(columns * bits / 32)), "weight_scale": scales, "weight_shape": (2,),
     }  # fmt: skip
     if not weight.symmetric:
-        shapes["weight_zero_point"] = scales if weight.group_size == PER_TENSOR else (math.ceil(rows * bits / 32), scales[1])
+        shapes["weight_zero_point"] = scales if weight.group_size == PER_TENSOR else (math.ceil(rows * bits / 32), groups)
     return shapes
 
 

@@ -132,7 +132,7 @@ def make_spec(config: Mapping[str, Any], tensors: tuple[TensorSpec, ...], *, nam
     family = config.get("model_type")
     architectures = config.get("architectures")
     if family in FAMILIES and not (isinstance(architectures, list) and architectures and isinstance(architectures[0], str)):
-        raise ModelError(f"{source}: config.json names no architecture; add for example \"architectures\": [\"BertModel\"].")
+        raise ModelError(f'{source}: config.json names no architecture; add for example "architectures": ["BertModel"].')
     architecture = architectures[0] if isinstance(architectures, list) and architectures else ""
     parts = describe(config, architecture)
     if quantization := config.get("quantization_config"):

@@ -112,7 +112,7 @@ class Norm(Part):
     kind: Literal["layernorm", "rmsnorm"]
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        weight = {f"{self.name}.weight": (self.size,)}
+        weight: dict[str, tuple[int, ...]] = {f"{self.name}.weight": (self.size,)}
         return weight | ({f"{self.name}.bias": (self.size,)} if self.kind == "layernorm" else {})
 
 
@@ -218,4 +218,3 @@ def part_weight_bytes(part: Part, dtype: str) -> int:
         else:
             total += round(math.prod(shape) * dtype_bytes(dtype))
     return total
-

@@ -81,7 +81,9 @@ class Estimate:
         }  # fmt: skip
 
 
-def estimate(spec: ModelSpec, workload: Workload, *, recipe: Recipe | None = None, device: str | None = None, profile: Profile | None = None) -> Estimate:
+def estimate(
+    spec: ModelSpec, workload: Workload, *, recipe: Recipe | None = None, device: str | None = None, profile: Profile | None = None
+) -> Estimate:
     """Parameters, FLOPs and memory of a workload on a model as the recipe leaves it, and on a measured device its time.
 
     Raises:
@@ -103,7 +105,9 @@ def estimate(spec: ModelSpec, workload: Workload, *, recipe: Recipe | None = Non
     memory = workload_memory(changed, workload)
     engine = _engine(recipe, changed, profile) if profile else None
     time = _time(passes, changed, workload, engine, profile) if engine and profile else None
-    process = predict_peak_memory(loaded_weight_bytes(recipe, changed), memory.activations + memory.temporary + memory.kv_cache, engine) if engine else None
+    process = (
+        predict_peak_memory(loaded_weight_bytes(recipe, changed), memory.activations + memory.temporary + memory.kv_cache, engine) if engine else None
+    )
     machine_bytes = profile.machine.memory_bytes if profile else None
     needed = process or memory.peak
     return Estimate(
@@ -128,8 +132,8 @@ def forward_passes(spec: ModelSpec, workload: Workload) -> list[tuple[list[Op], 
         passes.append((forward_operators(spec, Forward(batch_size=batch, query_len=length, key_len=length, last_logits_only=last), dtype), 2))
     steps = workload.new_tokens - (workload.phase == "generate")  # the prefill of a generation gives its first token
     if steps > 0:
-        for keys in (length + 1, length + steps):
-            passes.append((forward_operators(spec, Forward(batch_size=batch, query_len=1, key_len=keys), dtype), steps))
+        ends = (Forward(batch_size=batch, query_len=1, key_len=length + step) for step in (1, steps))
+        passes.extend((forward_operators(spec, forward, dtype), steps) for forward in ends)
     return passes
 
 
@@ -153,9 +157,7 @@ def _engine(recipe: Recipe, spec: ModelSpec, profile: Profile) -> EngineProfile:
     return profile.engines[name]
 
 
-def _time(
-    passes: Sequence[tuple[list[Op], int]], spec: ModelSpec, workload: Workload, engine: EngineProfile, profile: Profile
-) -> TimePrediction:
+def _time(passes: Sequence[tuple[list[Op], int]], spec: ModelSpec, workload: Workload, engine: EngineProfile, profile: Profile) -> TimePrediction:
     predictions = [(predict_time(ops, engine, profile), count / 2) for ops, count in passes]
     factor, more = 1.0, 0.0
     if workload.phase == "train":
@@ -167,13 +169,13 @@ def _time(
         more = moved / profile.bandwidth[-1].copy_bytes_per_s
     longest = max(predictions, key=lambda found: found[0].seconds * found[1])[0]
 
-    def total(name: str) -> float | None:
-        values = [getattr(prediction, name) for prediction, _ in predictions]
-        if any(value is None for value in values):
-            return None
-        return more + factor * sum(value * count for value, (_, count) in zip(values, predictions, strict=True))
+    def total(values: list[float | None]) -> float | None:
+        known = [value * count for value, (_, count) in zip(values, predictions, strict=True) if value is not None]
+        return more + factor * sum(known) if len(known) == len(values) else None
 
-    return TimePrediction(seconds=total("seconds") or 0.0, low=total("low"), high=total("high"), bound_by=longest.bound_by)
+    seconds = more + factor * sum(prediction.seconds * count for prediction, count in predictions)
+    low, high = total([prediction.low for prediction, _ in predictions]), total([prediction.high for prediction, _ in predictions])
+    return TimePrediction(seconds=seconds, low=low, high=high, bound_by=longest.bound_by)
 
 
 def _assumptions(workload: Workload, recipe: Recipe, device: str | None) -> tuple[str, ...]:

@@ -1,11 +1,11 @@
 """A recipe as data: ordered steps and a runtime, with one text form and one YAML form that say the same.
 
-    prune(magnitude, sparsity=0.5) | quantize(rtn, bits=4, group_size=64) @ openvino(dtype=bfloat16)
+prune(magnitude, sparsity=0.5) | quantize(rtn, bits=4, group_size=64) @ openvino(dtype=bfloat16)
 
-    steps:
-      - prune: {method: magnitude, sparsity: 0.5}
-      - quantize: {method: rtn, bits: 4, group_size: 64}
-    runtime: {name: openvino, dtype: bfloat16}
+steps:
+  - prune: {method: magnitude, sparsity: 0.5}
+  - quantize: {method: rtn, bits: 4, group_size: 64}
+runtime: {name: openvino, dtype: bfloat16}
 """
 
 from __future__ import annotations

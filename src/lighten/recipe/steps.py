@@ -170,9 +170,7 @@ def _predict_activations(method: Literal["dynamic", "static"], *, embeddings: bo
     def predict(spec: ModelSpec, arguments: Arguments) -> ModelSpec:
         def format_of(part: Linear | Embedding) -> WeightFormat:
             _refuse_quantized(part, f"quantize({method})")
-            return replace(
-                part.weight, bits=arguments["bits"], group_size=PER_CHANNEL, symmetric=True, scale_dtype="float32", activations=method
-            )
+            return replace(part.weight, bits=arguments["bits"], group_size=PER_CHANNEL, symmetric=True, scale_dtype="float32", activations=method)
 
         return change_weights(spec, {"embeddings": embeddings, **arguments}, format_of)
 
@@ -181,7 +179,9 @@ def _predict_activations(method: Literal["dynamic", "static"], *, embeddings: bo
 
 def _refuse_quantized(part: Linear | Embedding, step: str) -> None:
     if part.weight.bits is not None:
-        raise RecipeError(f"{step}: {part.name} is already quantized to {part.weight.bits} bits; put this step before quantize, or narrow its targets.")
+        raise RecipeError(
+            f"{step}: {part.name} is already quantized to {part.weight.bits} bits; put this step before quantize, or narrow its targets."
+        )
 
 
 def _is_number(value: Any) -> bool:

@@ -204,11 +204,7 @@ def _tradeoff(choice: Record) -> str:
 def _legend(choice: Record) -> str:
     kinds = {kind_of(choice, trial) for trial in ordered_trials(choice) if is_measured(trial)}
     words = {"chosen": "chosen", "closest": "closest", "baseline": "original", "front": "on the Pareto front", "other": "beaten by another"}
-    icons = [
-        f"<li>{document(20, 20, marker(10, 10, kind), label=word, style='icon')} {word}</li>"
-        for kind, word in words.items()
-        if kind in kinds
-    ]
+    icons = [f"<li>{document(20, 20, marker(10, 10, kind), label=word, style='icon')} {word}</li>" for kind, word in words.items() if kind in kinds]
     required = limits_on(choice, choice["quality_metric"]) + limits_on(choice, minimized(choice).key)
     if required:
         icons.append('<li><span class="swatch"></span> fails a requirement</li>')

@@ -92,9 +92,7 @@ def tradeoff_plot(choice: Record, *, width: float, height: float) -> str | None:
     drawn = [
         (index, trial, cost, quality)
         for index, trial in trial_numbers(choice)
-        if is_measured(trial)
-        and (cost := number(trial, "measured", quantity.key))
-        and (quality := quality_of(choice, trial, metric)[0]) is not None
+        if is_measured(trial) and (cost := number(trial, "measured", quantity.key)) and (quality := quality_of(choice, trial, metric)[0]) is not None
     ]
     if len(drawn) < 2:
         return None
@@ -147,9 +145,7 @@ def prediction_plot(choice: Record, quantity: Quantity, *, size: float) -> str |
     drawn = [
         (index, trial, measured, predicted)
         for index, trial in trial_numbers(choice)
-        if is_measured(trial)
-        and (measured := number(trial, "measured", quantity.key))
-        and (predicted := number(trial, "predicted", quantity.key))
+        if is_measured(trial) and (measured := number(trial, "measured", quantity.key)) and (predicted := number(trial, "predicted", quantity.key))
     ]
     if not drawn:
         return None

@@ -27,12 +27,7 @@ class Box:
     height: float
 
     def overlaps(self, other: Box) -> bool:
-        return (
-            self.x < other.x + other.width
-            and other.x < self.x + self.width
-            and self.y < other.y + other.height
-            and other.y < self.y + self.height
-        )
+        return self.x < other.x + other.width and other.x < self.x + self.width and self.y < other.y + other.height and other.y < self.y + self.height
 
     def holds(self, other: Box) -> bool:
         return (
@@ -154,9 +149,7 @@ def _spots(words: str, want: Wanted) -> list[Placed]:
         across, up = want.x - width / 2, want.y - height / 2
         right, left, above, below = want.x + gap, want.x - gap - width, want.y - gap - height + 2, want.y + gap - 2
         corners = [(right, up), (left, up), (across, above), (across, below), (right, above), (right, below), (left, above), (left, below)]
-        spots += [
-            Placed(text=words, box=label_box(words, x, y), wanted=want, rank=len(spots) + turn) for turn, (x, y) in enumerate(corners)
-        ]
+        spots += [Placed(text=words, box=label_box(words, x, y), wanted=want, rank=len(spots) + turn) for turn, (x, y) in enumerate(corners)]
     return spots
 
 

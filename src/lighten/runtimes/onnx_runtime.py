@@ -11,8 +11,6 @@ from lighten.formats.onnx_artifact import FILE
 from lighten.model.spec import ModelSpec
 from lighten.runtimes.session import Floats, Ids, Session
 
-MODULES = ("onnxruntime", "onnx")
-
 
 def version() -> str:
     import onnxruntime

@@ -12,7 +12,6 @@ from lighten.formats.openvino_ir import FILE
 from lighten.model.spec import ModelSpec
 from lighten.runtimes.session import Floats, Ids, Session
 
-MODULES = ("openvino",)
 HINTS = {"float32": "f32", "bfloat16": "bf16"}
 PRODUCTS = ("FullyConnected", "MatMul", "Subgraph")
 NAMES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "i8": "int8", "u8": "int8"}

@@ -44,9 +44,7 @@ class Session(Protocol):
 
 
 class Runtime(Protocol):
-    """A runtime as a module of this package: `MODULES` are the packages that it needs."""
-
-    MODULES: tuple[str, ...]
+    """A runtime, as a module of this package."""
 
     def version(self) -> str:
         """Its version, after importing it."""

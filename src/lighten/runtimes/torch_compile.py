@@ -7,9 +7,9 @@ from pathlib import Path
 from lighten.model.spec import ModelSpec
 from lighten.runtimes import torch_eager
 from lighten.runtimes.session import Session
-from lighten.runtimes.torch_eager import MODULES, version
+from lighten.runtimes.torch_eager import version
 
-__all__ = ["MODULES", "load", "version"]
+__all__ = ["load", "version"]
 
 
 def load(folder: Path, spec: ModelSpec, *, dtype: str, threads: int) -> Session:

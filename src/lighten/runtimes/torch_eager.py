@@ -8,8 +8,6 @@ from typing import Any
 from lighten.model.spec import ModelSpec
 from lighten.runtimes.session import Floats, Ids, Session, as_float32
 
-MODULES = ("torch", "transformers", "safetensors")
-
 
 def version() -> str:
     import torch
