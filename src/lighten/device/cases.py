@@ -81,6 +81,11 @@ BLOCKS: dict[tuple[int, int, int, int], tuple[tuple[int, int], ...]] = {
     (640, 10, 2560, 2): ((1, 16), (1, 128), (2, 256), (16, 64), (16, 128)),
 }
 """(hidden_size, heads, intermediate_size, layers) → (batch, length): synthetic encoders that calibrate the sum of single operators."""
+COMPILED_BLOCKS: dict[tuple[int, int, int, int], tuple[tuple[int, int], ...]] = {
+    (256, 8, 1024, 1): ((1, 16), (8, 64), (16, 128)),
+    (640, 10, 2560, 1): ((1, 128), (8, 128)),
+}
+"""The same for torch-compile, which compiles each size anew (20 to 60 s on 2 cores): one layer, few sizes."""
 TINY = Case("stack", (16, 16, 2))
 STACK = Case("stack", (1024, 1536, 4))
 """12.6 M parameters in 8 linears, 50 MB in fp32, to see how many copies of the weights a runtime keeps."""
@@ -96,7 +101,7 @@ def sizes(case: Case) -> Iterator[tuple[int, ...]]:
                 if head_dim == case.shape[0]:
                     yield from ((batch, queries, keys) for batch in batches)
         case "block":
-            yield from BLOCKS[case.shape]  # type: ignore[index]
+            yield from (BLOCKS | COMPILED_BLOCKS)[case.shape]  # type: ignore[index]
         case "call" | "chain":
             yield (1,)
         case _:

@@ -1,11 +1,28 @@
-"""Seconds of a call on a machine that may be busy with something else."""
+"""Seconds of calls on a machine that may be busy with something else."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from statistics import median
+from typing import TypeVar
+
+MIN_RUNS, MAX_RUNS = 3, 40
+CALM_RUNS = 2
+"""Undisturbed runs that make a point trustworthy."""
+TICK_S = 100e-6
+"""Runs are timed in batches of at least this long, so that reading the clock costs nothing."""
+
+Key = TypeVar("Key")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call, and whether the runs behind it were undisturbed."""
+
+    seconds: float
+    calm: bool
 
 
 def involuntary_switches() -> int:
@@ -17,57 +34,55 @@ def involuntary_switches() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
-@dataclass
-class Clock:
-    """Times calls, and runs those again that were disturbed.
+def time_call(run: Callable[[], object], *, budget_s: float) -> Timing:
+    """Seconds of one call, warmed up: the median of the runs during which the system took no core away from us.
 
-    A run during which the system took a core away from us is disturbed: it says more about the neighbours than about the call. On a shared
-    machine with 2 cores such runs of a 256 × 256 matrix product took 14 ms instead of 0.2 ms. The result is the median of the undisturbed
-    runs; where there are fewer than two even after `patience_s`, the fastest run, and the point is counted in `disturbed`.
-
-    Attributes:
-        point_s: time given to each point; a short one is run often, a long one `min_runs` times.
-        patience_s: time that all points together may take beyond that, waiting for undisturbed runs.
-        tick_s: runs are timed in batches of at least this long, so that reading the clock costs nothing.
+    A disturbed run says more about the neighbours than about the call: on a shared machine with 2 cores a 256 × 256 matrix product took 14 ms
+    instead of 0.2 ms. With fewer than two undisturbed runs within the budget it is the fastest run.
     """
+    run()
+    first, _ = _timed(run, 1)
+    inner = max(round(TICK_S / max(first, 1e-8)), 1) if first < TICK_S else 1
+    calm: list[float] = []
+    fastest = float("inf")
+    end = time.perf_counter() + budget_s
+    for count in range(1, MAX_RUNS + 1):
+        seconds, quiet = _timed(run, inner)
+        fastest = min(fastest, seconds)
+        if quiet:
+            calm.append(seconds)
+        if count >= MIN_RUNS and time.perf_counter() > end:
+            break
+    if len(calm) >= CALM_RUNS:
+        return Timing(median(calm), calm=True)
+    return Timing(fastest, calm=False)
 
-    point_s: float = 0.03
-    patience_s: float = 6.0
-    tick_s: float = 100e-6
-    min_runs: int = 3
-    max_runs: int = 40
-    max_extension: float = 12.0
-    points: int = field(default=0, init=False)
-    disturbed: int = field(default=0, init=False)
 
-    def seconds(self, run: Callable[[], object]) -> float:
-        """Seconds of one call, warmed up."""
-        run()
-        start = time.perf_counter()
-        run()
-        first = time.perf_counter() - start
-        inner = round(self.tick_s / max(first, 1e-8)) if first < self.tick_s else 1
-        calm, all_runs = self._collect(run, max(inner, 1), max(self.point_s, self.min_runs * first))
-        self.points += 1
-        if len(calm) >= 2:
-            return median(calm)
-        self.disturbed += 1
-        return min(all_runs)
+def time_all(runs: Mapping[Key, Callable[[], Callable[[], object]]], *, budget_s: float, patience_s: float) -> dict[Key, Timing]:
+    """Time each call, then those that were disturbed again and again, all together for at most `patience_s` longer.
 
-    def _collect(self, run: Callable[[], object], inner: int, budget_s: float) -> tuple[list[float], list[float]]:
-        calm: list[float] = []
-        all_runs: list[float] = []
-        start = time.perf_counter()
-        while True:
-            seconds, quiet = _timed(run, inner)
-            all_runs.append(seconds)
-            if quiet:
-                calm.append(seconds)
-            spent = time.perf_counter() - start
-            enough = len(all_runs) >= self.min_runs and (spent >= budget_s or len(all_runs) >= self.max_runs)
-            if enough and (len(calm) >= 2 or spent - budget_s > min(self.patience_s, self.max_extension * budget_s)):
-                self.patience_s -= max(spent - budget_s, 0.0)
-                return calm, all_runs
+    A neighbour's burst of work is over at the next round more often than at the next run.
+
+    Args:
+        runs: key → what prepares the call.
+        budget_s: time for each call and round, at least `MIN_RUNS` runs.
+    """
+    found = {key: time_call(prepare(), budget_s=budget_s) for key, prepare in runs.items()}
+    end = time.perf_counter() + patience_s
+    while True:
+        disturbed = [key for key, timing in found.items() if not timing.calm]
+        if not disturbed:
+            return found
+        for key in disturbed:
+            if time.perf_counter() > end:
+                return found
+            found[key] = _better(found[key], time_call(runs[key](), budget_s=budget_s))
+
+
+def _better(one: Timing, other: Timing) -> Timing:
+    if one.calm != other.calm:
+        return one if one.calm else other
+    return min(one, other, key=lambda timing: timing.seconds)
 
 
 def _timed(run: Callable[[], object], inner: int) -> tuple[float, bool]:

@@ -14,13 +14,18 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lighten.device.cases import CALL, CHAIN, HEADS, STACK, TINY, Case, all_cases, sizes
-from lighten.device.clock import Clock
+from lighten.device.clock import time_all
 from lighten.device.profile import BlockSample, Sample
 
+POINT_S = 0.02
+"""Time given to each measured point; a short one is run often, a long one three times."""
+PATIENCE_S = 6.0
+"""Time beyond that to measure disturbed points again."""
 NET_FLOOR = 0.1
 """An operator keeps at least this share of its time when overheads are taken off: they are noisy too."""
 
@@ -30,25 +35,22 @@ def measure_engine(engine: str, threads: int, folder: Path, cases: Sequence[Case
     from lighten.device.engines.bench import open_bench
 
     bench = open_bench(engine, threads)
-    chosen = all_cases() if cases is None else list(cases)
-    bench.prepare(chosen)
-    clock = Clock()
-    call = clock.seconds(bench.runner(CALL, (1,)))
-    operator = max((clock.seconds(bench.runner(CHAIN, (1,))) - call) / CHAIN.shape[1], 1e-8)
+    chosen = bench.cases(all_cases() if cases is None else list(cases))
+    bench.prepare([*chosen, TINY, STACK])
+    points = [(case, size) for case in chosen for size in sizes(case)]
+    timings = time_all({point: partial(bench.runner, *point) for point in points}, budget_s=POINT_S, patience_s=PATIENCE_S)
+    call = timings[CALL, (1,)].seconds
+    operator = max((timings[CHAIN, (1,)].seconds - call) / CHAIN.shape[1], 1e-8)
     samples: list[Sample] = []
     blocks: list[BlockSample] = []
-    for case in chosen:
-        if case in (CALL, CHAIN):
-            continue
-        for size in sizes(case):
-            seconds = clock.seconds(bench.runner(case, size))
-            if case.kind == "block":
-                blocks.append(_block(case, size, seconds))
-            else:
-                samples.append(_sample(case, size, max(seconds - call - operator, NET_FLOOR * seconds)))
+    for (case, size), timing in timings.items():
+        if case.kind == "block":
+            blocks.append(_block(case, size, timing.seconds))
+        elif case not in (CALL, CHAIN):
+            samples.append(_sample(case, size, max(timing.seconds - call - operator, NET_FLOOR * timing.seconds)))
     found = {
         "name": engine, "version": bench.version, "precision": bench.precision, "call_overhead_s": call, "operator_overhead_s": operator,
-        "disturbed_ratio": clock.disturbed / clock.points,
+        "disturbed_ratio": sum(not timing.calm for timing in timings.values()) / len(timings),
         "samples": [asdict(each) for each in samples], "blocks": [asdict(each) for each in blocks],
     }  # fmt: skip
     return found | _stored(bench, folder)

@@ -16,6 +16,9 @@ class Bench(Protocol):
     version: str
     precision: str
 
+    def cases(self, wanted: Sequence[Case]) -> list[Case]:
+        """Those of the wanted micro-models that this engine measures."""
+
     def prepare(self, cases: Sequence[Case]) -> None:
         """Build all micro-models that need building together."""
 

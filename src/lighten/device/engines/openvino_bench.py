@@ -31,6 +31,9 @@ class OpenVinoBench:
         self.quantized: dict[Case, Any] = {}
         self.precision = str(self._compile(self._float_model(Case("call"))).get_property("INFERENCE_PRECISION_HINT").to_string())
 
+    def cases(self, wanted: Sequence[Case]) -> list[Case]:
+        return list(wanted)
+
     def prepare(self, cases: Sequence[Case]) -> None:
         """Quantize all that is quantized in one go, as branches of one model that are then taken apart: NNCF's start costs seconds."""
         if self.engine.endswith("/int8"):
@@ -48,7 +51,9 @@ class OpenVinoBench:
 
     def store(self, case: Case, folder: Path) -> tuple[Path, int]:
         path = folder / f"{case.name}.xml"
-        model = _quantized(self.core, [case])[0] if self.engine.endswith("/int8") else self._float_model(case)
+        model = self.quantized.get(case)
+        if model is None:
+            model = _quantized(self.core, [case])[0] if self.engine.endswith("/int8") else self._float_model(case)
         openvino.save_model(model, path, compress_to_fp16=False)
         return path, path.with_suffix(".bin").stat().st_size
 
