@@ -134,6 +134,12 @@ def test_variants_agree_in_training_and_inference(name: str, attention: Any, bat
     check(config, Workload(phase="train", batch_size=batch_size, seq_len=40, attention=attention, optimizer="sgd"))
 
 
+def test_recomputation_stops_where_nothing_more_is_saved() -> None:
+    """In an MLP this narrow the block's last sums would be the fullest moment, but torch.utils.checkpoint does not come to them."""
+    config = llama(intermediate_size=8, num_hidden_layers=1, vocab_size=20)
+    check(config, Workload(phase="train", batch_size=8, seq_len=60, optimizer="sgd", recompute="full"))
+
+
 # Real shapes
 
 
