@@ -10,10 +10,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from lighten.formats import files
 from lighten.formats.onnx_export import write_onnx
 from lighten.model.spec import Embedding, Linear, ModelSpec
-
-FILE = "model.onnx"
 
 
 def write_onnx_artifact(exported: Path, weights: Mapping[str, Tensor], spec: ModelSpec, folder: Path) -> None:
@@ -24,10 +23,10 @@ def write_onnx_artifact(exported: Path, weights: Mapping[str, Tensor], spec: Mod
     linears = any(isinstance(part, Linear) and part.weight.activations == "dynamic" for part in spec.parts)
     embeddings = any(isinstance(part, Embedding) and part.weight.activations == "dynamic" for part in spec.parts)
     if not linears:
-        return write_onnx(exported, weights, folder / FILE)
+        return write_onnx(exported, weights, folder / files.ONNX)
     plain, shaped = folder / "plain.onnx", folder / "shaped.onnx"
     write_onnx(exported, weights, plain)
-    _quantize_dynamic(plain, shaped, folder / FILE, ["MatMul", "Gemm"] + (["Gather"] if embeddings else []))
+    _quantize_dynamic(plain, shaped, folder / files.ONNX, ["MatMul", "Gemm"] + (["Gather"] if embeddings else []))
     for path in folder.glob("plain.onnx*"):
         path.unlink()
     for path in folder.glob("shaped.onnx*"):

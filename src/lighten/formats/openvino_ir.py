@@ -17,10 +17,10 @@ import numpy as np
 from torch import Tensor
 
 from lighten.errors import RecipeError
+from lighten.formats import files
 from lighten.formats.onnx_export import cache_names, digest, kv_shape, tensor_table, write_onnx
 from lighten.model.spec import Embedding, Linear, ModelSpec, WeightFormat
 
-FILE = "openvino_model.xml"
 Batch = Mapping[str, np.ndarray[Any, Any]]
 
 
@@ -46,7 +46,7 @@ def write_openvino(exported: Path, weights: Mapping[str, Tensor], spec: ModelSpe
             model = _quantize_static(model, calibration)
         elif formats:
             model = _compress(model, weights, formats)
-        openvino.save_model(model, folder / FILE, compress_to_fp16=spec.dtype == "float16")
+        openvino.save_model(model, folder / files.OPENVINO, compress_to_fp16=spec.dtype == "float16")
     del model
     for path in folder.glob("plain.onnx*"):
         path.unlink()

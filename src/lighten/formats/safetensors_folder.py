@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lighten.compress.grid import QuantizedTensor
+from lighten.formats import files
 from lighten.model.quantized import FORMAT, METHOD, STRATEGIES
 from lighten.model.read import SIDE_FILES, read_config, weight_files
 from lighten.model.spec import PER_TENSOR, Embedding, Linear, ModelSpec
@@ -30,7 +31,8 @@ def write_folder(weights: Iterable[tuple[str, Tensor | QuantizedTensor]], spec: 
             tensors |= {f"{name.removesuffix('weight')}{key}": value for key, value in pack(weight).items()}
         else:
             tensors[name] = weight.contiguous()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / files.SAFETENSORS, metadata={"format": "pt"})
+    (folder / files.SAFETENSORS).chmod(0o644)  # the library writes it for its owner alone
     copy_side_files(source, folder)
     config = read_config(source) | {"dtype": spec.dtype}
     config.pop("torch_dtype", None)

@@ -107,12 +107,12 @@ class Judge:
             loaded = self._load(child, target)
             warm, baseline = self._baseline is not None, self._original()
             latency = time_beside(child, baseline, self.workload, timeout_s=self.limits.timeout_s, warm=warm)
-            peak = child.ask("time", timeout_s=self.limits.timeout_s, phase="encode", batch_size=1, seq_len=1, new_tokens=0, seeds=[])
+            told = child.ask("describe", timeout_s=self.limits.timeout_s)
             quality = self._quality(child)
         median = latency.quartiles[1]
         return Measurement(
-            size_bytes=target.size_bytes, peak_memory_bytes=peak["peak_memory_bytes"], latency=latency, throughput=self.workload.tokens / median,
-            precision=loaded["precision"], runtime_version=loaded["version"], cold_start_s=loaded["seconds"], quality=quality,
+            size_bytes=target.size_bytes, peak_memory_bytes=told["peak_memory_bytes"], latency=latency, throughput=self.workload.tokens / median,
+            precision=told["precision"], runtime_version=told["version"], cold_start_s=loaded["seconds"], quality=quality,
         )  # fmt: skip
 
     def measure_original(self) -> Measurement:

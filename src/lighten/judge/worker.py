@@ -20,7 +20,7 @@ import numpy as np
 from lighten.errors import LightenError
 from lighten.model import ModelSpec, read_spec
 from lighten.recipe import parse_recipe
-from lighten.runtimes import MODULES, Session
+from lighten.runtimes import MODULES, Runtime, Session
 
 CALIBRATION_TEXTS = 128
 """Calibration passages of `quantize(static)`. NNCF's own default is 300; 128 gave the same agreement on MiniLM (benchmarks/LOG.md)."""
@@ -32,6 +32,7 @@ class Worker:
     def __init__(self) -> None:
         self.session: Session | None = None
         self.spec: ModelSpec | None = None
+        self.runtime: Runtime | None = None
 
     def build(self, source: str, recipe: str, folder: str, text: str | None, exports: str) -> dict[str, Any]:
         """Write an artifact."""
@@ -46,11 +47,16 @@ class Worker:
     def load(self, folder: str, original: str, runtime: str, dtype: str, threads: int) -> dict[str, Any]:
         """Import the runtime and load a folder with it."""
         start = time.perf_counter()
-        held = (Path(folder) / "model.safetensors").exists() or (Path(folder) / "model.safetensors.index.json").exists()
-        self.spec = read_spec(Path(folder) if held else Path(original))
-        module = MODULES[runtime]
-        self.session = module.load(Path(folder), self.spec, dtype=dtype, threads=threads)
-        return {"seconds": time.perf_counter() - start, "precision": self.session.precision, "version": module.version()}
+        self.spec = read_spec(Path(folder) if any(Path(folder).glob("*.safetensors")) else Path(original))
+        self.runtime = MODULES[runtime]
+        self.session = self.runtime.load(Path(folder), self.spec, dtype=dtype, threads=threads)
+        return {"seconds": time.perf_counter() - start}
+
+    def describe(self) -> dict[str, Any]:
+        """The peak memory so far, and then what the session runs in, which may take memory to find out."""
+        session, _ = self._loaded()
+        assert self.runtime is not None, "the parent loads before it asks"
+        return {"peak_memory_bytes": peak_memory_bytes(), "precision": session.precision, "version": self.runtime.version()}
 
     def time(self, phase: str, batch_size: int, seq_len: int, new_tokens: int, seeds: Sequence[int]) -> dict[str, Any]:
         """Run the workload once for each seed, on other tokens each time; seconds of each."""
@@ -70,7 +76,7 @@ class Worker:
                 for _ in range(new_tokens - (phase == "generate")):
                     last = session.decode(last.argmax(-1)[:, None])
             found.append(time.perf_counter() - start)
-        return {"seconds": found, "peak_memory_bytes": peak_memory_bytes()}
+        return {"seconds": found}
 
     def embed(self, texts: Sequence[str], tokenizer: str, batch_size: int, seq_len: int, out: str) -> dict[str, Any]:
         """Sentence embeddings of the texts, pooled as the model's `1_Pooling/config.json` says (mean where there is none), to an .npy file."""

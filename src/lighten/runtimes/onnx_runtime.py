@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lighten.errors import RuntimeUnavailable
-from lighten.formats.onnx_artifact import FILE
+from lighten.formats.files import ONNX
 from lighten.model.spec import ModelSpec
 from lighten.runtimes.session import Floats, Ids, Session
 
@@ -24,8 +24,8 @@ def load(folder: Path, spec: ModelSpec, *, dtype: str, threads: int) -> Session:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(folder / FILE, options, providers=["CPUExecutionProvider"])
-    return _OnnxSession(session, _precision(folder / FILE))
+    session = onnxruntime.InferenceSession(folder / ONNX, options, providers=["CPUExecutionProvider"])
+    return _OnnxSession(session, folder / ONNX)
 
 
 def _precision(path: Path) -> str:
@@ -40,9 +40,13 @@ def _precision(path: Path) -> str:
 class _OnnxSession:
     """See `Session`."""
 
-    def __init__(self, session: Any, precision: str) -> None:
+    def __init__(self, session: Any, path: Path) -> None:
         self._session = session
-        self.precision = precision
+        self._path = path
+
+    @property
+    def precision(self) -> str:
+        return _precision(self._path)
 
     def encode(self, input_ids: Ids, attention_mask: Ids) -> Floats:
         output: Floats = self._session.run(None, {"input_ids": input_ids, "attention_mask": attention_mask})[0]

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from lighten.formats.openvino_ir import FILE
+from lighten.formats.files import OPENVINO
 from lighten.model.spec import ModelSpec
 from lighten.runtimes.session import Floats, Ids, Session
 
 HINTS = {"float32": "f32", "bfloat16": "bf16"}
-PRODUCTS = ("FullyConnected", "MatMul", "Subgraph")
+PRODUCTS = ("FullyConnected", "MatMul")
 NAMES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "i8": "int8", "u8": "int8"}
 
 
@@ -31,8 +31,8 @@ def load(folder: Path, spec: ModelSpec, *, dtype: str, threads: int) -> Session:
     properties = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
     if spec.is_decoder:
         properties |= {"KV_CACHE_PRECISION": hint, "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
-    compiled = openvino.Core().compile_model(folder / FILE, "CPU", properties)
-    return _OpenVINOSession(compiled, _precision(compiled))
+    compiled = openvino.Core().compile_model(folder / OPENVINO, "CPU", properties)
+    return _OpenVINOSession(compiled)
 
 
 def _precision(compiled: Any) -> str:
@@ -40,7 +40,7 @@ def _precision(compiled: Any) -> str:
     found: Counter[str] = Counter()
     for node in compiled.get_runtime_model().get_ordered_ops():
         info = node.get_rt_info()
-        if "layerType" in info and info["layerType"].astype(str) in PRODUCTS[:2]:
+        if "layerType" in info and info["layerType"].astype(str) in PRODUCTS:
             found[info["runtimePrecision"].astype(str)] += 1
     most = found.most_common(1)[0][0] if found else "not known"
     return NAMES.get(most, most)
@@ -49,10 +49,14 @@ def _precision(compiled: Any) -> str:
 class _OpenVINOSession:
     """See `Session`. A decoder's keys and values live in the request's state, set to no positions before each prompt."""
 
-    def __init__(self, compiled: Any, precision: str) -> None:
+    def __init__(self, compiled: Any) -> None:
+        self._compiled = compiled
         self._request = compiled.create_infer_request()
-        self.precision = precision
         self._positions = 0
+
+    @property
+    def precision(self) -> str:
+        return _precision(self._compiled)
 
     def encode(self, input_ids: Ids, attention_mask: Ids) -> Floats:
         output: Floats = self._request.infer({"input_ids": input_ids, "attention_mask": attention_mask})[0]

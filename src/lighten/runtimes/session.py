@@ -18,13 +18,12 @@ Floats = NDArray[np.float32]
 
 
 class Session(Protocol):
-    """A model that is loaded and ready.
+    """A model that is loaded and ready."""
 
-    Attributes:
-        precision: what it really computes in, read back from the runtime where it tells.
-    """
-
-    precision: str
+    @property
+    def precision(self) -> str:
+        """What it really computes in, read back from the runtime where it tells."""
+        ...
 
     def encode(self, input_ids: Ids, attention_mask: Ids) -> Floats:
         """An encoder's last hidden state, [B, S, D]."""

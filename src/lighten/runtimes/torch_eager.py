@@ -30,8 +30,11 @@ class TorchSession:
 
     def __init__(self, module: Any) -> None:
         self.module = module
-        self.precision = str(module.dtype).removeprefix("torch.")
         self._cache: Any = None
+
+    @property
+    def precision(self) -> str:
+        return str(self.module.dtype).removeprefix("torch.")
 
     def encode(self, input_ids: Ids, attention_mask: Ids) -> Floats:
         import torch
