@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -63,8 +64,8 @@ def parse_constraint(text: str, *, decoder: bool) -> Constraint:
     figure, operator, number = found[1], found[2], found[3].replace(" ", "")
     known = figures(decoder=decoder)
     if figure not in known:
-        kind = "decoder" if decoder else "encoder"
-        raise ConstraintError(f"constraint {text!r}: a {kind} has no figure {figure!r}; figures: {', '.join(known)}.")
+        kind = "a decoder" if decoder else "an encoder"
+        raise ConstraintError(f"constraint {text!r}: {kind} has no figure {figure!r}; figures: {', '.join(known)}.")
     if (operator == "<=") != (figure in LOWER_IS_BETTER):
         better = "<=" if figure in LOWER_IS_BETTER else ">="
         raise ConstraintError(f"constraint {text!r} would ask for a worse {figure}; write {figure}{better}{number}.")
@@ -72,7 +73,14 @@ def parse_constraint(text: str, *, decoder: bool) -> Constraint:
     if relative or figure not in FIGURES:
         limit = _plain(number.removesuffix("x"), text)
     else:
-        limit = parse_quantity(number, FIGURES[figure][1], f"constraint {text!r}, {figure}")
+        try:
+            limit = parse_quantity(number, FIGURES[figure][1], figure)
+        except ConstraintError as error:
+            raise ConstraintError(f"constraint {text!r}, {error}") from error
+    if not math.isfinite(limit):
+        raise ConstraintError(f"constraint {text!r}: {number!r} is not a number that anything can be compared with.")
+    if relative and limit <= 0:
+        raise ConstraintError(f"constraint {text!r}: {number!r} of the original is not positive.")
     return Constraint(figure=figure, operator=operator, limit=limit, relative=relative, text=text)
 
 
