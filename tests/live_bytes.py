@@ -145,11 +145,13 @@ def _infer(model: PreTrainedModel, ids: torch.Tensor, workload: Workload, live: 
     last = {"logits_to_keep": 1} if hasattr(model, "lm_head") else {}
     if workload.phase == "generate":
         model(ids, past_key_values=cache, use_cache=True, **last)
-        rest = workload.new_tokens - 1
+        if workload.new_tokens == 1:
+            return
+        between = workload.new_tokens - 2
     else:
-        rest = workload.seq_len + workload.new_tokens - 1
-    if rest:
-        _fill(cache, model.config, workload, rest)
+        between = workload.seq_len + workload.new_tokens - 1
+    if between:
+        _fill(cache, model.config, workload, between)
     if workload.phase == "decode":
         live.start_over()
     model(ids[:, :1], past_key_values=cache, use_cache=True, **last)
@@ -165,9 +167,17 @@ def _fill(cache: DynamicCache, config: PretrainedConfig, workload: Workload, tok
 
 @contextlib.contextmanager
 def _tensors(fake: bool) -> Iterator[None]:
-    """Fake tensors have no values, so transformers would assume packed sequences; plain positions hold none."""
+    """True tensors on one thread, for threads would cost small ones more than they give; or fake ones.
+
+    Fake tensors have no values, so transformers would assume packed sequences, which plain positions are not.
+    """
     if not fake:
-        yield
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
         return
     with FakeTensorMode(), patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None):
         yield

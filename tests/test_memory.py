@@ -70,6 +70,7 @@ PHASES: dict[str, dict[str, Any]] = {
     "prefill": {"phase": "prefill"},
     "decode": {"phase": "decode", "new_tokens": 5},
     "generate": {"phase": "generate", "new_tokens": 5},
+    "generate one": {"phase": "generate", "new_tokens": 1},
     "train": {"phase": "train", "optimizer": "adamw"},
     "recompute": {"phase": "train", "optimizer": "sgd", "recompute": "full"},
 }

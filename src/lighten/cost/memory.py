@@ -101,10 +101,11 @@ def workload_memory(spec: ModelSpec, workload: Workload) -> MemoryBreakdown:
     """Memory of a workload as PyTorch runs it eagerly on a CPU, within 1 % of the live bytes of `transformers`' own BERT and Llama.
 
     encode and prefill are one forward pass, logits at every position, without a cache. decode is its last step: the cache is a
-    `DynamicCache` and grows by a copy of one layer's keys, then values. generate is the fuller of a prefill that fills the cache,
-    with logits at the last position, and that last step. A training step is any but the first, since the optimizer's state exists;
-    its loss is the head's cross entropy, or the mean of the last hidden state where there is no head. Only the loss is kept of the
-    model's output; gradients are freed after the step. Inputs have no padding, so that no mask of theirs exists.
+    `DynamicCache` and grows by a copy of one layer's keys, then values. generate is the fuller of two: a prefill that fills the cache
+    and gives the first token, with logits at the last position, and the last of the steps that follow. A training step is any but the
+    first, since the optimizer's state exists; its loss is the head's cross entropy, or the mean of the last hidden state where there is
+    no head. Only the loss is kept of the model's output; gradients are freed after the step. Inputs have no padding, so that no mask
+    of theirs exists.
 
     Three things are the CPU's: dropout keeps its noise in the activations' type (CUDA's kernel keeps 1 byte an element);
     `attention="sdpa"` with attention dropout builds the score matrix, in float32 ("flash" never does); the optimizer updates one
@@ -128,12 +129,16 @@ def workload_memory(spec: ModelSpec, workload: Workload) -> MemoryBreakdown:
 
 def _forwards(workload: Workload) -> list[tuple[Forward, int | None]]:
     """The forward passes that can be the fullest, each with the positions that its cache held before; None: no cache."""
-    batch, prompt, context = workload.batch_size, workload.seq_len, workload.seq_len + workload.new_tokens
-    last_step = (Forward(batch_size=batch, query_len=1, key_len=context, last_logits_only=True), context - 1)
-    if workload.phase == "decode":
-        return [last_step]
-    whole = Forward(batch_size=batch, query_len=prompt, key_len=prompt, last_logits_only=workload.phase == "generate")
-    return [(whole, 0), last_step] if workload.phase == "generate" else [(whole, None)]
+    batch, prompt, generates = workload.batch_size, workload.seq_len, workload.phase == "generate"
+    steps = workload.new_tokens - generates  # the prefill of a generation gives its first token
+    whole = Forward(batch_size=batch, query_len=prompt, key_len=prompt, last_logits_only=generates)
+    last_step = Forward(batch_size=batch, query_len=1, key_len=prompt + steps, last_logits_only=True)
+    passes: list[tuple[Forward, int | None]] = []
+    if workload.phase != "decode":
+        passes.append((whole, 0 if generates else None))
+    if steps > 0:
+        passes.append((last_step, prompt + steps - 1))
+    return passes
 
 
 def _inference_bytes(part: Part, dtype: str) -> int:
@@ -495,7 +500,7 @@ class _Model(_Operators):
         self.attention_dropout = float(spec.config.get("attention_probs_dropout_prob", spec.config.get("attention_dropout", default)))
         self.cache: dict[str, tuple[_Storage, _Storage]] = {}
         self.inputs = [self.hold(size) for size in _input_bytes(spec, workload, forward)]
-        groups = [(block, tuple(parts)) for block, parts in groupby(spec.parts, key=_block_name)]
+        groups = [(block, tuple(parts)) for block, parts in groupby(spec.parts, key=block_name)]
         self.blocks = [parts for block, parts in groups if block]
         outside = [parts for block, parts in groups if not block]
         self.embeddings = outside[0]
@@ -674,7 +679,7 @@ class _Model(_Operators):
         return self.cast(self.product(scores, self.as_matrices(v, heads, head_major=times > 1), q.elements), self.element)
 
 
-def _block_name(part: Part) -> str | None:
+def block_name(part: Part) -> str | None:
     """`encoder.layer.0` of `encoder.layer.0.attention.self`; None outside the numbered blocks."""
     found = re.match(r".*?\.\d+(?=\.)", part.name)
     return found[0] if found else None
