@@ -1,6 +1,6 @@
 """From whole blocks to factors: what fusion saves, and what a framework adds, over the sum of single operators.
 
-Model:  log measured = log Σ_c factor[c] · seconds[c] + noise,  c in linear, attention, pointwise, overhead.
+Model:  log measured = log Σ_c factor[c] · seconds[c] + noise,  c in linear, weights, attention, pointwise, overhead.
 The factors are the most probable ones under independent normal priors on their logarithms around 0 (factor 1): a linear costs what it was
 measured to cost, within a quarter; what surrounds it may vanish by fusion or double. So a class that the blocks say nothing about keeps 1.
 """
@@ -18,12 +18,13 @@ from lighten.cost.operators import Forward, forward_operators
 from lighten.device.cases import block_spec
 from lighten.device.profile import Bandwidth, BlockSample, Calibration, EngineProfile
 from lighten.device.roofline import CLASSES, sum_parts
-from lighten.units import DTYPE_BITS
 
-PRIOR_SPREAD = {"linear": 0.25, "attention": 0.5, "pointwise": 1.0, "overhead": 1.0}
+PRIOR_SPREAD = {"linear": 0.25, "weights": 1.0, "attention": 0.5, "pointwise": 1.0, "overhead": 1.0}
 """Standard deviation of log factor: wide for what compilers fuse, narrow for matrix products, which they do not."""
 NOISE = 0.1
 """Standard deviation of log measured that is taken for granted: repeated blocks on a shared 2-core machine differ by about that."""
+MIN_CALM = 2 * len(CLASSES)
+"""Undisturbed blocks that are enough to fit the factors: two for each."""
 STEPS = 30
 LEVEL_Z = 1.6449
 """95 % quantile of the normal distribution: a two-sided 90 % interval."""
@@ -40,8 +41,9 @@ def fit_blocks(engine: EngineProfile, bandwidth: Sequence[Bandwidth]) -> Calibra
     """Factors from all blocks; the spread from blocks left out one at a time."""
     if not engine.blocks:
         return Calibration()
-    sums = np.array([_block_parts(block, engine, bandwidth) for block in engine.blocks])
-    measured = np.array([block.seconds for block in engine.blocks])
+    blocks = _trustworthy(engine.blocks)
+    sums = np.array([_block_parts(block, engine, bandwidth) for block in blocks])
+    measured = np.array([block.seconds for block in blocks])
     factors = _fit(sums, measured)
     return Calibration(
         factors=dict(zip(CLASSES, (float(factor) for factor in factors), strict=True)),
@@ -56,9 +58,14 @@ def block_operators(block: BlockSample, dtype: str) -> list[Any]:
     return forward_operators(block_spec(block), forward, dtype)
 
 
+def _trustworthy(blocks: Sequence[BlockSample]) -> Sequence[BlockSample]:
+    """The undisturbed blocks, if they are enough to fit; else all, whose scatter the range then shows."""
+    calm = [block for block in blocks if block.calm]
+    return calm if len(calm) >= MIN_CALM else blocks
+
+
 def _block_parts(block: BlockSample, engine: EngineProfile, bandwidth: Sequence[Bandwidth]) -> list[float]:
-    dtype = engine.dtype if engine.dtype in DTYPE_BITS and engine.dtype != "int8" else "float32"
-    parts = sum_parts(block_operators(block, dtype), engine, bandwidth)
+    parts = sum_parts(block_operators(block, engine.activation_dtype), engine, bandwidth)
     return [parts.by_class[name] for name in CLASSES]
 
 

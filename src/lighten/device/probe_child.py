@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -19,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from lighten.device.cases import CALL, CHAIN, HEADS, STACK, TINY, Case, all_cases, sizes
-from lighten.device.clock import time_all
+from lighten.device.clock import Timing, time_all
 from lighten.device.profile import BlockSample, Sample
 
 POINT_S = 0.02
 """Time given to each measured point; a short one is run often, a long one three times."""
 PATIENCE_S = 6.0
 """Time beyond that to measure disturbed points again."""
+MIN_CALM = 2
 NET_FLOOR = 0.1
 """An operator keeps at least this share of its time when overheads are taken off: they are noisy too."""
 
@@ -41,19 +43,25 @@ def measure_engine(engine: str, threads: int, folder: Path, cases: Sequence[Case
     timings = time_all({point: partial(bench.runner, *point) for point in points}, budget_s=POINT_S, patience_s=PATIENCE_S)
     call = timings[CALL, (1,)].seconds
     operator = max((timings[CHAIN, (1,)].seconds - call) / CHAIN.shape[1], 1e-8)
-    samples: list[Sample] = []
+    samples: list[tuple[Sample, bool]] = []
     blocks: list[BlockSample] = []
     for (case, size), timing in timings.items():
         if case.kind == "block":
-            blocks.append(_block(case, size, timing.seconds))
+            blocks.append(_block(case, size, timing))
         elif case not in (CALL, CHAIN):
-            samples.append(_sample(case, size, max(timing.seconds - call - operator, NET_FLOOR * timing.seconds)))
+            samples.append((_sample(case, size, max(timing.seconds - call - operator, NET_FLOOR * timing.seconds)), timing.calm))
     found = {
         "name": engine, "version": bench.version, "precision": bench.precision, "call_overhead_s": call, "operator_overhead_s": operator,
         "disturbed_ratio": sum(not timing.calm for timing in timings.values()) / len(timings),
-        "samples": [asdict(each) for each in samples], "blocks": [asdict(each) for each in blocks],
+        "samples": [asdict(each) for each in _believable(samples)], "blocks": [asdict(each) for each in blocks],
     }  # fmt: skip
     return found | _stored(bench, folder)
+
+
+def _believable(samples: Sequence[tuple[Sample, bool]]) -> list[Sample]:
+    """Without the disturbed ones, wherever the same operator was measured undisturbed at enough numbers of rows."""
+    calm = Counter((sample.kind, sample.shape) for sample, undisturbed in samples if undisturbed)
+    return [sample for sample, undisturbed in samples if undisturbed or calm[sample.kind, sample.shape] < MIN_CALM]
 
 
 def _stored(bench: Any, folder: Path) -> dict[str, Any]:
@@ -71,17 +79,12 @@ def _sample(case: Case, size: tuple[int, ...], seconds: float) -> Sample:
     return Sample(kind=case.kind, rows=size[0] * case.shape[0], shape=(), seconds=seconds)
 
 
-def _block(case: Case, size: tuple[int, ...], seconds: float) -> BlockSample:
+def _block(case: Case, size: tuple[int, ...], timing: Timing) -> BlockSample:
     hidden, heads, inner, layers = case.shape
     return BlockSample(
-        hidden_size=hidden,
-        num_attention_heads=heads,
-        intermediate_size=inner,
-        layers=layers,
-        batch_size=size[0],
-        seq_len=size[1],
-        seconds=seconds,
-    )
+        hidden_size=hidden, num_attention_heads=heads, intermediate_size=inner, layers=layers,
+        batch_size=size[0], seq_len=size[1], seconds=timing.seconds, calm=timing.calm,
+    )  # fmt: skip
 
 
 def measure_memory(engine: str, threads: int, tiny: Path, large: Path, large_bytes: int) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockSample:
-    """A stack of synthetic encoder layers with random weights, measured as a whole."""
+    """A stack of synthetic encoder layers with random weights, measured as a whole. `calm`: no other process disturbed it."""
 
     hidden_size: int
     num_attention_heads: int
@@ -71,6 +71,7 @@ class BlockSample:
     batch_size: int
     seq_len: int
     seconds: float
+    calm: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +79,8 @@ class Calibration:
     """What turns the sum of single operators into the time of a whole model.
 
     Attributes:
-        factors: class of operator (linear, attention, pointwise, overhead) → what its summed time is multiplied by: below 1 where the
-            runtime fuses, above 1 where it moves data between operators. Fitted to `blocks` synthetic blocks.
+        factors: class of time (linear, weights, attention, pointwise, overhead) → what its sum is multiplied by: below 1 where the runtime
+            fuses or overlaps, above 1 where it moves data between operators. Fitted to `blocks` synthetic blocks.
         spread: half width of the 90 % interval of log(measured / predicted), from blocks that the fit did not see (leave one out).
         blocks: how many were measured; with 0 the factors are 1 and the range is not known.
     """
@@ -127,6 +128,11 @@ class EngineProfile:
     @property
     def dtype(self) -> str:
         return self.name.split("/")[1]
+
+    @property
+    def activation_dtype(self) -> str:
+        """What flows between operators: an int8 engine quantizes inside its linears."""
+        return "bfloat16" if self.dtype == "bfloat16" else "float32"
 
 
 @dataclass(frozen=True, kw_only=True)

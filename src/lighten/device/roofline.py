@@ -1,17 +1,23 @@
 """Operators × a measured engine → seconds, with a range and what binds.
 
-    seconds = Σ over classes c of factor[c] · Σ over operators of max(compute, memory)  +  factor[overhead] · (call + operators · overhead)
+    seconds = Σ over classes c of factor[c] · seconds[c]
 
-compute: interpolated between this engine's measured operators of the same kind; memory: bytes over the bandwidth at the working set,
-which is for weights all weights of the pass (each is read once and then not again before all others), for activations the operator's own.
-The factors come from synthetic blocks that were measured whole (`calibration.py`); the range is what those blocks scattered by.
+    linear     Σ over linears of their measured seconds, weights warm in the caches
+    weights    bytes of all weights over the bandwidth at that working set: a pass reads each weight once, and not again before all others.
+               The factor says how much of it kernels fail to hide behind the products
+    attention  Σ of max(measured seconds, bytes over bandwidth)
+    pointwise  the same for norms, activation functions, sums and gathers
+    overhead   call + operators · what an operator adds
+
+Measured seconds are interpolated between this engine's measured operators of the same kind (`rates.py`). The factors come from synthetic
+blocks that were measured whole (`calibration.py`); the range is what those blocks scattered by.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,13 +25,15 @@ from lighten.cost.operators import NORM_FLOPS, Op
 from lighten.device.profile import Bandwidth, EngineProfile, Profile
 from lighten.device.rates import RateTable, bandwidth_at, rate_tables
 from lighten.errors import DeviceError
-from lighten.units import DTYPE_BITS, dtype_bytes
+from lighten.units import dtype_bytes
 
 Bound = Literal["compute", "memory", "overhead"]
 
 ROTARY_FLOPS = 3
 """Operations an element of a rotary embedding (x·cos + rotate(x)·sin), by which it is told from an activation function (1)."""
-CLASSES = ("linear", "attention", "pointwise", "overhead")
+EXPANDING = ("torch", "torch-compile")
+"""Runtimes that expand weight-only quantized weights when they load them: smaller on disk, not in memory."""
+CLASSES = ("linear", "weights", "attention", "pointwise", "overhead")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +48,20 @@ class TimePrediction:
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """Uncalibrated seconds of a forward pass by class, and by what binds."""
+    """Uncalibrated seconds of a forward pass by class and by what binds."""
 
-    by_class: dict[str, float]
-    by_bound: dict[Bound, float]
+    seconds: dict[tuple[str, Bound], float]
+
+    @property
+    def by_class(self) -> dict[str, float]:
+        return {name: sum(value for (each, _), value in self.seconds.items() if each == name) for name in CLASSES}
+
+    def by_bound(self, factors: Mapping[str, float]) -> dict[Bound, float]:
+        """Calibrated seconds by what binds."""
+        found: dict[Bound, float] = {"compute": 0.0, "memory": 0.0, "overhead": 0.0}
+        for (name, bound), value in self.seconds.items():
+            found[bound] += factors.get(name, 1.0) * value
+        return found
 
 
 @dataclass(frozen=True)
@@ -61,15 +79,15 @@ def predict_time(ops: Sequence[Op], engine: EngineProfile, profile: Profile) -> 
     """Seconds of one forward pass made of `ops`, on one engine of a measured machine.
 
     Attention is computed in full where it is causal, as the CPU kernels of all engines do. Linears quantized in their weights alone
-    (bits set, activations None) compute in the engine's type but read fewer bytes.
+    (bits set, activations None) compute in the engine's type; they read the bytes of their codes where the runtime keeps codes.
 
     Raises:
         DeviceError: the engine was probed without a kind of operator that is needed.
     """
     parts = sum_parts(ops, engine, profile.bandwidth)
-    factors = engine.calibration.factors
-    seconds = sum(factors.get(name, 1.0) * value for name, value in parts.by_class.items())
-    bound: Bound = max(parts.by_bound, key=lambda name: parts.by_bound[name])
+    by_bound = parts.by_bound(engine.calibration.factors)
+    seconds = sum(by_bound.values())
+    bound: Bound = max(by_bound, key=lambda name: by_bound[name])
     spread = engine.calibration.spread
     if spread is None:
         return TimePrediction(seconds=seconds, low=None, high=None, bound_by=bound)
@@ -79,18 +97,17 @@ def predict_time(ops: Sequence[Op], engine: EngineProfile, profile: Profile) -> 
 def sum_parts(ops: Sequence[Op], engine: EngineProfile, bandwidth: Sequence[Bandwidth]) -> Parts:
     """The operators' measured seconds summed by class, before calibration."""
     tables = rate_tables(engine.samples)
-    element = min(dtype_bytes(engine.dtype) if engine.dtype in DTYPE_BITS else 4.0, 4.0)
-    shapes = Counter(_shape(op, element) for op in ops)
+    shapes = Counter(_shape(op, engine) for op in ops)
     read = bandwidth_at(bandwidth, sum(shape.weight_bytes * count for shape, count in shapes.items()))[0]
-    by_class = dict.fromkeys(CLASSES, 0.0)
-    by_bound: dict[Bound, float] = {"compute": 0.0, "memory": 0.0, "overhead": 0.0}
+    found: dict[tuple[str, Bound], float] = defaultdict(float)
     for shape, count in shapes.items():
         compute = _compute_seconds(shape, tables, engine)
-        memory = shape.weight_bytes / read + shape.activation_bytes / bandwidth_at(bandwidth, shape.activation_bytes)[1]
-        by_class[_class(shape.kind)] += count * max(compute, memory)
-        by_bound["memory" if memory > compute else "compute"] += count * max(compute, memory)
-    by_class["overhead"] = by_bound["overhead"] = engine.call_overhead_s + len(ops) * engine.operator_overhead_s
-    return Parts(by_class=by_class, by_bound=by_bound)
+        memory = shape.activation_bytes / bandwidth_at(bandwidth, shape.activation_bytes)[1]
+        bound: Bound = "memory" if memory > compute else "compute"
+        found[_class(shape.kind), bound] += count * max(compute, memory)
+        found["weights", "memory"] += count * shape.weight_bytes / read
+    found["overhead", "overhead"] = engine.call_overhead_s + len(ops) * engine.operator_overhead_s
+    return Parts(seconds=dict(found))
 
 
 def predict_peak_memory(weights_bytes: int, activation_bytes: int, engine: EngineProfile) -> int | None:
@@ -115,11 +132,11 @@ def _compute_seconds(shape: _Shape, tables: dict[str, RateTable], engine: Engine
     return tables[shape.kind].seconds(shape.rows, shape.shape)
 
 
-def _shape(op: Op, element: float) -> _Shape:
+def _shape(op: Op, engine: EngineProfile) -> _Shape:
     kind = _sample_kind(op)
     if kind == "linear":
-        stored = op.columns * op.outputs * element
-        weights = min(op.weight_bytes, round(stored))
+        resident = round(op.columns * op.outputs * dtype_bytes(engine.dtype))
+        weights = resident if engine.runtime in EXPANDING else min(op.weight_bytes, resident)
         return _Shape("linear", op.rows, (op.columns, op.outputs), weights, op.activation_bytes)
     if kind == "attention":
         return _Shape("attention", op.products, (op.rows, op.columns, op.outputs), 0, op.activation_bytes)
