@@ -22,31 +22,47 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         self._path = folder / FILE
         self.trials: dict[str, dict[str, Any]] = {}
-        if not self._path.exists():
+        try:
+            raw = self._path.read_bytes()
+        except FileNotFoundError:
             return
-        whole = 0
-        raw = self._path.read_bytes()
-        for line in raw.splitlines(keepends=True):
-            if not line.endswith(b"\n"):
-                break
+        except OSError as error:
+            raise OutputError(f"{self._path} cannot be read: {error.strerror}.") from error
+        *lines, torn = raw.split(b"\n")
+        start = 0
+        for line in lines:
             try:
-                trial = json.loads(line)
-                self.trials[trial["id"]] = trial
+                trial = _trial(line)
             except (ValueError, KeyError, TypeError) as error:
-                raise OutputError(f"{self._path}: byte {whole} starts a line that is no trial; move the file away to start anew.") from error
-            whole += len(line)
-        if whole < len(raw):
-            os.truncate(self._path, whole)
+                raise OutputError(f"{self._path}: byte {start} starts a line that is no trial; move the file away to start anew.") from error
+            self.trials[trial["id"]] = trial
+            start += len(line) + 1
+        if torn:
+            os.truncate(self._path, start)
 
     def append(self, trial: dict[str, Any]) -> None:
-        """Add a finished trial; when this returns, it outlives a kill."""
+        """Add a finished trial; when this returns, it outlives a kill.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
         line = (json.dumps(trial, separators=(",", ":")) + "\n").encode()
-        handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            written = os.write(handle, line)
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+            handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            try:
+                written = os.write(handle, line)
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        except OSError as error:
+            raise OutputError(f"{self._path} cannot be written: {error.strerror}.") from error
         if written != len(line):
             raise OutputError(f"{self._path}: the disk is full.")
         self.trials[trial["id"]] = trial
+
+
+def _trial(line: bytes) -> dict[str, Any]:
+    trial: dict[str, Any] = json.loads(line)
+    if not isinstance(trial["id"], str):
+        raise TypeError(f"id {trial['id']!r}")
+    return trial
