@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -19,7 +20,10 @@ import lighten.errors
 from lighten.device.environment import pinned_environment
 from lighten.errors import LightenError
 
+WORKER = (sys.executable, "-m", "lighten.judge.worker")
 WATCH_S = 0.1
+GRACE_S = 10.0
+"""How long a process that closed its output may take to end."""
 
 
 class WorkerFailed(Exception):
@@ -39,7 +43,7 @@ class Child:
         self._memory_bytes = memory_bytes
         self._stopped_for: str | None = None
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "lighten.judge.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment,
+            [*WORKER, str(os.getpid())], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment,
         )  # fmt: skip
         self._errors: list[bytes] = []
         threading.Thread(target=self._drain, daemon=True).start()
@@ -64,21 +68,28 @@ class Child:
             self._process.stdin.flush()
         except OSError:
             self._fail()
-        answer: dict[str, Any] = json.loads(self._read_line(timeout_s))
+        answer = self._parse(self._read_line(timeout_s))
         if "error" in answer:
             mistake = getattr(lighten.errors, answer["kind"], None)
             raise (mistake if mistake and issubclass(mistake, LightenError) else WorkerFailed)(answer["error"])
         return answer
 
+    @property
+    def alive(self) -> bool:
+        """Whether it can still be asked."""
+        return self._process.poll() is None
+
     def pause(self) -> None:
         """Stop its threads, so that nothing of it runs while another is timed."""
-        if self._process.poll() is None:
-            psutil.Process(self._process.pid).suspend()
+        if self.alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                psutil.Process(self._process.pid).suspend()
 
     def resume(self) -> None:
         """Let it run again."""
-        if self._process.poll() is None:
-            psutil.Process(self._process.pid).resume()
+        if self.alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                psutil.Process(self._process.pid).resume()
 
     def close(self) -> None:
         """End it."""
@@ -86,7 +97,19 @@ class Child:
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
-                stream.close()
+                with contextlib.suppress(BrokenPipeError):  # a question that the dead process never read
+                    stream.close()
+
+    def _parse(self, line: bytes) -> dict[str, Any]:
+        try:
+            answer = json.loads(line) if line.count(b"\n") == 1 else None
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            self._stopped_for = f"the process answered what is no answer: {line[:100].decode(errors='replace').strip()!r}"
+            self._process.kill()
+            self._fail()
+        return answer
 
     def _read_line(self, timeout_s: float) -> bytes:
         assert self._process.stdout is not None, "opened as a pipe"
@@ -105,7 +128,12 @@ class Child:
         return line
 
     def _fail(self) -> NoReturn:
-        code = self._process.wait()
+        try:
+            code = self._process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            self._stopped_for = "the process closed its output and did not end"
+            self._process.kill()
+            code = self._process.wait()
         time.sleep(WATCH_S)  # the last words of stderr
         said = b"".join(self._errors).decode(errors="replace").strip().splitlines()
         died = signal.Signals(-code).name if code < 0 else f"exit code {code}"
@@ -118,10 +146,9 @@ class Child:
         self._process.stderr.close()
 
     def _watch(self) -> None:
-        process = psutil.Process(self._process.pid)
-        while self._process.poll() is None:
+        while self.alive:
             try:
-                held = process.memory_info().rss
+                held = psutil.Process(self._process.pid).memory_info().rss
             except psutil.Error:
                 return
             if held > self._memory_bytes:

@@ -147,11 +147,13 @@ def peak_memory_bytes() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
 
 
-def die_with_parent() -> None:
-    """On Linux, end when the parent does, even where it was killed and this process is stopped."""
+def die_with_parent(parent: int) -> None:
+    """On Linux, end when the parent does, even where it was killed and this process is stopped; at once where it is dead already."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1  # linux/prctl.h
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit(1)
 
 
 def serve(worker: Worker) -> None:
@@ -178,5 +180,5 @@ def _first_line(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    die_with_parent()
+    die_with_parent(int(sys.argv[1]))
     serve(Worker())
