@@ -8,6 +8,7 @@ from typing import Any
 
 from lighten.cost.memory import MemoryBreakdown, workload_memory
 from lighten.cost.operators import Forward, Op, forward_operators
+from lighten.cost.training import BACKWARD, step_counts
 from lighten.cost.workload import OPTIMIZER_STATE, Workload, check_workload
 from lighten.device.profile import EngineProfile, Profile
 from lighten.device.roofline import TimePrediction, predict_peak_memory, predict_time
@@ -16,9 +17,6 @@ from lighten.model.spec import Embedding, Linear, ModelSpec
 from lighten.recipe.predict import apply_recipe, artifact_bytes, compute_dtype, loaded_weight_bytes
 from lighten.recipe.recipe import Recipe
 from lighten.units import dtype_bytes
-
-BACKWARD = 2
-"""Each product of the forward pass has two in the backward pass, for its input's and its weight's gradient, of the same size each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,13 +93,12 @@ def estimate(
     if workload.phase == "train" and any(isinstance(p, Linear | Embedding) and p.weight.bits for p in changed.parts):
         raise WorkloadError("phase train of quantized weights is not supported: codes have no gradient; train first, then quantize.")
     passes = forward_passes(changed, workload)
-    ops = [(op, count) for operators, count in passes for op in operators]
-    times = 1 + BACKWARD if workload.phase == "train" else 1
-    times += workload.phase == "train" and workload.recompute == "full"
+    times = step_counts(changed, workload.recompute) if workload.phase == "train" else {}
+    ops = [(op, count * times.get(op.name, 1)) for operators, count in passes for op in operators]
     matmul: dict[str, int] = {}
     for op, count in ops:
         if op.matmul_flops:
-            matmul[op.component] = matmul.get(op.component, 0) + times * count * op.matmul_flops // 2
+            matmul[op.component] = matmul.get(op.component, 0) + count * op.matmul_flops // 2
     memory = workload_memory(changed, workload)
     engine = _engine(recipe, changed, profile) if profile else None
     time = _time(passes, changed, workload, engine, profile) if engine and profile else None
@@ -111,8 +108,8 @@ def estimate(
     machine_bytes = profile.machine.memory_bytes if profile else None
     needed = process or memory.peak
     return Estimate(
-        spec=changed, workload=workload, matmul=matmul, matmul_causal=times * sum(count * op.causal_flops for op, count in ops) // 2,
-        total_flops=times * sum(count * op.flops for op, count in ops) // 2, memory=memory, size_bytes=artifact_bytes(recipe, changed), device=device,
+        spec=changed, workload=workload, matmul=matmul, matmul_causal=sum(count * op.causal_flops for op, count in ops) // 2,
+        total_flops=sum(count * op.flops for op, count in ops) // 2, memory=memory, size_bytes=artifact_bytes(recipe, changed), device=device,
         time=time, mfu=sum(matmul.values()) / time.seconds / peak_flops_per_s(engine) if engine and time else None, process_bytes=process,
         free_bytes=machine_bytes - needed if machine_bytes is not None else None,
         assumptions=_assumptions(workload, recipe, device), warnings=_warnings(machine_bytes, needed),
@@ -185,7 +182,7 @@ def _assumptions(workload: Workload, recipe: Recipe, device: str | None) -> tupl
     if workload.phase == "generate":
         said.append("logits at the last prompt position alone; the prefill gives the first new token")
     if workload.phase == "train":
-        said.append("the backward pass has twice the forward pass's FLOPs; the optimizer's own are left out")
+        said.append("the loss is the head's, without a head the mean of the last hidden state; the optimizer's own FLOPs are left out")
     if recipe.runtime in ("torch", "torch-compile") and "quantize" in recipe.steps_text:
         said.append(f"{recipe.runtime} expands codes when it loads them: smaller on disk, not in memory")
     if device:

