@@ -129,13 +129,13 @@ def measure(
     cores = threads or usable_cores()
     with tempfile.TemporaryDirectory(prefix="lighten-") as work, contextlib.ExitStack() as stack:
         if made:
-            target = artifact_target(folder, recipe.runtime, made.dtype)
+            target = artifact_target(folder)
         elif recipe.runtime in ("torch", "torch-compile"):
             target = Target(folder=folder, runtime=recipe.runtime, dtype=compute_dtype(recipe, spec), size_bytes=model_bytes(folder))
         else:
             log(f"writing an artifact for {recipe.runtime}")
             written = compress(folder, str(recipe), Path(work) / "artifact", text=text)
-            target = artifact_target(written.folder, recipe.runtime, written.dtype)
+            target = artifact_target(written.folder)
         limits = Limits(threads=cores, memory_bytes=2**62, timeout_s=TIMEOUT_S)
         judge = Judge(original, spec, load_text(Path(text) if text else None), asked, limits, Path(work))
         stack.callback(judge.close)

@@ -16,7 +16,6 @@ from lighten.choose.outcome import ratios
 from lighten.cost import Workload
 from lighten.device.profile import Profile
 from lighten.errors import DeviceError, LightenError, RecipeError
-from lighten.formats.artifact import read_artifact
 from lighten.judge.child import Child, WorkerFailed
 from lighten.judge.measure import Judge, Target, artifact_target
 from lighten.model import ModelSpec
@@ -107,8 +106,7 @@ class Bench:
         folder = self.artifact_folder(candidate)
         if not folder.exists():
             self.write(candidate.recipe, folder)
-        artifact = read_artifact(folder)
-        return artifact_target(folder, artifact.recipe.runtime, artifact.dtype)
+        return artifact_target(folder)
 
     def write(self, recipe: Recipe, folder: Path) -> None:
         """Build an artifact in a process of its own."""

@@ -13,11 +13,9 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from lighten.device.calibration import calibrate
 from lighten.device.engines.bench import required_modules
 from lighten.device.environment import pinned_environment
 from lighten.device.profile import ENGINES, Bandwidth, EngineProfile, Machine, Profile, engine_from_json
@@ -53,6 +51,8 @@ def probe(*, threads: int, log: Callable[[str], None], engines: Sequence[str] | 
     Raises:
         DeviceError: an unknown engine, or not at least one thread.
     """
+    from lighten.device.calibration import calibrate  # imports numpy, which predictions do without
+
     _check(threads, engines)
     chosen = [name for name in DEFAULT_ENGINES if not _missing(name)] if engines is None else list(engines)
     measured: dict[str, EngineProfile] = {}
@@ -178,6 +178,8 @@ def _summary(engine: EngineProfile) -> str:
 
 
 def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version  # 40 ms that predictions do without
+
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lighten.cost import Workload
-from lighten.formats.artifact import fingerprint, folder_bytes
+from lighten.formats.artifact import fingerprint, folder_bytes, read_artifact
 from lighten.judge.child import Child
 from lighten.judge.latency import Latency, time_beside
 from lighten.judge.quality import Score, TokenScores, embedding_fidelity, language_fidelity
@@ -32,12 +32,13 @@ REFERENCE_BYTES = 1_000_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What runs: a folder, by a runtime, in a type."""
+    """What runs: a folder, by a runtime, in a type, with int8 activations or without."""
 
     folder: Path
     runtime: str
     dtype: str
     size_bytes: int
+    dynamic: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +126,7 @@ class Judge:
     def _load(self, child: Child, target: Target) -> dict[str, Any]:
         return child.ask(
             "load", timeout_s=self.limits.timeout_s, folder=str(target.folder), original=str(self.original), runtime=target.runtime,
-            dtype=target.dtype, threads=self.limits.threads,
+            setup={"dtype": target.dtype, "threads": self.limits.threads, "dynamic": target.dynamic},
         )  # fmt: skip
 
     def _original(self) -> Child:
@@ -195,9 +196,11 @@ def model_bytes(folder: Path) -> int:
     return side + sum(path.stat().st_size for path in weight_files(folder))
 
 
-def artifact_target(folder: Path, runtime: str, dtype: str) -> Target:
+def artifact_target(folder: Path) -> Target:
     """The target that an artifact folder is."""
-    return Target(folder=folder, runtime=runtime, dtype=dtype, size_bytes=folder_bytes(folder))
+    made = read_artifact(folder)
+    dynamic = any((step.verb, step.method) == ("quantize", "dynamic") for step in made.recipe.steps)
+    return Target(folder=folder, runtime=made.recipe.runtime, dtype=made.dtype, size_bytes=folder_bytes(folder), dynamic=dynamic)
 
 
 def _token_scores(windows: Sequence[dict[str, Any]]) -> list[TokenScores]:

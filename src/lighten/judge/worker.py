@@ -20,7 +20,7 @@ import numpy as np
 from lighten.errors import LightenError
 from lighten.model import ModelSpec, read_spec
 from lighten.recipe import parse_recipe
-from lighten.runtimes import MODULES, Runtime, Session
+from lighten.runtimes import MODULES, Runtime, Session, Setup
 
 CALIBRATION_TEXTS = 128
 """Calibration passages of `quantize(static)`. NNCF's own default is 300; 128 gave the same agreement on MiniLM (benchmarks/LOG.md)."""
@@ -44,12 +44,12 @@ class Worker:
         )  # fmt: skip
         return {"size_bytes": artifact.size_bytes}
 
-    def load(self, folder: str, original: str, runtime: str, dtype: str, threads: int) -> dict[str, Any]:
+    def load(self, folder: str, original: str, runtime: str, setup: dict[str, Any]) -> dict[str, Any]:
         """Import the runtime and load a folder with it."""
         start = time.perf_counter()
         self.spec = read_spec(Path(folder) if any(Path(folder).glob("*.safetensors")) else Path(original))
         self.runtime = MODULES[runtime]
-        self.session = self.runtime.load(Path(folder), self.spec, dtype=dtype, threads=threads)
+        self.session = self.runtime.load(Path(folder), self.spec, Setup(**setup))
         return {"seconds": time.perf_counter() - start}
 
     def describe(self) -> dict[str, Any]:

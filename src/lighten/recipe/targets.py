@@ -40,7 +40,7 @@ RUNTIMES: dict[str, RuntimeKind] = {
     ),
     "openvino": RuntimeKind(
         extra="openvino", dtypes=("float32", "bfloat16"), stored=("float32", "float16"), decoders=True,
-        formats="quantize(static) of encoders, quantize(rtn) with bits=8 and group_size=channel or bits=4 by channel or group",
+        formats="quantize(dynamic), quantize(static) of encoders, quantize(rtn) with bits=8 and group_size=channel or bits=4 by channel or group",
     ),
 }  # fmt: skip
 
@@ -54,5 +54,5 @@ def carries(runtime: str, weight: WeightFormat, *, decoder: bool) -> bool:
     if runtime == "onnxruntime":
         return weight.activations == "dynamic"
     if weight.activations:
-        return weight.activations == "static" and not decoder
+        return weight.activations == "dynamic" or not decoder
     return weight.group_size == PER_CHANNEL if weight.bits == 8 else weight.bits == 4 and weight.group_size != PER_TENSOR

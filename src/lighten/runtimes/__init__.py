@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from lighten.errors import RuntimeUnavailable
 from lighten.recipe.targets import RUNTIMES
 from lighten.runtimes import onnx_runtime, openvino_runtime, torch_compile, torch_eager
-from lighten.runtimes.session import Runtime, Session
+from lighten.runtimes.session import Runtime, Session, Setup
 
 MODULES: dict[str, Runtime] = {
     "torch": torch_eager, "torch-compile": torch_compile, "onnxruntime": onnx_runtime, "openvino": openvino_runtime,
@@ -51,4 +51,4 @@ def package_versions() -> dict[str, str]:
     return found
 
 
-__all__ = ["MODULES", "Runtime", "Session", "missing_packages", "package_versions", "require_runtime"]
+__all__ = ["MODULES", "Runtime", "Session", "Setup", "missing_packages", "package_versions", "require_runtime"]

@@ -9,7 +9,7 @@ from typing import Any
 from lighten.errors import RuntimeUnavailable
 from lighten.formats.files import ONNX
 from lighten.model.spec import ModelSpec
-from lighten.runtimes.session import Floats, Ids, Session
+from lighten.runtimes.session import Floats, Ids, Session, Setup
 
 
 def version() -> str:
@@ -18,11 +18,11 @@ def version() -> str:
     return str(onnxruntime.__version__)
 
 
-def load(folder: Path, spec: ModelSpec, *, dtype: str, threads: int) -> Session:
+def load(folder: Path, spec: ModelSpec, setup: Setup) -> Session:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.intra_op_num_threads, options.inter_op_num_threads = setup.threads, 1
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(folder / ONNX, options, providers=["CPUExecutionProvider"])
     return _OnnxSession(session, folder / ONNX)

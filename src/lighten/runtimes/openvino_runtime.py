@@ -10,9 +10,11 @@ import numpy as np
 
 from lighten.formats.files import OPENVINO
 from lighten.model.spec import ModelSpec
-from lighten.runtimes.session import Floats, Ids, Session
+from lighten.runtimes.session import Floats, Ids, Session, Setup
 
 HINTS = {"float32": "f32", "bfloat16": "bf16"}
+DYNAMIC_GROUP = 32
+"""Columns of an activation that share a scale; OpenVINO's own default on CPUs."""
 PRODUCTS = ("FullyConnected", "MatMul")
 NAMES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "i8": "int8", "u8": "int8"}
 
@@ -23,14 +25,15 @@ def version() -> str:
     return str(openvino.__version__).split("-")[0]
 
 
-def load(folder: Path, spec: ModelSpec, *, dtype: str, threads: int) -> Session:
+def load(folder: Path, spec: ModelSpec, setup: Setup) -> Session:
     """Every property that OpenVINO would choose by itself is stated: precision, cache type, dynamic quantization of activations."""
     import openvino
 
-    hint = HINTS[dtype]
-    properties = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
+    hint = HINTS[setup.dtype]
+    properties = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": setup.threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
+    properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = DYNAMIC_GROUP if setup.dynamic else 0
     if spec.is_decoder:
-        properties |= {"KV_CACHE_PRECISION": hint, "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+        properties |= {"KV_CACHE_PRECISION": hint}
     compiled = openvino.Core().compile_model(folder / OPENVINO, "CPU", properties)
     return _OpenVINOSession(compiled)
 

@@ -5,6 +5,7 @@ Legend: B batch_size, S length, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +16,20 @@ from lighten.model.spec import ModelSpec
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """How a model is run.
+
+    Attributes:
+        dtype: the type to compute in.
+        dynamic: whether int8 activations, scaled from each input, are asked for; they stay off else.
+    """
+
+    dtype: str
+    threads: int
+    dynamic: bool = False
 
 
 class Session(Protocol):
@@ -49,7 +64,7 @@ class Runtime(Protocol):
         """Its version, after importing it."""
         ...
 
-    def load(self, folder: Path, spec: ModelSpec, *, dtype: str, threads: int) -> Session:
+    def load(self, folder: Path, spec: ModelSpec, setup: Setup) -> Session:
         """A session on an artifact, or on a model folder for the runtimes that run one as it is."""
         ...
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lighten.model.spec import ModelSpec
-from lighten.runtimes.session import Floats, Ids, Session, as_float32
+from lighten.runtimes.session import Floats, Ids, Session, Setup, as_float32
 
 
 def version() -> str:
@@ -15,14 +15,14 @@ def version() -> str:
     return str(torch.__version__)
 
 
-def load(folder: Path, spec: ModelSpec, *, dtype: str, threads: int) -> Session:
+def load(folder: Path, spec: ModelSpec, setup: Setup) -> Session:
     """A `transformers` module with scaled-dot-product attention."""
     import torch
 
     from lighten.formats.torch_model import load_module
 
-    torch.set_num_threads(threads)
-    return TorchSession(load_module(folder, spec, dtype=dtype, attention="sdpa"))
+    torch.set_num_threads(setup.threads)
+    return TorchSession(load_module(folder, spec, dtype=setup.dtype, attention="sdpa"))
 
 
 class TorchSession:
