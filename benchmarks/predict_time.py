@@ -66,8 +66,7 @@ def compare(args: argparse.Namespace, sizes: list[tuple[int, int]]) -> None:
                 print(f"{name}: failed: {found}")
                 continue
             for (batch, length), seconds in zip(sizes, found["seconds"], strict=True):
-                dtype = "bfloat16" if engine.dtype == "bfloat16" else "float32"
-                ops = forward_operators(spec, Forward(batch_size=batch, query_len=length, key_len=length), dtype)
+                ops = forward_operators(spec, Forward(batch_size=batch, query_len=length, key_len=length), engine.activation_dtype)
                 predicted = predict_time(ops, engine, profile)
                 inside = predicted.low is not None and predicted.high is not None and predicted.low <= seconds <= predicted.high
                 rows.append(

@@ -15,8 +15,8 @@ from lighten.runtimes.session import Floats, Ids, Session, Setup
 HINTS = {"float32": "f32", "bfloat16": "bf16"}
 DYNAMIC_GROUP = 32
 """Columns of an activation that share a scale; OpenVINO's own default on CPUs."""
-PRODUCTS = ("FullyConnected", "MatMul")
-NAMES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "i8": "int8", "u8": "int8"}
+NAMES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
+CODES = {"i8": "8-bit", "u8": "8-bit", "i4": "4-bit", "u4": "4-bit"}
 
 
 def version() -> str:
@@ -39,14 +39,28 @@ def load(folder: Path, spec: ModelSpec, setup: Setup) -> Session:
 
 
 def _precision(compiled: Any) -> str:
-    """The type in which most matrix products really run, as the executed graph tells."""
-    found: Counter[str] = Counter()
+    """The types in which most linears really run, as the executed graph tells: of activations, and of weights where they are codes.
+
+    Dynamic quantization happens inside an operator: the graph shows float activations, the property that was set tells.
+    """
+    found: Counter[tuple[str, str]] = Counter()
     for node in compiled.get_runtime_model().get_ordered_ops():
-        info = node.get_rt_info()
-        if "layerType" in info and info["layerType"].astype(str) in PRODUCTS:
-            found[info["runtimePrecision"].astype(str)] += 1
-    most = found.most_common(1)[0][0] if found else "not known"
-    return NAMES.get(most, most)
+        if _told(node, "layerType") == "FullyConnected":
+            data, weight = (_told(node.input(port).get_source_output().get_node(), "outputPrecisions") for port in (0, 1))
+            found[data, weight] += 1
+    if not found:
+        return "not known"
+    (data, weight), _ = found.most_common(1)[0]
+    codes = weight in CODES
+    if data in CODES or (codes and compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE") > 0):
+        return "int8"
+    return NAMES.get(data, data) + (f" with {CODES[weight]} weights" if codes else "")
+
+
+def _told(node: Any, key: str) -> str:
+    """What the executed graph says of a node; empty where it says nothing."""
+    info = node.get_rt_info()
+    return info[key].astype(str) if key in info else ""
 
 
 class _OpenVINOSession:
