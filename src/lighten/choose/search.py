@@ -24,7 +24,7 @@ from lighten.cost.workload import Workload, check_workload
 from lighten.device import Profile, load_profile, probe, profile_path, save_profile
 from lighten.device.probe import this_machine
 from lighten.errors import ConstraintError, DeviceError, ModelError, OutputError
-from lighten.formats.artifact import MANIFEST, fingerprint, read_artifact
+from lighten.formats.artifact import MANIFEST, fingerprint
 from lighten.judge.child import WorkerFailed
 from lighten.judge.measure import MOST_TEXTS, Judge, Limits
 from lighten.judge.text import Text, load_text
@@ -156,7 +156,8 @@ class _Search:
         self.log(said)
         original = candidate.recipe == Recipe()
         record = self._original_trial(candidate) if original else self.bench.run(candidate, baseline_latency_s)
-        self.journal.append(record)
+        if record["measured"] or not original:  # without the original there is no trial at all: the next run measures it again
+            self.journal.append(record)
         self.log(f"    {_summary(record, self.metric)}")
         return record
 
@@ -195,8 +196,7 @@ class _Search:
         judged = outcome.judge_trials([baseline, *trials], baseline, self.constraints, request.minimize, self.metric)
         baseline, trials = judged[0], judged[1:]
         chosen = outcome.choose_best(judged, request.minimize)
-        if chosen is not None:
-            self._keep_artifact(chosen)
+        self._keep_artifact(chosen)
         choice = {
             "lighten": __version__, "command": request.command,
             "model": {
@@ -218,20 +218,46 @@ class _Search:
         shutil.rmtree(self.bench.work, ignore_errors=True)
         return choice
 
-    def _keep_artifact(self, chosen: dict[str, Any]) -> None:
-        """Put the chosen artifact into its place, built again where a finished run removed it."""
-        place = self.request.out / "artifact"
-        recipe = f"{chosen['recipe']} @ {chosen['runtime']}".strip()
-        if (place / MANIFEST).is_file() and str(read_artifact(place).recipe) == recipe:
+    def _keep_artifact(self, chosen: dict[str, Any] | None) -> None:
+        """Put the chosen artifact into its place, built again where a finished run removed it; where nothing is chosen, none stays there."""
+        place, gone = self.request.out / "artifact", self.bench.work / "replaced"
+        if chosen and _trial_of(place) == chosen["id"]:
             return
-        held = self.bench.work / "artifacts" / chosen["id"]
-        if not held.exists():
-            from lighten.recipe import parse_recipe
+        held = self._built(chosen) if chosen else None
+        shutil.rmtree(gone, ignore_errors=True)
+        if place.exists():
+            self.bench.work.mkdir(exist_ok=True)
+            os.replace(place, gone)  # at once, where a removal may be cut off
+        if held:
+            os.replace(held, place)
 
+    def _built(self, chosen: dict[str, Any]) -> Path:
+        """The folder of a trial's artifact, its manifest naming the trial.
+
+        Raises:
+            OutputError: it had to be built again, and that failed.
+        """
+        from lighten.recipe import parse_recipe
+
+        held: Path = self.bench.work / "artifacts" / chosen["id"]
+        if not held.exists():
             self.log("writing the chosen artifact")
-            self.bench.write(parse_recipe(recipe), held)
-        shutil.rmtree(place, ignore_errors=True)
-        os.replace(held, place)
+            try:
+                self.bench.write(parse_recipe(f"{chosen['recipe']} @ {chosen['runtime']}"), held)
+            except WorkerFailed as error:
+                raise OutputError(f"{self.request.out / 'artifact'} could not be written: {error}.") from error
+        manifest = json.loads((held / MANIFEST).read_text())
+        write_beside(held / MANIFEST, json.dumps(manifest | {"trial": chosen["id"]}, indent=1) + "\n")
+        return held
+
+
+def _trial_of(artifact: Path) -> str | None:
+    """The id of the trial whose artifact lies in a folder; None where none does."""
+    try:
+        manifest = json.loads((artifact / MANIFEST).read_text())
+        return str(manifest["trial"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def write_beside(path: Path, content: str) -> None:

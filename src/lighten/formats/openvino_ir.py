@@ -65,7 +65,7 @@ def _quantize_static(model: Any, calibration: Sequence[Batch] | None) -> Any:
     if not calibration:
         raise RecipeError("quantize(static) needs calibration text, and none was given.")
     data = nncf.Dataset([dict(batch) for batch in calibration])
-    return nncf.quantize(model, data, subset_size=len(calibration), model_type=nncf.ModelType.TRANSFORMER, preset=nncf.QuantizationPreset.PERFORMANCE)
+    return nncf.quantize(model, data, subset_size=len(calibration), model_type=nncf.ModelType.TRANSFORMER)
 
 
 def _compress(model: Any, weights: Mapping[str, Tensor], formats: Mapping[str, WeightFormat]) -> Any:

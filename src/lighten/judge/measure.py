@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from lighten.cost import Workload
 from lighten.formats.artifact import fingerprint, folder_bytes, read_artifact
-from lighten.judge.child import Child
+from lighten.judge.child import Child, WorkerFailed
 from lighten.judge.latency import Latency, time_beside
 from lighten.judge.quality import Score, TokenScores, embedding_fidelity, language_fidelity
 from lighten.judge.text import Text
@@ -106,10 +107,15 @@ class Judge:
         """
         with Child(runtime=target.runtime, threads=self.limits.threads, memory_bytes=self.limits.memory_bytes) as child:
             loaded = self._load(child, target)
-            warm, baseline = self._baseline is not None, self._original()
-            latency = time_beside(child, baseline, self.workload, timeout_s=self.limits.timeout_s, warm=warm)
-            told = child.ask("describe", timeout_s=self.limits.timeout_s)
-            quality = self._quality(child)
+            before, baseline = self._baseline, self._original()
+            try:
+                latency = time_beside(child, baseline, self.workload, timeout_s=self.limits.timeout_s, warm=baseline is before)
+                told = child.ask("describe", timeout_s=self.limits.timeout_s)
+                quality = self._quality(child)
+            except WorkerFailed as error:
+                if baseline.alive:
+                    raise
+                raise WorkerFailed(f"the original beside it: {error}") from error
         median = latency.quartiles[1]
         return Measurement(
             size_bytes=target.size_bytes, peak_memory_bytes=told["peak_memory_bytes"], latency=latency, throughput=self.workload.tokens / median,
@@ -130,12 +136,17 @@ class Judge:
         )  # fmt: skip
 
     def _original(self) -> Child:
-        if self._baseline is None:
-            child = Child(runtime="torch", threads=self.limits.threads, memory_bytes=self.limits.memory_bytes)
+        """The original's process, a new one where the last died."""
+        if self._baseline is not None and self._baseline.alive:
+            return self._baseline
+        self.close()
+        with ExitStack() as stack:
+            child = stack.enter_context(Child(runtime="torch", threads=self.limits.threads, memory_bytes=self.limits.memory_bytes))
             self._load(child, self.original_target())
             child.pause()
-            self._baseline = child
-        return self._baseline
+            stack.pop_all()
+        self._baseline = child
+        return child
 
     def _quality(self, child: Child) -> dict[str, Score]:
         return self._language(child) if self.spec.is_decoder else self._embedding(child)

@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from lighten.errors import ModelError
 from lighten.model.families import FAMILIES, describe
 from lighten.model.quantized import quantized_parts, stored_tensors
 from lighten.model.safetensors_header import read_header
-from lighten.model.spec import ModelSpec, TensorSpec
+from lighten.model.spec import Embedding, Linear, ModelSpec, Part, TensorSpec
 
 SIDE_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json",
@@ -142,14 +143,26 @@ def make_spec(config: Mapping[str, Any], tensors: tuple[TensorSpec, ...], *, nam
     check_tensors({name: shape for part in parts for name, shape in stored_tensors(part).items()}, stored, source)
     dtypes: Counter[str] = Counter()
     for tensor in stored:
-        if tensor.dtype in FLOAT_DTYPES:
+        if tensor.dtype in FLOAT_DTYPES and not tensor.name.endswith(".weight_scale"):
             dtypes[tensor.dtype] += tensor.elements
     if not dtypes:
         raise ModelError(f"{source}: no tensor of a floating-point type.")
+    types = {tensor.name: tensor.dtype for tensor in stored}
+    parts = tuple(_as_stored(part, types) for part in parts)
     return ModelSpec(
         name=name, family=str(family), architecture=architecture, source=source, dtype=dtypes.most_common(1)[0][0],
         config=config, parts=parts, tensors=stored, other_bytes=other_bytes,
     )  # fmt: skip
+
+
+def _as_stored(part: Part, types: Mapping[str, str]) -> Part:
+    """The part with the type in which the checkpoint keeps its weight, or the scales of a quantized one."""
+    if not isinstance(part, Linear | Embedding):
+        return part
+    name = (part.tied_to if isinstance(part, Linear) else None) or part.name
+    if part.weight.bits is None:
+        return replace(part, weight=replace(part.weight, dtype=types[f"{name}.weight"]))
+    return replace(part, weight=replace(part.weight, scale_dtype=types[f"{name}.weight_scale"]))
 
 
 def check_tensors(expected: Mapping[str, tuple[int, ...]], stored: Iterable[TensorSpec], source: str) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lighten.errors import RecipeError
-from lighten.model.spec import Embedding, Linear, ModelSpec, part_weight_bytes
+from lighten.model.quantized import stored_tensors
+from lighten.model.read import FLOAT_DTYPES
+from lighten.model.spec import Embedding, Linear, ModelSpec, Part, part_weight_bytes
 from lighten.recipe.recipe import Recipe
 from lighten.recipe.targets import RUNTIMES, carries
 from lighten.units import dtype_bytes
@@ -15,9 +19,11 @@ def apply_recipe(recipe: Recipe, spec: ModelSpec) -> ModelSpec:
     Raises:
         RecipeError: a step that this model or the runtime cannot take; what exists is named.
     """
+    kind = RUNTIMES[recipe.runtime]
+    if kind.exported:
+        spec = _widened(spec, kind.stored)
     for step in recipe.steps:
         spec = step.kind.predict(spec, dict(step.arguments))
-    kind = RUNTIMES[recipe.runtime]
     if spec.is_decoder and not kind.decoders:
         able = ", ".join(name for name, other in RUNTIMES.items() if other.decoders)
         raise RecipeError(f"runtime {recipe.runtime} does not run decoders here; these do: {able}.")
@@ -28,6 +34,17 @@ def apply_recipe(recipe: Recipe, spec: ModelSpec) -> ModelSpec:
                 f"it carries {' and '.join(kind.stored)} weights, and {kind.formats}."
             )
     return spec
+
+
+def _widened(spec: ModelSpec, stored: tuple[str, ...]) -> ModelSpec:
+    """A checkpoint as an export writes it: in float32 where the format does not store its type. What a step asks for is not widened."""
+
+    def widened(part: Part) -> Part:
+        if isinstance(part, Linear | Embedding) and part.weight.bits is None and part.weight.dtype in set(FLOAT_DTYPES) - set(stored):
+            return replace(part, weight=replace(part.weight, dtype="float32"))
+        return part
+
+    return replace(spec.with_parts(widened), dtype=spec.dtype if spec.dtype in stored else "float32")
 
 
 def format_text(part: Linear | Embedding) -> str:
@@ -48,12 +65,16 @@ def compute_dtype(recipe: Recipe, spec: ModelSpec) -> str:
 def artifact_bytes(recipe: Recipe, spec: ModelSpec) -> int:
     """Bytes on disk of the artifact of a spec that `apply_recipe` gave: weights as stored, side files, and the container's own description.
 
-    The container's description is taken as `CONTAINER_BYTES` a tensor (safetensors) or an operator (ONNX, OpenVINO IR).
+    The container's description is taken as `CONTAINER_BYTES` a tensor (safetensors; a packed weight's `weight_shape` and its line in the
+    config count as one too) or a tensor or operator (ONNX, OpenVINO IR).
     """
-    exported = recipe.runtime in ("onnxruntime", "openvino")
+    exported = RUNTIMES[recipe.runtime].exported
     parts = [part for part in spec.parts if not (exported and part.component == "pooler")]
     weights = sum(part_weight_bytes(part, spec.dtype) for part in parts)
-    count = sum(len(part.tensors()) or 1 for part in parts)
+    if exported:
+        count = sum(len(part.tensors()) or 1 for part in parts)
+    else:
+        count = sum(len(stored := stored_tensors(part)) + (f"{part.name}.weight_shape" in stored) for part in parts)
     return weights + count * CONTAINER_BYTES[recipe.runtime] + spec.other_bytes
 
 

@@ -24,7 +24,8 @@ Value: TypeAlias = str | int | float | bool
 DEFAULT_RUNTIME = "torch"
 
 _CALL = re.compile(r"^\s*([A-Za-z_][\w.-]*)\s*(?:\((.*)\))?\s*$", re.DOTALL)
-_PLAIN = re.compile(r"^[\w.:+-]+$")
+_PLAIN = re.compile(r"^[\w.:+-]+\Z")
+_PIECES = re.compile(r""""[^"]*"|'[^']*'|.""", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +110,8 @@ def parse_recipe(text: str) -> Recipe:
     name, options = _parse_call(runtime, "runtime")
     if any(key is None for key, _ in options):
         raise RecipeError(f"runtime {runtime.strip()!r}: options are written name=value.")
+    if len(dict(options)) < len(options):
+        raise RecipeError(f"runtime {runtime.strip()!r} says an option twice.")
     return make_recipe(steps, name, {str(key): value for key, value in options})
 
 
@@ -120,8 +123,10 @@ def parse_yaml(text: str) -> Recipe:
     """
     import yaml
 
+    from lighten.recipe.yaml_words import Loader
+
     try:
-        document = yaml.safe_load(text)
+        document = yaml.load(text, Loader)  # a SafeLoader
     except (yaml.YAMLError, RecursionError) as error:
         raise RecipeError(f"recipe: not YAML ({str(error).splitlines()[0]}).") from error
     if not isinstance(document, dict) or not set(document) <= {"steps", "runtime"} or not isinstance(document.get("steps", []), list):
@@ -215,11 +220,15 @@ def _parse_call(text: str, what: str) -> tuple[str, list[tuple[str | None, Value
 
 def _split(text: str, separator: str) -> list[str]:
     """The pieces of `text` between separators that stand outside quotes."""
-    return re.findall(rf"""((?:[^{separator}"']|"[^"]*"|'[^']*')*)(?:{re.escape(separator)}|$)""", text)[: _count(text, separator) + 1]
-
-
-def _count(text: str, separator: str) -> int:
-    return re.sub(r"""("[^"]*"|'[^']*')""", "", text).count(separator)
+    pieces = [""]
+    for piece in _PIECES.findall(text):
+        if piece in ('"', "'"):
+            raise RecipeError(f"recipe {text.strip()!r}: the quote {piece} is not closed.")
+        if piece == separator:
+            pieces.append("")
+        else:
+            pieces[-1] += piece
+    return pieces
 
 
 def _parse_value(text: str) -> Value:
@@ -242,4 +251,6 @@ def _value_text(value: Value) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     text = str(value)
-    return text if not isinstance(value, str) or (_PLAIN.match(text) and _parse_value(text) == value) else f'"{text}"'
+    if not isinstance(value, str) or (_PLAIN.match(text) and _parse_value(text) == value):
+        return text
+    return f"'{text}'" if '"' in text else f'"{text}"'

@@ -188,23 +188,30 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _is_regex(value: Any) -> bool:
     try:
-        return isinstance(value, str) and bool(re.compile(value))
-    except re.error:
+        return isinstance(value, str) and bool(re.compile(value)) and not {'"', "'"} <= set(value)
+    except (re.error, OverflowError, RecursionError):
         return False
 
 
-_TARGETS = {"targets": Parameter(accepts=_is_regex, says="a regular expression searched in module names")}
+LARGEST = 3e38
+"""A threshold above float32's largest number (3.4e38, IEEE 754) would keep nothing."""
+
+_TARGETS = {"targets": Parameter(accepts=_is_regex, says="a regular expression searched in module names, with quotes of one kind at most")}
 _EMBEDDINGS = {"embeddings": Parameter(accepts=lambda v: isinstance(v, bool), says="true or false", default=False)}
-_INT8 = {"bits": Parameter(accepts=lambda v: v == 8 and _is_number(v), says="8", default=8)}
+_INT8 = {"bits": Parameter(accepts=lambda v: _is_whole(v) and v == 8, says="8", default=8)}
 
 STEPS: dict[tuple[str, str], StepKind] = {
     **{("cast", dtype): StepKind(parameters={}, predict=_predict_cast(dtype)) for dtype in ("float32", "float16", "bfloat16")},
     ("prune", "magnitude"): StepKind(
         parameters={
             "sparsity": Parameter(accepts=lambda v: _is_number(v) and 0 < v < 1, says="the share of zeros, between 0 and 1"),
-            "threshold": Parameter(accepts=lambda v: _is_number(v) and 0 < v < float("inf"), says="a positive number; smaller weights become 0"),
+            "threshold": Parameter(accepts=lambda v: _is_number(v) and 0 < v < LARGEST, says="a positive number; smaller weights become 0"),
             "pattern": Parameter(accepts=_is_pattern, says="n:m such as 2:4, n of each m neighbours stay"),
             "scope": Parameter(accepts=lambda v: v in SCOPES, says=f"one of {', '.join(SCOPES)}", default="layer"),
             **_TARGETS,
@@ -214,9 +221,9 @@ STEPS: dict[tuple[str, str], StepKind] = {
     ),
     ("quantize", "rtn"): StepKind(
         parameters={
-            "bits": Parameter(accepts=lambda v: _is_number(v) and v in WIDTHS, says=f"one of {', '.join(map(str, WIDTHS))}", default=8),
+            "bits": Parameter(accepts=lambda v: _is_whole(v) and v in WIDTHS, says=f"one of {', '.join(map(str, WIDTHS))}", default=8),
             "group_size": Parameter(
-                accepts=lambda v: v in GROUPS or (isinstance(v, int) and not isinstance(v, bool) and v > 0),
+                accepts=lambda v: v > 0 if _is_whole(v) else isinstance(v, str) and v in GROUPS,
                 says="a number of columns, channel or tensor", default="channel",
             ),
             "symmetric": Parameter(accepts=lambda v: isinstance(v, bool), says="true or false", default=False),

@@ -14,6 +14,7 @@ class RuntimeKind:
     Attributes:
         extra: what `pip install lighten[extra]` installs it.
         dtypes: the types that it computes in; the first is its default.
+        exported: its artifact is a graph made from the checkpoint, in float32 where `stored` lacks the checkpoint's type.
         stored: the types in which its artifact can store weights that are not quantized.
         decoders: whether it generates with a KV cache here.
         formats: the quantized formats that it carries, for people.
@@ -21,6 +22,7 @@ class RuntimeKind:
 
     extra: str
     dtypes: tuple[str, ...]
+    exported: bool
     stored: tuple[str, ...]
     decoders: bool
     formats: str
@@ -28,18 +30,18 @@ class RuntimeKind:
 
 RUNTIMES: dict[str, RuntimeKind] = {
     "torch": RuntimeKind(
-        extra="torch", dtypes=("float32", "bfloat16"), stored=("float32", "bfloat16", "float16"), decoders=True,
+        extra="torch", dtypes=("float32", "bfloat16"), exported=False, stored=("float32", "bfloat16", "float16"), decoders=True,
         formats="weights of every width (expanded when loaded: smaller on disk, not faster)",
     ),
     "torch-compile": RuntimeKind(
-        extra="torch", dtypes=("float32", "bfloat16"), stored=("float32", "bfloat16", "float16"), decoders=False,
+        extra="torch", dtypes=("float32", "bfloat16"), exported=False, stored=("float32", "bfloat16", "float16"), decoders=False,
         formats="weights of every width (expanded when loaded: smaller on disk, not faster)",
     ),
     "onnxruntime": RuntimeKind(
-        extra="onnx", dtypes=("float32",), stored=("float32",), decoders=False, formats="quantize(dynamic)",
+        extra="onnx", dtypes=("float32",), exported=True, stored=("float32",), decoders=False, formats="quantize(dynamic)",
     ),
     "openvino": RuntimeKind(
-        extra="openvino", dtypes=("float32", "bfloat16"), stored=("float32", "float16"), decoders=True,
+        extra="openvino", dtypes=("float32", "bfloat16"), exported=True, stored=("float32", "float16"), decoders=True,
         formats="quantize(dynamic), quantize(static) of encoders, quantize(rtn) with bits=8 and group_size=channel or bits=4 by channel or group",
     ),
 }  # fmt: skip
