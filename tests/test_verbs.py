@@ -1,0 +1,36 @@
+"""The Python verbs are there before and after the stages of the same name are imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import lighten
+from lighten.errors import ModelError
+
+PROGRAM = """
+import lighten
+before = [callable(getattr(lighten, name)) for name in lighten.__all__[1:]]
+import lighten.choose.search, lighten.compress.walk
+after = [callable(getattr(lighten, name)) for name in lighten.__all__[1:]]
+print(all(before), all(after), lighten.compress.walk.__name__)
+"""
+
+
+def test_verbs_are_callable_before_and_after_their_stages_are_imported():
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == ["True", "True", "lighten.compress.walk"]
+
+
+def test_a_stage_that_is_called_is_its_verb(tmp_path):
+    import lighten.compress.walk
+
+    with pytest.raises(ModelError, match="no such folder"):
+        lighten.compress(tmp_path / "nowhere", "@ torch", tmp_path / "out")
+
+
+def test_an_unknown_verb_names_those_that_exist():
+    with pytest.raises(AttributeError, match="verbs: choose, compress, estimate, measure, probe"):
+        lighten.prune  # noqa: B018 - the access is the test
