@@ -83,7 +83,11 @@ CONTAINER_BYTES = {"torch": 110, "torch-compile": 110, "onnxruntime": 600, "open
 
 
 def loaded_weight_bytes(recipe: Recipe, spec: ModelSpec) -> int:
-    """Bytes of the weights as the runtime holds them: torch expands every code to the type that it computes in."""
-    if recipe.runtime in ("torch", "torch-compile"):
-        return round(spec.total_parameters * dtype_bytes(compute_dtype(recipe, spec)))
-    return sum(part_weight_bytes(part, spec.dtype) for part in spec.parts)
+    """Bytes of the weights at the fullest moment of loading them.
+
+    torch expands every code to the type that it computes in, and holds the expanded tensors until the module has its own copies.
+    """
+    if recipe.runtime not in ("torch", "torch-compile"):
+        return sum(part_weight_bytes(part, spec.dtype) for part in spec.parts)
+    quantized = any(isinstance(part, Linear | Embedding) and part.weight.bits is not None for part in spec.parts)
+    return round((2 if quantized else 1) * spec.total_parameters * dtype_bytes(compute_dtype(recipe, spec)))

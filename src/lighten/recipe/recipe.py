@@ -146,9 +146,11 @@ def format_yaml(recipe: Recipe) -> str:
     """The YAML form, which parses back to the same recipe."""
     import yaml
 
+    from lighten.recipe.yaml_words import Dumper
+
     steps = [{step.verb: {"method": step.method, **dict(step.arguments)}} for step in recipe.steps]
     runtime = {"name": recipe.runtime} | ({"dtype": recipe.dtype} if recipe.dtype else {})
-    return yaml.safe_dump({"steps": steps, "runtime": runtime}, sort_keys=False)
+    return yaml.dump({"steps": steps, "runtime": runtime}, Dumper=Dumper, sort_keys=False)
 
 
 def make_recipe(steps: tuple[Step, ...], runtime: str, options: Mapping[str, Any]) -> Recipe:
