@@ -1,0 +1,442 @@
+"""A recipe is data, read twice: its forms say the same, what cannot be is refused by name, and predicting is held against doing."""
+
+from __future__ import annotations
+
+import doctest
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from tiny_models import bert_config, config_of, llama_config, save
+
+from lighten.compress.walk import METHODS, Checkpoint, compress_weights
+from lighten.errors import RecipeError
+from lighten.formats.artifact import write_artifact
+from lighten.model import ModelSpec, read_spec
+from lighten.model.families import describe
+from lighten.model.spec import PER_CHANNEL, PER_TENSOR, Embedding, Linear, WeightFormat
+from lighten.recipe import RUNTIMES, STEPS, Recipe, Step, apply_recipe, parse_recipe, read_recipe, recipe
+from lighten.recipe.predict import CONTAINER_BYTES, artifact_bytes, compute_dtype
+from lighten.recipe.recipe import format_yaml, make_recipe, make_step, parse_yaml
+from lighten.recipe.steps import StepKind, parse_pattern
+from lighten.runtimes import BUILD_PACKAGES, MODULES
+
+CANDIDATES: tuple[Any, ...] = (
+    True, False, 1, 2, 3, 4, 8, 16, 32, 0.1, 0.25, 0.5, "row", "layer", "global", "channel", "tensor", "2:4", "1:2", "3:8",
+    "query|q_proj", "", "a.b", "1", "true", "1e3", "nan", " ", "x, y=(z) | w @ torch", "it's", 'say "x"', "line\n",
+)  # fmt: skip
+"""Values of every kind that an argument may have, awkward ones too; each parameter takes those that it accepts."""
+
+
+def accepted(kind: StepKind, name: str) -> list[Any]:
+    return [value for value in CANDIDATES if kind.parameters[name].accepts(value)]
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> Step:
+    verb, method = draw(st.sampled_from(sorted(STEPS)))
+    kind, given = STEPS[verb, method], {}
+    for name, parameter in kind.parameters.items():
+        values = st.sampled_from(accepted(kind, name))
+        if parameter.accepts(0.3):
+            values |= st.floats(0, 1, exclude_min=True).filter(parameter.accepts)
+        if parameter.accepts("some words"):
+            values |= st.text().filter(parameter.accepts)
+        if draw(st.booleans()):
+            given[name] = draw(values)
+    full = {name: given.get(name, parameter.default) for name, parameter in kind.parameters.items()}
+    assume(kind.check({name: value for name, value in full.items() if value is not None}) is None)
+    return make_step(verb, method, given)
+
+
+@st.composite
+def recipes(draw: st.DrawFn) -> Recipe:
+    runtime = draw(st.sampled_from(sorted(RUNTIMES)))
+    dtype = draw(st.none() | st.sampled_from(RUNTIMES[runtime].dtypes))
+    return Recipe(steps=tuple(draw(st.lists(steps(), max_size=3))), runtime=runtime, dtype=dtype)
+
+
+def refusal(make: Callable[[], Any]) -> str | None:
+    """The text of the refusal, or None where there is none."""
+    try:
+        make()
+    except RecipeError as error:
+        return str(error)
+    return None
+
+
+def test_doctests():
+    assert doctest.testmod(recipe).failed == 0
+
+
+# ---- its forms ----
+
+
+@given(recipes())
+def test_text_and_yaml_say_the_same(made):
+    assert parse_recipe(str(made)) == made
+    assert parse_yaml(format_yaml(made)) == made
+    assert str(parse_yaml(format_yaml(parse_recipe(str(made))))) == str(made)
+
+
+@given(recipes(), st.data())
+def test_a_spoiled_text_is_refused_or_says_what_it_is_taken_for(made, data):
+    """No other exception, and nothing of the text that the recipe does not have."""
+    text = str(made)
+    place = data.draw(st.integers(0, len(text)))
+    spoiled = text[:place] + data.draw(st.text("(),=|@\"' 1.a", max_size=2)) + text[place + data.draw(st.integers(0, 2)) :]
+    if refusal(lambda: parse_recipe(spoiled)) is None:
+        found = parse_recipe(spoiled)
+        assert parse_recipe(str(found)) == found
+        assert len(found.steps) == len(re.sub(r""""[^"]*"|'[^']*'""", "", spoiled).split("@")[0].split("|")) * bool(found.steps)
+
+
+WORDS = st.sampled_from(["steps", "runtime", "method", "name", "prune", "magnitude", "sparsity", "torch", "dtype"])
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | WORDS | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(JSON | st.builds(lambda step, runtime: {"steps": [step], "runtime": runtime}, JSON, JSON))
+def test_any_yaml_is_a_recipe_or_refused(document):
+    text = yaml.safe_dump(document)
+    if refusal(lambda: parse_yaml(text)) is None:
+        assert parse_yaml(format_yaml(parse_yaml(text))) == parse_yaml(text)
+
+
+@given(st.text())
+def test_any_text_is_a_recipe_or_refused(text):
+    assert refusal(lambda: parse_recipe(text)) != ""
+    assert refusal(lambda: parse_yaml(text)) != ""
+
+
+def test_defaults_are_not_said_and_nothing_is_an_empty_recipe():
+    assert str(parse_recipe("quantize( rtn , bits=8,symmetric=False )")) == "quantize(rtn) @ torch"
+    assert str(parse_recipe("")) == "@ torch"
+    assert parse_recipe(" @ openvino( dtype = bfloat16 )") == Recipe(runtime="openvino", dtype="bfloat16")
+    assert parse_recipe("@ openvino").steps_text == ""
+
+
+def test_yaml_takes_words_as_people_mean_them():
+    """In YAML 1.1, which PyYAML reads by itself, 2:4 is 124 and 1e-3 a text."""
+    said = parse_yaml("steps:\n- prune: {method: magnitude, pattern: 2:4}\n- prune: {method: magnitude, threshold: 1e-3}\nruntime: torch")
+    assert said == parse_recipe("prune(magnitude, pattern=2:4) | prune(magnitude, threshold=0.001)")
+
+
+@pytest.mark.parametrize("suffix", [".yaml", ".yml", ".txt", ".recipe"])
+def test_a_file_says_what_its_text_says(tmp_path, suffix):
+    made = parse_recipe("prune(magnitude, sparsity=0.5) | quantize(rtn, bits=4, group_size=16) @ openvino(dtype=bfloat16)")
+    file = tmp_path / f"recipe{suffix}"
+    file.write_text(format_yaml(made) if suffix.startswith(".y") else f"{made}\n")
+    assert read_recipe(str(file)) == read_recipe(str(made)) == made
+
+
+# ---- what is refused, in words ----
+
+REFUSED = {
+    "squeeze(rtn)": "step 'squeeze' does not exist; steps: cast, prune, quantize.",
+    "quantize(magic)": "quantize has no method 'magic'; methods: rtn, dynamic, static.",
+    "prune(2)": "prune has no method '2'; methods: magnitude.",
+    "quantize(rtn, width=4)": "quantize(rtn) has no argument width; arguments: bits, group_size, symmetric, embeddings, targets.",
+    "cast(float16, bits=4)": "cast(float16) has no argument bits; arguments: none.",
+    "quantize(rtn, bits=5)": "quantize(rtn): bits=5 is not possible; bits is one of 8, 4, 3, 2.",
+    "quantize(rtn, bits=4.0)": "quantize(rtn): bits=4.0 is not possible; bits is one of 8, 4, 3, 2.",
+    "quantize(rtn, bits=true)": "quantize(rtn): bits=True is not possible; bits is one of 8, 4, 3, 2.",
+    "quantize(dynamic, bits=8.0)": "quantize(dynamic): bits=8.0 is not possible; bits is 8.",
+    "quantize(rtn, group_size=0)": "quantize(rtn): group_size=0 is not possible; group_size is a number of columns, channel or tensor.",
+    "quantize(rtn, group_size=row)": "quantize(rtn): group_size='row' is not possible; group_size is a number of columns, channel or tensor.",
+    "quantize(rtn, symmetric=1)": "quantize(rtn): symmetric=1 is not possible; symmetric is true or false.",
+    'quantize(rtn, targets="(")': "quantize(rtn): targets='(' is not possible; targets is a regular expression searched in module",
+    "prune(magnitude, sparsity=1)": "prune(magnitude): sparsity=1 is not possible; sparsity is the share of zeros, between 0 and 1.",
+    "prune(magnitude, sparsity=nan)": "prune(magnitude): sparsity=nan is not possible; sparsity is the share of zeros, between 0 and 1.",
+    "prune(magnitude, threshold=-1)": "prune(magnitude): threshold=-1 is not possible; threshold is a positive number; smaller weights become 0.",
+    "prune(magnitude, threshold=1e39)": "prune(magnitude): threshold=1e+39 is not possible; threshold is a positive number;",
+    "prune(magnitude, pattern=4:2)": "prune(magnitude): pattern='4:2' is not possible; pattern is n:m such as 2:4, n of each m neighbours stay.",
+    "prune(magnitude, sparsity=0.5, scope=tensor)": "prune(magnitude): scope='tensor' is not possible; scope is one of row, layer, global.",
+    "prune(magnitude)": "prune(magnitude): give exactly one of sparsity, threshold and pattern; given: none.",
+    "prune(magnitude, sparsity=0.5, pattern=2:4)":
+        "prune(magnitude, sparsity=0.5, pattern=2:4): give exactly one of sparsity, threshold and pattern; given: sparsity, pattern.",
+    "prune(magnitude, pattern=2:4, scope=row)":
+        "prune(magnitude, pattern=2:4, scope=row): scope=row has no effect with pattern; it says over what a sparsity is counted.",
+    "quantize(rtn) @ tpu": "runtime 'tpu' does not exist; runtimes: torch, torch-compile, onnxruntime, openvino.",
+    "quantize(rtn) @": "runtime '' is not of the form name(argument, key=value).",
+    "@ torch(threads=2)": "runtime torch: no option threads; options: dtype.",
+    "@ torch(bfloat16)": "runtime 'torch(bfloat16)': options are written name=value.",
+    "@ torch(dtype=float32, dtype=bfloat16)": "runtime 'torch(dtype=float32, dtype=bfloat16)' says an option twice.",
+    "@ torch(dtype=float16)": "runtime torch does not compute in 'float16'; it computes in float32, bfloat16.",
+    "@ onnxruntime(dtype=bfloat16)": "runtime onnxruntime does not compute in 'bfloat16'; it computes in float32.",
+    "@ torch @ openvino": "recipe '@ torch @ openvino' names more than one runtime; write steps @ runtime.",
+    "quantize": "step 'quantize' names no method; write verb(method, key=value).",
+    "quantize(bits=4)": "step 'quantize(bits=4)' names no method; write verb(method, key=value).",
+    "quantize(rtn, 4)": "step 'quantize(rtn, 4)': after the method, arguments are written key=value.",
+    "quantize(rtn, bits=4, bits=8)": "step 'quantize(rtn, bits=4, bits=8)' says an argument twice.",
+    "quantize(rtn) |": "step '' is not of the form name(argument, key=value).",
+    "quantize(rtn": "step 'quantize(rtn' is not of the form name(argument, key=value).",
+    "quantize(rtn, targets=a|b)": "step 'quantize(rtn, targets=a' is not of the form name(argument, key=value).",
+    "quantize(rtn, targets=a b)": "value 'a b': quote what is not a plain word or number.",
+    'quantize(rtn, bits=4)" prune(magnitude, sparsity=0.5)':
+        "recipe 'quantize(rtn, bits=4)\" prune(magnitude, sparsity=0.5)': the quote \" is not closed.",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_a_recipe_that_cannot_be_is_refused_in_words(text):
+    with pytest.raises(RecipeError, match=f"^{re.escape(REFUSED[text])}"):
+        parse_recipe(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps: 4", "recipe: a YAML recipe has `steps` (a list) and `runtime`, nothing else."),
+        ("- prune", "recipe: a YAML recipe has `steps` (a list) and `runtime`, nothing else."),
+        ("step: []", "recipe: a YAML recipe has `steps` (a list) and `runtime`, nothing else."),
+        ("steps: [prune]", "recipe: step 'prune' is not of the form `verb: {method: name, key: value}`."),
+        ("steps: [{prune: {sparsity: 0.5}}]", "recipe: step {'prune': {'sparsity': 0.5}} is not of the form `verb: {method: name, key: value}`."),
+        ("steps: [{prune: {method: magnitude, sparsity: 0.5, sparsity: 0.6}}]", "recipe: not YAML (sparsity is said twice)."),
+        ("steps: [{quantize: {method: rtn, group_size: [1]}}]", "quantize(rtn): group_size=[1] is not possible; group_size is a number of columns,"),
+        ("steps: [{quantize: {method: rtn, bits: '4'}}]", "quantize(rtn): bits='4' is not possible; bits is one of 8, 4, 3, 2."),
+        ("runtime: {name: torch, threads: 2}", "runtime torch: no option threads; options: dtype."),
+        ("steps: [", "recipe: not YAML (while parsing a flow node)."),
+    ],
+)
+def test_a_yaml_recipe_that_cannot_be_is_refused_in_words(text, message):
+    with pytest.raises(RecipeError, match=f"^{re.escape(message)}"):
+        parse_yaml(text)
+
+
+def test_a_recipe_file_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(RecipeError, match=r"^recipe file .*none\.yaml: .*No such file"):
+        read_recipe(str(tmp_path / "none.yaml"))
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecipeError, match=r"^recipe file .*binary\.txt: .*can't decode"):
+        read_recipe(str(tmp_path / "binary.txt"))
+
+
+# ---- what a model or a runtime cannot take ----
+
+LAYER = "encoder.layer.0.attention.self.query"
+IMPOSSIBLE = {
+    "quantize(rtn) | quantize(rtn, bits=4)":
+        f"quantize(rtn): {LAYER} is already quantized to 8 bits; put this step before quantize, or narrow its targets.",
+    "quantize(dynamic) | quantize(static)":
+        f"quantize(static): {LAYER} is already quantized to 8 bits; put this step before quantize, or narrow its targets.",
+    "quantize(rtn) | prune(magnitude, sparsity=0.5)":
+        f"prune(magnitude): {LAYER} is already quantized to 8 bits; put this step before quantize, or narrow its targets.",
+    "quantize(rtn) | cast(float16)":
+        f"cast(float16): {LAYER} is already quantized to 8 bits; put this step before quantize, or narrow its targets.",
+    "quantize(rtn, group_size=24)":
+        f"group_size=24 does not divide the 32 columns of {LAYER}; a divisor is 16.",
+    "quantize(rtn, group_size=128)":
+        f"group_size=128 does not divide the 32 columns of {LAYER}; a divisor is 32.",
+    "prune(magnitude, pattern=2:5)":
+        f"pattern=2:5: 5 does not divide the 32 columns of {LAYER}.",
+    "quantize(rtn, targets=nothing)":
+        "targets='nothing' matches no weight of BertModel that this step changes.",
+    "quantize(rtn) @ onnxruntime":
+        f"runtime onnxruntime cannot carry {LAYER} as 8-bit codes by channel; it carries float32 weights, and quantize(dynamic).",
+    "cast(bfloat16) @ onnxruntime":
+        "runtime onnxruntime cannot carry embeddings.word_embeddings as bfloat16; it carries float32 weights, and quantize(dynamic).",
+    "cast(bfloat16) @ openvino":
+        "runtime openvino cannot carry embeddings.word_embeddings as bfloat16; it carries float32 and float16 weights, and ",
+    "quantize(rtn, bits=3) @ openvino":
+        f"runtime openvino cannot carry {LAYER} as 3-bit codes by channel; it carries float32 and float16 weights, and ",
+    "quantize(rtn, group_size=16) @ openvino":
+        f"runtime openvino cannot carry {LAYER} as 8-bit codes by groups of 16; it carries float32 and float16 weights, and ",
+    "quantize(rtn, bits=4, group_size=tensor) @ openvino":
+        f"runtime openvino cannot carry {LAYER} as 4-bit codes by tensor; it carries float32 and float16 weights, and ",
+    "quantize(static) @ torch":
+        "runtime torch cannot carry embeddings.word_embeddings as 8-bit codes by channel with static int8 activations; it carries float32 and ",
+    "quantize(dynamic) @ torch-compile":
+        f"runtime torch-compile cannot carry {LAYER} as 8-bit codes by channel with dynamic int8 activations; it carries float32 and ",
+    "quantize(static) @ onnxruntime":
+        "runtime onnxruntime cannot carry embeddings.word_embeddings as 8-bit codes by channel with static int8 activations; it carries float32 ",
+}  # fmt: skip
+
+
+def spec_of(architecture: str, dtype: str = "float32") -> ModelSpec:
+    config = config_of(architecture)
+    raw = config.to_dict()
+    typed = (replace(p, weight=WeightFormat(dtype=dtype)) if isinstance(p, Linear | Embedding) else p for p in describe(raw, architecture))
+    return ModelSpec(
+        name=architecture, family=config.model_type, architecture=architecture, source="", dtype=dtype, config=raw, parts=tuple(typed),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("text", IMPOSSIBLE)
+def test_what_the_model_or_the_runtime_cannot_take_is_refused_in_words(text):
+    with pytest.raises(RecipeError, match=f"^{re.escape(IMPOSSIBLE[text])}"):
+        apply_recipe(parse_recipe(text), spec_of("BertModel"))
+
+
+@pytest.mark.parametrize("runtime", [name for name, kind in RUNTIMES.items() if not kind.decoders])
+def test_a_runtime_without_decoders_refuses_one(runtime):
+    with pytest.raises(RecipeError, match=rf"^runtime {runtime} does not run decoders here; these do: torch, openvino\.$"):
+        apply_recipe(parse_recipe(f"@ {runtime}"), spec_of("LlamaForCausalLM"))
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("architecture", ["BertModel", "LlamaForCausalLM"])
+def test_every_step_on_every_runtime_is_carried_or_refused(runtime, architecture):
+    spec = spec_of(architecture)
+    for (verb, method), kind in STEPS.items():
+        for options in variants(kind):
+            said = refusal(lambda: apply_recipe(Recipe(steps=(make_step(verb, method, options),), runtime=runtime), spec))  # noqa: B023 - called now
+            refusals = rf"runtime {runtime} (cannot carry \S+ as .*; it carries .*|does not run decoders here; these do: .*)\.$"
+            assert said is None or re.match(refusals, said)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_checkpoint_of_any_type_runs_everywhere_but_a_cast_is_taken_at_its_word(runtime, dtype):
+    spec = spec_of("BertModel", dtype)
+    changed = apply_recipe(Recipe(runtime=runtime), spec)
+    kept = dtype if dtype in RUNTIMES[runtime].stored else "float32"
+    assert {part.weight.dtype for part in changed.parts if isinstance(part, Linear | Embedding)} == {changed.dtype} == {kept}
+    said = refusal(lambda: apply_recipe(parse_recipe(f"cast({dtype}) @ {runtime}"), spec))
+    assert (said is None) == (dtype in RUNTIMES[runtime].stored)
+
+
+def test_the_computing_type_is_what_is_said_or_the_weights_or_the_runtimes_own():
+    spec = spec_of("BertModel")
+    for text, dtype in {
+        "@ torch": "float32", "@ torch(dtype=bfloat16)": "bfloat16", "cast(bfloat16) @ torch": "bfloat16", "cast(float16) @ torch": "float32",
+        "cast(bfloat16) @ torch(dtype=float32)": "float32", "cast(float16) @ openvino": "float32",
+    }.items():  # fmt: skip
+        made = parse_recipe(text)
+        assert compute_dtype(made, apply_recipe(made, spec)) == dtype
+
+
+# ---- contracts over the registries ----
+
+
+FEW: dict[str, tuple[Any, ...]] = {
+    "sparsity": (0.25, 0.5), "threshold": (0.1,), "pattern": ("2:4", "3:8"), "scope": ("row", "layer", "global"),
+    "bits": (8, 4, 3, 2), "group_size": (16, "channel", "tensor"), "symmetric": (False, True), "embeddings": (False, True),
+    "targets": ("query|q_proj",),
+}  # fmt: skip
+"""A few values of each parameter of the registry."""
+
+
+def variants(kind: StepKind) -> Iterator[dict[str, Any]]:
+    """All combinations of a few values that the method takes, an optional one also left out; `targets` once, for it multiplies nothing."""
+    few = {name: (*([None] if p.default is None else []), *filter(p.accepts, FEW[name])) for name, p in kind.parameters.items() if name != "targets"}
+    found = [{name: value for name, value in zip(few, values, strict=True) if value is not None} for values in itertools.product(*few.values())]
+    found = [options for options in found if kind.check(options) is None]
+    yield from found
+    if "targets" in kind.parameters:
+        yield found[-1] | {"targets": FEW["targets"][0]}
+
+
+def test_a_step_is_predicted_and_done_under_the_same_name():
+    assert STEPS.keys() == METHODS.keys()
+
+
+def test_every_runtime_has_its_row_in_every_table():
+    assert RUNTIMES.keys() == MODULES.keys() == BUILD_PACKAGES.keys() == CONTAINER_BYTES.keys()
+
+
+def test_every_parameter_can_be_said_and_every_default_is_possible():
+    for kind in STEPS.values():
+        for name, parameter in kind.parameters.items():
+            assert accepted(kind, name), f"add a value that {name} accepts to CANDIDATES"
+            assert any(parameter.accepts(value) for value in FEW[name]), f"add a value that {name} accepts to FEW"
+            assert parameter.default is None or parameter.accepts(parameter.default)
+
+
+def test_every_default_of_a_runtime_is_possible():
+    for name, kind in RUNTIMES.items():
+        assert kind.dtypes
+        assert "float32" in kind.stored, "a checkpoint of another type is widened to it"
+        assert {make_recipe((), name, {"dtype": dtype}).dtype for dtype in kind.dtypes} == set(kind.dtypes)
+
+
+# ---- two readings: what is predicted is what is done ----
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Path]:
+    """Wide enough that the weights, not their description, make the size."""
+    folder, wide = tmp_path_factory.mktemp("models"), {"hidden_size": 96, "intermediate_size": 192}
+    return {
+        "bert": save(bert_config(**wide), folder / "bert"),
+        "llama": save(llama_config(**wide), folder / "llama"),
+        "untied": save(llama_config(**wide, tie_word_embeddings=False, attention_bias=True, dtype="bfloat16"), folder / "untied"),
+    }
+
+
+BY_TORCH = [
+    pytest.param(model, make_step(verb, method, options), id=f"{model}-{make_step(verb, method, options)}")
+    for (verb, method), kind in STEPS.items() if method not in ("dynamic", "static")  # done by the runtimes: tests/test_formats.py
+    for options in variants(kind)
+    for model in ("bert", "llama", "untied") if model == "bert" or options.get("embeddings", True)
+]  # fmt: skip
+
+
+def formats(spec: ModelSpec) -> dict[str, WeightFormat]:
+    """How each weight is stored. Zeros look like any other number in a file, and codes have no element type."""
+    weights = {part.name: replace(part.weight, sparsity=0.0) for part in spec.parts if isinstance(part, Linear | Embedding)}
+    return {name: replace(weight, dtype="") if weight.bits else weight for name, weight in weights.items()}
+
+
+@pytest.mark.parametrize(("model", "step"), BY_TORCH)
+def test_what_a_step_does_is_what_it_predicts(model, step, models, tmp_path):
+    """Format and sparsity of each weight, and the bytes on disk."""
+    made, spec = Recipe(steps=(step,)), read_spec(models[model])
+    predicted = apply_recipe(made, spec)
+    artifact = write_artifact(models[model], made, tmp_path / "out", calibration=list)
+    written = read_spec(artifact.folder)
+    assert formats(written) == formats(predicted)
+    assert written.dtype == predicted.dtype
+    assert artifact.predicted_size_bytes == artifact_bytes(made, predicted)
+    assert artifact_bytes(made, predicted) == pytest.approx(artifact.size_bytes, rel=0.02)
+    if step.verb == "prune":
+        check_zeros(step, models[model], spec, predicted)
+
+
+def check_zeros(step: Step, folder: Path, spec: ModelSpec, predicted: ModelSpec) -> None:
+    reports = {report.name: report for _, _, report in compress_weights(Checkpoint(folder), spec, Recipe(steps=(step,))) if report}
+    parts = {f"{part.name}.weight": part for part in predicted.parts if isinstance(part, Linear | Embedding) and part.weight.sparsity}
+    if "threshold" in dict(step.arguments):
+        assert not parts, "how many zeros a threshold gives is not known before"
+        return
+    assert reports.keys() == parts.keys()
+    count = {name: part.in_features * part.out_features for name, part in parts.items() if isinstance(part, Linear)}
+    if step["scope"] == "global":
+        zeros = sum(round(reports[name].sparsity * size) for name, size in count.items())
+        assert zeros == pytest.approx(step["sparsity"] * sum(count.values()), abs=1)
+    else:
+        assert {name: report.sparsity for name, report in reports.items()} == pytest.approx(
+            {name: part.weight.sparsity for name, part in parts.items()}
+        )
+
+
+def test_several_steps_are_done_in_their_order(models, tmp_path):
+    text = "prune(magnitude, pattern=2:4) | cast(bfloat16) | quantize(rtn, bits=4, group_size=16, targets=mlp) | quantize(rtn, targets=self_attn)"
+    made, spec = parse_recipe(text), read_spec(models["llama"])
+    predicted = apply_recipe(made, spec)
+    artifact = write_artifact(models["llama"], made, tmp_path / "out", calibration=list)
+    assert formats(read_spec(artifact.folder)) == formats(predicted)
+    found = formats(predicted)
+    assert (found["model.layers.0.mlp.up_proj"].bits, found["model.layers.0.mlp.up_proj"].group_size) == (4, 16)
+    assert (found["model.layers.1.self_attn.q_proj"].bits, found["model.layers.1.self_attn.q_proj"].group_size) == (8, PER_CHANNEL)
+    assert (found["lm_head"].bits, found["lm_head"].dtype) == (None, "bfloat16")
+    reports = [report for _, _, report in compress_weights(Checkpoint(models["llama"]), spec, made) if report and report.bits]
+    assert len(reports) == 2 * 7
+    assert all(report.sparsity >= 0.5 for report in reports), "zeros stay zeros through the cast and on the grid"
+
+
+def test_words_of_a_step_are_read_as_they_are_said():
+    assert parse_pattern("2:4") == (2, 4)
+    spec = apply_recipe(parse_recipe("quantize(rtn, group_size=tensor, symmetric=true, embeddings=true)"), spec_of("LlamaForCausalLM"))
+    weights = [part.weight for part in spec.parts if isinstance(part, Linear | Embedding)]
+    assert {(weight.bits, weight.group_size, weight.symmetric) for weight in weights} == {(8, PER_TENSOR, True)}, "the tied head follows its table"
