@@ -27,25 +27,36 @@ class Case:
     def name(self) -> str:
         return "_".join([self.kind, *map(str, self.shape)])
 
-    def input_shapes(self, size: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """Float inputs and their shapes at one size: (rows,), or (batch, length), or (batch, queries, keys)."""
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The dynamic axes that a size gives: batch, queries, keys; batch, sequence; or rows."""
+        return {"attention": ("b", "q", "k"), "block": ("b", "s")}.get(self.kind, ("r",))
+
+    @property
+    def inputs(self) -> dict[str, tuple[str | int, ...]]:
+        """Inputs and their shapes, dynamic axes by name. All are floats but `mask`, which is 1 where a key is seen."""
         match self.kind:
             case "attention":
-                batch, queries, keys = size
                 width = HEADS * self.shape[0]
-                return {"q": (batch, queries, width), "k": (batch, keys, width), "v": (batch, keys, width)}
+                return {"q": ("b", "q", width), "k": ("b", "k", width), "v": ("b", "k", width), "mask": ("b", "k")}
             case "block":
-                return {"x": (*size, self.shape[0])}
+                return {"x": ("b", "s", self.shape[0]), "mask": ("b", "s")}
             case "add" | "rotary":
-                return {"x": (size[0], self.shape[0]), "z": (size[0], self.shape[0])}
+                return {"x": ("r", self.shape[0]), "z": ("r", self.shape[0])}
             case _:
-                return {"x": (size[0], self.shape[0] if self.shape else 1)}
+                return {"x": ("r", self.shape[0] if self.shape else 1)}
 
-    def mask_shape(self, size: tuple[int, ...]) -> tuple[int, int] | None:
-        """Shape of the padding mask, (batch, keys), where there is one."""
-        if self.kind in ("attention", "block"):
-            return size[0], size[-1]
-        return None
+    @property
+    def output(self) -> tuple[str | int, ...]:
+        """Shape of the one output."""
+        if self.kind == "linear":
+            return ("r", self.shape[1])
+        return next(iter(self.inputs.values()))
+
+    def input_shapes(self, size: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Inputs and their shapes at one size."""
+        sides = dict(zip(self.axes, size, strict=True))
+        return {name: tuple(side if isinstance(side, int) else sides[side] for side in shape) for name, shape in self.inputs.items()}
 
 
 CALL = Case("call")

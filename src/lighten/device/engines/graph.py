@@ -28,20 +28,17 @@ def onnx_model(cases: Sequence[Case]) -> onnx.ModelProto:
     graph = _Graph()
     for case in cases:
         graph.branch(case)
-    proto = helper.make_graph(graph.nodes, "probe", graph.inputs, graph.outputs, graph.constants)
+    proto = helper.make_graph(graph.nodes, "probe", graph.inputs, graph.outputs, graph.constants, value_info=graph.shapes)
     return helper.make_model(proto, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
 
 
 def feed(case: Case, size: tuple[int, ...]) -> dict[str, np.ndarray[Any, Any]]:
     """Random inputs of a case at one size, named as in its model; nothing is masked."""
     random = np.random.default_rng(0)
-    found: dict[str, np.ndarray[Any, Any]] = {
-        f"{case.name}.{name}": random.standard_normal(shape, dtype=np.float32) for name, shape in case.input_shapes(size).items()
+    return {
+        f"{case.name}.{name}": np.ones(shape, np.int64) if name == "mask" else random.standard_normal(shape, dtype=np.float32)
+        for name, shape in case.input_shapes(size).items()
     }
-    mask = case.mask_shape(size)
-    if mask:
-        found[f"{case.name}.mask"] = np.ones(mask, dtype=np.int64)
-    return found
 
 
 @dataclass
@@ -50,23 +47,21 @@ class _Graph:
     inputs: list[Any] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
     constants: list[Any] = field(default_factory=list)
+    shapes: list[Any] = field(default_factory=list)
+    name: str = ""
     random: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
     def branch(self, case: Case) -> None:
-        names = {}
-        for name, shape in case.input_shapes((1, 1, 1) if case.kind == "attention" else (1, 1) if case.kind == "block" else (1,)).items():
-            dynamic = [f"{case.name}.{name}.{axis}" for axis in range(len(shape) - 1)]
-            names[name] = f"{case.name}.{name}"
-            self.inputs.append(helper.make_tensor_value_info(names[name], TensorProto.FLOAT, [*dynamic, shape[-1]]))
-        if case.kind in ("attention", "block"):
-            names["mask"] = f"{case.name}.mask"
-            self.inputs.append(helper.make_tensor_value_info(names["mask"], TensorProto.INT64, [f"{case.name}.b", f"{case.name}.s"]))
-        output = self.body(case, names)
-        width = HEADS * case.shape[0] if case.kind == "attention" else case.shape[1] if case.kind == "linear" else (*case.shape, 1)[0]
-        leading = 2 if case.kind in ("attention", "block") else 1
+        self.name = case.name
+        for name, shape in case.inputs.items():
+            self.inputs.append(self.typed(f"{case.name}.{name}", shape, TensorProto.INT64 if name == "mask" else TensorProto.FLOAT))
+        output = self.body(case, {name: f"{case.name}.{name}" for name in case.inputs})
         self.nodes.append(helper.make_node("Identity", [output], [f"{case.name}.y"]))
-        dynamic = [f"{case.name}.y.{axis}" for axis in range(leading)]
-        self.outputs.append(helper.make_tensor_value_info(f"{case.name}.y", TensorProto.FLOAT, [*dynamic, width]))
+        self.outputs.append(self.typed(f"{case.name}.y", case.output))
+
+    def typed(self, name: str, shape: tuple[str | int, ...], dtype: int = TensorProto.FLOAT) -> Any:
+        """A tensor's type; its dynamic axes are named within the branch. Runtimes fuse some operators only where they know that shapes agree."""
+        return helper.make_tensor_value_info(name, dtype, [side if isinstance(side, int) else f"{self.name}.{side}" for side in shape])
 
     def body(self, case: Case, x: dict[str, str]) -> str:
         match case.kind:
@@ -154,7 +149,9 @@ class _Graph:
         hidden, heads, inner, layers = shape
         for _ in range(layers):
             q, k, v = (self.linear(x, hidden, hidden) for _ in range(3))
-            mixed = self.linear(self.attention(q, k, v, mask, (heads, hidden // heads)), hidden, hidden)
+            mixed = self.attention(q, k, v, mask, (heads, hidden // heads))
+            self.shapes.append(self.typed(mixed, ("b", "s", hidden)))
+            mixed = self.linear(mixed, hidden, hidden)
             x = self.layernorm(self.op("Add", mixed, x), hidden)
             mlp = self.linear(self.op("Gelu", self.linear(x, hidden, inner)), inner, hidden)
             x = self.layernorm(self.op("Add", mlp, x), hidden)

@@ -46,7 +46,7 @@ class TorchBench:
             compiled = self.compiles and case.kind in COMPILED
             self.built[case] = torch.compile(module, dynamic=False) if compiled else module
         model = self.built[case]
-        inputs = [torch.randn(shape).to(self.dtype) for shape in case.input_shapes(size).values()]
+        inputs = [torch.randn(shape).to(self.dtype) for name, shape in case.input_shapes(size).items() if name != "mask"]
         return lambda: model(*inputs)
 
     def store(self, case: Case, folder: Path) -> tuple[Path, int]:
