@@ -30,7 +30,7 @@ from lighten.formats.artifact import write_artifact
 from lighten.model import ModelSpec, read_spec
 from lighten.model.read import read_config
 from lighten.recipe import Recipe, apply_recipe, parse_recipe
-from lighten.recipe.predict import CONTAINER_BYTES, artifact_bytes
+from lighten.recipe.predict import CONTAINER_BASE_BYTES, CONTAINER_BYTES, artifact_bytes
 
 NARROW: dict[str, Any] = {
     "vocab_size": 320, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128, "max_position_embeddings": 64, "head_dim": 16,
@@ -134,10 +134,11 @@ def measure_recipe(text: str, folders: dict[int, Path], work: Path, number: int)
 
 def bare_bytes(recipe: Recipe, spec: ModelSpec) -> tuple[int, int]:
     """What `artifact_bytes` predicts without any description, and for how many items it would take the constant."""
-    with patch.dict(CONTAINER_BYTES, {recipe.runtime: 0}):
-        bare = artifact_bytes(recipe, spec)
-    with patch.dict(CONTAINER_BYTES, {recipe.runtime: 1}):
-        return bare, artifact_bytes(recipe, spec) - bare
+    with patch.dict(CONTAINER_BASE_BYTES, {recipe.runtime: 0}):
+        with patch.dict(CONTAINER_BYTES, {recipe.runtime: 0}):
+            bare = artifact_bytes(recipe, spec)
+        with patch.dict(CONTAINER_BYTES, {recipe.runtime: 1}):
+            return bare, artifact_bytes(recipe, spec) - bare
 
 
 def write_narrow(config: dict[str, Any], depth: int, scale: int, folder: Path) -> Path:

@@ -1,6 +1,6 @@
 """Kill `lighten choose` with SIGKILL at five moments, run it to the end, and count what was repeated, lost or doubled.
 
-    python benchmarks/kill_choose.py --model .models/minilm --out /tmp/killed -- --batch-size 32 --minimize latency
+    python benchmarks/kill_choose.py --model .models/minilm --out killed -- --batch-size 32 --minimize latency
 
 What follows `--` goes to `lighten choose`. No moment is found by sleeping: each is told by what the run has printed, what lies in its folder
 and which processes it has. The last line is one JSON object; exit 1 where anything was repeated, lost, doubled or left behind.

@@ -23,7 +23,7 @@ from lighten.recipe import parse_recipe
 from lighten.runtimes import MODULES, Runtime, Session, Setup
 
 CALIBRATION_TEXTS = 128
-"""Calibration passages of `quantize(static)`. NNCF's own default is 300; 128 gave the same agreement on MiniLM (benchmarks/LOG.md)."""
+"""Calibration passages of `quantize(static)`. NNCF's own default is 300; 300 was no better on MiniLM (benchmarks/static_int8.py)."""
 
 
 class Worker:
