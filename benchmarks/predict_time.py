@@ -27,7 +27,7 @@ from lighten.cost.operators import Forward, forward_operators
 from lighten.device import find_device, pinned_environment, predict_time, probe, save_profile
 from lighten.device.clock import time_all
 from lighten.device.probe import DEFAULT_ENGINES
-from lighten.model.read import read_spec
+from lighten.model import read_spec
 
 SIZES = ((1, 16), (1, 128), (1, 512), (8, 32), (8, 128), (32, 128))
 

@@ -1,6 +1,6 @@
 """Stage 1: read a model into a `ModelSpec` without loading a weight."""
 
-from lighten.model.read import read_spec
+from lighten.model.source import read_spec
 from lighten.model.spec import ModelSpec
 
 __all__ = ["ModelSpec", "read_spec"]

@@ -1,4 +1,4 @@
-"""Read a `ModelSpec` from a local folder in Hugging Face format or from a hub id. No weight is loaded."""
+"""Read a `ModelSpec` from a local folder in Hugging Face format. No weight is loaded."""
 
 from __future__ import annotations
 
@@ -29,33 +29,13 @@ BUFFERS = re.compile(r"(position_ids|rotary_emb\.inv_freq|masked_bias|embeddings
 
 FLOAT_DTYPES = ("float32", "float16", "bfloat16", "float64")
 
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
-
-
-def read_spec(model: str | Path) -> ModelSpec:
-    """The spec of a local folder, or of a hub id when no such path exists.
-
-    Raises:
-        ModelError: no such path, no config, an unreadable header, or config and weights that contradict each other.
-        UnsupportedFamily: an architecture without a formula.
-    """
-    path = Path(model)
-    if path.is_dir():
-        return read_folder(path)
-    if path.exists():
-        raise ModelError(f"{path} is a file; a model is a folder with config.json and *.safetensors, or a hub id.")
-    if isinstance(model, Path) or not _HUB_ID.match(str(model)) or str(model).startswith("."):
-        raise ModelError(f"{model}: no such folder, and no hub id (owner/name) either.")
-    from lighten.model.hub import read_hub
-
-    return read_hub(str(model))
-
 
 def read_folder(folder: Path) -> ModelSpec:
     """The spec of a folder in Hugging Face format: config.json beside one or more *.safetensors.
 
     Raises:
-        ModelError: see `read_spec`.
+        ModelError: no config, an unreadable header, or config and weights that contradict each other.
+        UnsupportedFamily: an architecture without a formula.
     """
     config = read_config(folder)
     files = weight_files(folder)
