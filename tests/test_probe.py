@@ -12,7 +12,7 @@ import pytest
 
 from lighten.device import probe as probe_engines
 from lighten.device.bandwidth import measure_bandwidth
-from lighten.device.cases import BLOCKS, CALL, CHAIN, LINEARS, STACK, Case, all_cases, sizes
+from lighten.device.cases import BLOCKS, CALL, CHAIN, EMPTY, LINEARS, STACK, Case, all_cases, sizes
 from lighten.device.clock import time_all, time_call
 from lighten.device.engines.bench import open_bench, open_loader, required_modules
 from lighten.device.probe_child import main, measure_engine
@@ -20,7 +20,7 @@ from lighten.device.profile import ENGINES, engine_from_json
 from lighten.errors import DeviceError
 
 PROBE = sys.modules["lighten.device.probe"]  # the package exports a function of the same name
-SMALL = [CALL, CHAIN, Case("linear", (64, 64))]
+SMALL = [EMPTY, CALL, CHAIN, Case("linear", (64, 64))]
 
 
 def needs(engine: str) -> None:
@@ -144,7 +144,7 @@ def test_the_graph_s_block_computes_what_torch_s_formulas_say() -> None:
 
 def test_sizes_cover_what_the_tables_say() -> None:
     cases = all_cases()
-    assert cases[:2] == [CALL, CHAIN]
+    assert cases[:3] == [EMPTY, CALL, CHAIN]
     assert {case.shape for case in cases if case.kind == "linear"} == set(LINEARS)
     assert len({case.name for case in cases}) == len(cases)
     assert all(list(sizes(case)) for case in cases)

@@ -1,7 +1,7 @@
 """From whole blocks to factors: what fusion saves, and what a framework adds, over the sum of single operators.
 
-Model:  log measured = log Σ_c factor[c] · seconds[c] + noise,  c in linear, weights, attention, pointwise, overhead.
-The factors are the most probable ones under independent normal priors on their logarithms around 0 (factor 1): a linear costs what it was
+Model:  log measured = log Σ_c factor[c] · seconds[c] + noise,  c in the classes of `roofline.py`.
+The factors are the most probable ones under independent normal priors on their logarithms around 0 (factor 1): a linear or a call costs what it was
 measured to cost, within a quarter; what surrounds it may vanish by fusion or double. So a class that the blocks say nothing about keeps 1.
 """
 
@@ -19,12 +19,12 @@ from lighten.device.cases import block_spec
 from lighten.device.profile import Bandwidth, BlockSample, Calibration, EngineProfile
 from lighten.device.roofline import CLASSES, sum_parts
 
-PRIOR_SPREAD = {"linear": 0.25, "weights": 1.0, "attention": 0.5, "pointwise": 1.0, "overhead": 1.0}
+PRIOR_SPREAD = {"linear": 0.25, "weights": 1.0, "attention": 0.5, "pointwise": 1.0, "overhead": 1.0, "call": 0.25}
 """Standard deviation of log factor: wide for what compilers fuse, narrow for matrix products, which they do not."""
 NOISE = 0.1
 """Standard deviation of log measured that is taken for granted: repeated blocks on a shared 2-core machine differ by about that."""
-MIN_CALM = 2 * len(CLASSES)
-"""Undisturbed blocks that are enough to fit the factors: two for each."""
+MIN_CALM = 10
+"""Undisturbed blocks, of the 20, that are enough to fit the factors."""
 STEPS = 30
 LEVEL_Z = 1.6449
 """95 % quantile of the normal distribution: a two-sided 90 % interval."""

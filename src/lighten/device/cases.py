@@ -16,7 +16,7 @@ HEADS = 8
 class Case:
     """One micro-model. Its rows (or batch and length) are dynamic, as in an exported model.
 
-    kinds and their shapes: call () · chain (width, count) · linear (in_features, out_features) · attention (head_dim,) ·
+    kinds and their shapes: empty () · call () · chain (width, count) · linear (in_features, out_features) · attention (head_dim,) ·
     layernorm, rmsnorm, gelu, add, rotary (width,) · stack (width, inner width, pairs) · block (hidden, heads, intermediate, layers)
     """
 
@@ -59,6 +59,7 @@ class Case:
         return {name: tuple(side if isinstance(side, int) else sides[side] for side in shape) for name, shape in self.inputs.items()}
 
 
+EMPTY = Case("empty")
 CALL = Case("call")
 CHAIN = Case("chain", (16, 32))
 LINEAR_ROWS = (1, 4, 16, 64, 256, 1024, 4096)
@@ -115,7 +116,7 @@ def sizes(case: Case) -> Iterator[tuple[int, ...]]:
                     yield from ((batch, queries, keys) for batch in batches)
         case "block":
             yield from (BLOCKS | COMPILED_BLOCKS)[case.shape]  # type: ignore[index]
-        case "call" | "chain":
+        case "empty" | "call" | "chain":
             yield (1,)
         case _:
             yield from ((rows,) for rows in POINTWISE_ROWS)
@@ -124,6 +125,7 @@ def sizes(case: Case) -> Iterator[tuple[int, ...]]:
 def all_cases() -> list[Case]:
     """Everything that is measured on an engine, overheads first."""
     return [
+        EMPTY,
         CALL,
         CHAIN,
         *(Case("linear", shape) for shape in LINEARS),

@@ -108,10 +108,9 @@ def _measure_engine(run: _Run, name: str) -> EngineProfile:
     if missing:
         raise ChildFailed(f"{', '.join(missing)} not installed")
     found = _child(run, "engine", "--engine", name)
-    tiny, large = found.pop("tiny", None), found.pop("large", None)
-    data: dict[str, Any] = {**found, "blocks": found["blocks"], "calibration": {}}
-    if tiny and large:
-        data |= _child(run, "memory", "--engine", name, "--tiny", tiny, "--large", large[0], "--large-bytes", large[1])
+    tiny, large = found.pop("tiny"), found.pop("large")
+    memory = _child(run, "memory", "--engine", name, "--tiny", tiny, "--large", large[0], "--large-bytes", str(large[1]))
+    data: dict[str, Any] = {**found, **memory, "calibration": {}}
     try:
         return engine_from_json(data)
     except (KeyError, TypeError, ValueError) as error:

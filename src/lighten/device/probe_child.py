@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lighten.device.cases import CALL, CHAIN, HEADS, STACK, TINY, Case, all_cases, sizes
+from lighten.device.cases import CALL, CHAIN, EMPTY, HEADS, STACK, TINY, Case, all_cases, sizes
 from lighten.device.clock import Timing, time_all
 from lighten.device.profile import BlockSample, Sample
 
@@ -28,6 +28,7 @@ POINT_S = 0.02
 PATIENCE_S = 6.0
 """Time beyond that to measure disturbed points again."""
 MIN_CALM = 2
+OVERHEADS = (EMPTY, CHAIN, CALL)
 NET_FLOOR = 0.1
 """An operator keeps at least this share of its time when overheads are taken off: they are noisy too."""
 
@@ -41,34 +42,27 @@ def measure_engine(engine: str, threads: int, folder: Path, cases: Sequence[Case
     bench.prepare([*chosen, TINY, STACK])
     points = [(case, size) for case in chosen for size in sizes(case)]
     timings = time_all({point: partial(bench.runner, *point) for point in points}, budget_s=POINT_S, patience_s=PATIENCE_S)
-    call = timings[CALL, (1,)].seconds
-    operator = max((timings[CHAIN, (1,)].seconds - call) / CHAIN.shape[1], 1e-8)
+    empty, chain, call = (timings[case, (1,)].seconds for case in OVERHEADS)
+    operator = max((chain - empty) / CHAIN.shape[1], 1e-8)
     samples: list[tuple[Sample, bool]] = []
     blocks: list[BlockSample] = []
     for (case, size), timing in timings.items():
         if case.kind == "block":
             blocks.append(_block(case, size, timing))
-        elif case not in (CALL, CHAIN):
-            samples.append((_sample(case, size, max(timing.seconds - call - operator, NET_FLOOR * timing.seconds)), timing.calm))
+        elif case not in OVERHEADS:
+            samples.append((_sample(case, size, max(timing.seconds - empty - operator, NET_FLOOR * timing.seconds)), timing.calm))
     found = {
         "name": engine, "version": bench.version, "precision": bench.precision, "call_overhead_s": call, "operator_overhead_s": operator,
         "disturbed_ratio": sum(not timing.calm for timing in timings.values()) / len(timings),
         "samples": [asdict(each) for each in _believable(samples)], "blocks": [asdict(each) for each in blocks],
     }  # fmt: skip
-    return found | _stored(bench, folder)
+    return found | {"tiny": str(bench.store(TINY, folder)[0]), "large": [str(part) for part in bench.store(STACK, folder)]}
 
 
 def _believable(samples: Sequence[tuple[Sample, bool]]) -> list[Sample]:
     """Without the disturbed ones, wherever the same operator was measured undisturbed at enough numbers of rows."""
     calm = Counter((sample.kind, sample.shape) for sample, undisturbed in samples if undisturbed)
     return [sample for sample, undisturbed in samples if undisturbed or calm[sample.kind, sample.shape] < MIN_CALM]
-
-
-def _stored(bench: Any, folder: Path) -> dict[str, Any]:
-    try:
-        return {"tiny": str(bench.store(TINY, folder)[0]), "large": [str(part) for part in bench.store(STACK, folder)]}
-    except ImportError:  # torch without safetensors: its memory is not known
-        return {}
 
 
 def _sample(case: Case, size: tuple[int, ...], seconds: float) -> Sample:

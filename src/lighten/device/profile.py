@@ -79,7 +79,7 @@ class Calibration:
     """What turns the sum of single operators into the time of a whole model.
 
     Attributes:
-        factors: class of time (linear, weights, attention, pointwise, overhead) → what its sum is multiplied by: below 1 where the runtime
+        factors: class of time (linear, weights, attention, pointwise, overhead, call) → what its sum is multiplied by: below 1 where the runtime
             fuses or overlaps, above 1 where it moves data between operators. Fitted to `blocks` synthetic blocks.
         spread: half width of the 90 % interval of log(measured / predicted), from blocks that the fit did not see (leave one out).
         blocks: how many were measured; with 0 the factors are 1 and the range is not known.

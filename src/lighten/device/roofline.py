@@ -7,7 +7,8 @@
                The factor says how much of it kernels fail to hide behind the products
     attention  Σ of max(measured seconds, bytes over bandwidth)
     pointwise  the same for norms, activation functions, sums and gathers
-    overhead   call + operators · what an operator adds
+    overhead   operators · what an operator adds
+    call       what a pass costs before its first operator
 
 Measured seconds are interpolated between this engine's measured operators of the same kind (`rates.py`). The factors come from synthetic
 blocks that were measured whole (`calibration.py`); the range is what those blocks scattered by.
@@ -33,7 +34,7 @@ ROTARY_FLOPS = 3
 """Operations an element of a rotary embedding (x·cos + rotate(x)·sin), by which it is told from an activation function (1)."""
 EXPANDING = ("torch", "torch-compile")
 """Runtimes that expand weight-only quantized weights when they load them: smaller on disk, not in memory."""
-CLASSES = ("linear", "weights", "attention", "pointwise", "overhead")
+CLASSES = ("linear", "weights", "attention", "pointwise", "overhead", "call")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +107,8 @@ def sum_parts(ops: Sequence[Op], engine: EngineProfile, bandwidth: Sequence[Band
         bound: Bound = "memory" if memory > compute else "compute"
         found[_class(shape.kind), bound] += count * max(compute, memory)
         found["weights", "memory"] += count * shape.weight_bytes / read
-    found["overhead", "overhead"] = engine.call_overhead_s + len(ops) * engine.operator_overhead_s
+    found["overhead", "overhead"] = len(ops) * engine.operator_overhead_s
+    found["call", "overhead"] = engine.call_overhead_s
     return Parts(seconds=dict(found))
 
 

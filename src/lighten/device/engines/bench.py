@@ -30,7 +30,8 @@ class Bench(Protocol):
 
 
 BENCHES = {"torch": "torch_bench", "torch-compile": "torch_bench", "onnxruntime": "onnxruntime_bench", "openvino": "openvino_bench"}
-MODULES = {"torch": ("torch",), "torch-compile": ("torch",), "onnxruntime": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino")}
+_TORCH = ("torch", "transformers", "safetensors")
+MODULES = {"torch": _TORCH, "torch-compile": _TORCH, "onnxruntime": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino")}
 """Runtime → the modules that its probe imports; openvino/int8 needs nncf too."""
 
 

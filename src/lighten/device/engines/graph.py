@@ -65,7 +65,7 @@ class _Graph:
 
     def body(self, case: Case, x: dict[str, str]) -> str:
         match case.kind:
-            case "call":
+            case "empty" | "call":
                 return self.op("Add", x["x"], self.constant(np.ones(1, np.float32)))
             case "chain":
                 return self.linears(x["x"], [case.shape[0]] * (case.shape[1] + 1))

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from lighten.device.cases import COMPILED_BLOCKS, HEADS, Case
 
+MAX_POSITIONS = 512
 COMPILED = ("call", "block")
 """Cases that torch-compile compiles. Its single operators are measured eager: the products come from the same library, and what fusion and
 generated code save on the rest is what the compiled blocks calibrate."""
@@ -46,20 +50,20 @@ class TorchBench:
             compiled = self.compiles and case.kind in COMPILED
             self.built[case] = torch.compile(module, dynamic=False) if compiled else module
         model = self.built[case]
-        inputs = [torch.randn(shape).to(self.dtype) for name, shape in case.input_shapes(size).items() if name != "mask"]
+        inputs = [self._input(name, shape) for name, shape in case.input_shapes(size).items()]
         return lambda: model(*inputs)
 
-    def store(self, case: Case, folder: Path) -> tuple[Path, int]:
-        import transformers  # noqa: F401 (loading needs it: without it, memory is not known)
-        from safetensors.torch import save_file
+    def _input(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return torch.ones(shape, dtype=torch.int64) if name == "mask" else torch.randn(shape).to(self.dtype)
 
+    def store(self, case: Case, folder: Path) -> tuple[Path, int]:
         state = MODULES[case.kind](*case.shape).to(self.dtype).state_dict()
         path = folder / f"{case.name}.safetensors"
         save_file(state, path)
         return path, sum(tensor.nbytes for tensor in state.values())
 
 
-class _Call(nn.Module):
+class _Empty(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x + 1
 
@@ -76,13 +80,13 @@ class _Linears(nn.Module):
 
 
 class _Attention(nn.Module):
-    """As `transformers` calls it: heads are views of the projections, the result is made contiguous again."""
+    """As `transformers` calls it: heads are views of the projections, a mask that hides nothing is dropped, the result is made contiguous."""
 
     def __init__(self, head_dim: int, heads: int = HEADS) -> None:
         super().__init__()
         self.heads, self.head_dim = heads, head_dim
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         q, k, v = (x.view(*x.shape[:2], self.heads, self.head_dim).transpose(1, 2) for x in (q, k, v))
         mixed = functional.scaled_dot_product_attention(q, k, v)
         return mixed.transpose(1, 2).contiguous().flatten(2)
@@ -126,32 +130,32 @@ class _Rotary(nn.Module):
         return x * z + torch.cat((-high, low), dim=-1) * z
 
 
-class _Layer(nn.Module):
-    def __init__(self, hidden: int, heads: int, inner: int) -> None:
-        super().__init__()
-        self.q, self.k, self.v, self.o = (nn.Linear(hidden, hidden) for _ in range(4))
-        self.up, self.down = nn.Linear(hidden, inner), nn.Linear(inner, hidden)
-        self.attention = _Attention(hidden // heads, heads)
-        self.norm_1, self.norm_2 = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
-        self.act, self.drop = nn.GELU(), nn.Dropout(0.1)
+class _Encoder(nn.Module):
+    """An encoder of `transformers` with random weights: this runtime runs its modules, whose Python code costs as much as small products."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        mixed = self.o(self.attention(self.q(x), self.k(x), self.v(x)))
-        x = self.norm_1(self.drop(mixed) + x)
-        mlp = self.down(self.act(self.up(x)))
-        out: Tensor = self.norm_2(self.drop(mlp) + x)
-        return out
-
-
-class _Block(nn.Module):
     def __init__(self, hidden: int, heads: int, inner: int, layers: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(_Layer(hidden, heads, inner) for _ in range(layers))
+        settings: dict[str, Any] = {
+            "vocab_size": 8, "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": inner,
+            "max_position_embeddings": MAX_POSITIONS, "attn_implementation": "sdpa",
+        }  # fmt: skip
+        self.model = transformers.BertModel(transformers.BertConfig(**settings), add_pooling_layer=False)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        output: Tensor = self.model(inputs_embeds=x, attention_mask=mask).last_hidden_state
+        return output
+
+
+class _Call(nn.Module):
+    """What surrounds the layers: an encoder without any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = _Encoder(1, 1, 1, 0)
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
+        output: Tensor = self.encoder(x[None], torch.ones(1, len(x), dtype=torch.int64))
+        return output
 
 
 def _stack(outer: int, inner: int, pairs: int) -> nn.Module:
@@ -159,6 +163,7 @@ def _stack(outer: int, inner: int, pairs: int) -> nn.Module:
 
 
 MODULES: dict[str, Callable[..., nn.Module]] = {
+    "empty": _Empty,
     "call": _Call,
     "chain": lambda width, count: _Linears([width] * (count + 1)),
     "stack": _stack,
@@ -169,5 +174,5 @@ MODULES: dict[str, Callable[..., nn.Module]] = {
     "gelu": _Gelu,
     "add": _Add,
     "rotary": _Rotary,
-    "block": _Block,
+    "block": _Encoder,
 }
