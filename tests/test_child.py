@@ -176,7 +176,7 @@ def test_out_of_memory_inside_is_said_and_the_worker_lives_on(worker):
     assert worker.ask("echo", timeout_s=60) == {}
 
 
-@pytest.mark.parametrize("text", ["hello\n", "\n", "5\n", "[]\n", '{"half": \n', "Ü\n", "hello"])
+@pytest.mark.parametrize("text", ["hello\n", "\n", '\n{"two": "lines"}\n', "5\n", "[]\n", '{"half": \n', "Ü\n", "hello"])
 def test_rubbish_where_an_answer_stands_is_a_failure(worker, text):
     """What belongs to which question is not known any more, so the worker is ended."""
     pid = worker.ask("pid", timeout_s=60)["pid"]

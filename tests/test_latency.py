@@ -149,6 +149,15 @@ def test_of_short_runs_the_first_of_each_turn_is_not_counted(own, cold):
     assert found.speedup == pytest.approx(2)
 
 
+def test_a_turn_of_short_runs_is_the_median_of_those_after_the_first():
+    def three(now_s: float) -> float:
+        return next(runs)
+
+    runs = iter([0.06, 0.06] + [0.5, 0.06, 0.08] * ROUNDS[1])
+    machine = Machine()
+    assert timed(MadeUp(machine, "candidate", three), None).samples == (0.07,) * ROUNDS[1]
+
+
 @pytest.mark.parametrize(("own", "counted"), [(SHORT_S, 1), (SHORT_S * 1.5, 1), (SHORT_S / 2, 2), (SHORT_S / 7.5, 8), (SHORT_S / 1000, 20)])
 def test_a_turn_lasts_long_enough_to_be_timed(own, counted):
     _, candidate, baseline = pair(steady(own), steady(own))

@@ -178,6 +178,11 @@ def test_the_closest_is_the_one_whose_worst_miss_is_the_smallest():
     assert told == {"id": "near in both", "misses": ["size 120 B, required size<=100B", "quality 0.800, required quality>=0.95"]}
 
 
+def test_one_small_miss_does_not_make_up_for_a_large_one():
+    found = [trial("small and large", size=110, quality=0.1), trial("two of middle size", size=140, quality=0.7)]
+    assert closest(found, BASELINE, required("size<=100B", "quality>=1"))["id"] == "two of middle size"
+
+
 @given(trials, limits)
 def test_no_other_trial_misses_by_less_than_the_closest(found, texts):
     constraints = required(*texts)
