@@ -110,7 +110,7 @@ def journal(out: Path) -> list[dict[str, Any]]:
 
 
 def starting(run: Run) -> bool:
-    return (run.out / ".lock").exists() and not run.workers
+    return (run.out / ".lock").exists()
 
 
 def in_the_baseline(run: Run) -> bool:
