@@ -15,6 +15,7 @@ import pytest
 
 from lighten.cli.main import main
 from lighten.device import Bandwidth, Calibration, EngineProfile, Machine, Profile, Sample, save_profile
+from lighten.device.profile import ENGINES as ALL_ENGINES
 from lighten.judge import child, latency
 
 THREADS = 1
@@ -112,7 +113,8 @@ def made_up_profile() -> Profile:
     }  # fmt: skip
     bandwidth = (Bandwidth(working_set_bytes=1 << 20, read_bytes_per_s=1e10, copy_bytes_per_s=1e10),)
     machine = Machine(cpu="made up", cores=2, memory_bytes=1 << 34, os="none")
-    return Profile(machine=machine, threads=THREADS, bandwidth=bandwidth, engines=engines)
+    left_out = {name: "left out" for name in ALL_ENGINES if name not in engines}  # as failures, so that `choose` does not measure them
+    return Profile(machine=machine, threads=THREADS, bandwidth=bandwidth, engines=engines, failures=left_out)
 
 
 def write_text(path: Path) -> Path:

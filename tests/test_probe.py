@@ -60,13 +60,13 @@ def test_a_child_that_ends_badly_is_one_failed_line(tmp_path, monkeypatch, body:
     assert "\n" not in lines[0]
 
 
-def test_an_engine_that_is_not_installed_is_a_failure_when_asked_for_and_absent_otherwise(monkeypatch) -> None:
+def test_an_engine_that_is_not_installed_is_a_failure_when_asked_for_and_none_at_all_is_refused(monkeypatch) -> None:
     monkeypatch.setattr(PROBE, "_measure_bandwidth", lambda run: ())
     monkeypatch.setattr(PROBE, "_missing", lambda name: ["onnxruntime"])
     asked = probe_engines(threads=1, log=lambda line: None, engines=["onnxruntime/int8"])
     assert asked.failures == {"onnxruntime/int8": "onnxruntime not installed"}
-    default = probe_engines(threads=1, log=lambda line: None)
-    assert (default.engines, default.failures) == ({}, {})
+    with pytest.raises(DeviceError, match=r"no runtime is installed .*pip install 'lighten\[all\]'"):
+        probe_engines(threads=1, log=lambda line: None)
 
 
 def test_an_unknown_engine_and_no_thread_are_refused() -> None:

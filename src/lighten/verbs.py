@@ -7,7 +7,6 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -169,14 +168,13 @@ def probe(*, threads: int | None = None, engines: Sequence[str] | None = None, l
         DeviceError: an engine that does not exist.
         OutputError: the data folder cannot be written.
     """
+    from lighten.device import merge_profiles, save_profile
     from lighten.device import probe as measure_machine
-    from lighten.device import save_profile
 
     found = measure_machine(threads=threads or usable_cores(), log=log, engines=engines)
     known = _profile_or_none()
     if engines and known and known.threads == found.threads:
-        failures = {name: reason for name, reason in known.failures.items() if name not in found.engines}
-        found = replace(found, engines={**known.engines, **found.engines}, failures={**failures, **found.failures})
+        found = merge_profiles(known, found)
     save_profile(found)
     return found
 

@@ -21,8 +21,8 @@ from lighten.choose.constraints import FIGURES, Constraint, check_minimize, figu
 from lighten.choose.journal import FILE, Journal
 from lighten.choose.trial import Bench, Candidate, context_of, make_candidate
 from lighten.cost.workload import Workload, check_workload
-from lighten.device import Profile, load_profile, probe, profile_path, save_profile
-from lighten.device.probe import this_machine
+from lighten.device import Profile, load_profile, merge_profiles, probe, profile_path, save_profile
+from lighten.device.probe import installed_engines, this_machine
 from lighten.errors import ConstraintError, DeviceError, ModelError, OutputError
 from lighten.formats.artifact import MANIFEST, fingerprint
 from lighten.judge.child import WorkerFailed
@@ -314,16 +314,21 @@ def _locked(out: Path) -> Iterator[None]:
 
 
 def _profile(threads: int, log: Log) -> Profile:
-    """This machine's profile; it is measured where there is none of as many threads."""
+    """This machine's profile; measured where there is none of as many threads, or none of a runtime that is installed."""
     try:
-        profile = load_profile()
-        if profile.threads == threads:
-            return profile
+        known = load_profile()
     except DeviceError:
         if profile_path().exists():
             raise
+        known = None
+    if known is not None and known.threads != threads:
+        known = None
+    missing = [name for name in installed_engines() if known is None or name not in {**known.engines, **known.failures}]
+    if known is not None and not missing:
+        return known
     log("measuring this machine once, so that predictions are of it (lighten probe)")
-    profile = probe(threads=threads, log=lambda line: log(f"    {line}"))
+    found = probe(threads=threads, log=lambda line: log(f"    {line}"), engines=missing)
+    profile = found if known is None else merge_profiles(known, found)
     save_profile(profile)
     return profile
 

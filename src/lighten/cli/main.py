@@ -15,6 +15,13 @@ from lighten.errors import LightenError
 COMMANDS = {"estimate": estimate, "compress": compress, "measure": measure, "choose": choose, "probe": probe, "report": report}
 
 
+EXTRAS = {
+    **dict.fromkeys(("torch", "transformers", "safetensors", "tokenizers", "psutil"), "torch"),
+    **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "onnx"), **dict.fromkeys(("openvino", "nncf"), "openvino"),
+}  # fmt: skip
+"""Package that a command imports when it is used → the extra that installs it."""
+
+
 class _Parser(argparse.ArgumentParser):
     """A wrong command line is one line and exit 2."""
 
@@ -43,6 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except LightenError as error:
         return _mistake(str(error))
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        if package not in EXTRAS:
+            raise
+        return _mistake(f"lighten {arguments.command} needs {package}, which is not installed; pip install 'lighten[{EXTRAS[package]}]'")
     except KeyboardInterrupt:
         return _mistake("interrupted", 130)
     except BrokenPipeError:

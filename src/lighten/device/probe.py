@@ -49,12 +49,14 @@ def probe(*, threads: int, log: Callable[[str], None], engines: Sequence[str] | 
         engines: of `ENGINES`; one that is asked for but not installed is a failure, not silently left out.
 
     Raises:
-        DeviceError: an unknown engine, or not at least one thread.
+        DeviceError: an unknown engine, none installed, or not at least one thread.
     """
     from lighten.device.calibration import calibrate  # imports numpy, which predictions do without
 
     _check(threads, engines)
-    chosen = [name for name in DEFAULT_ENGINES if not _missing(name)] if engines is None else list(engines)
+    chosen = installed_engines() if engines is None else list(engines)
+    if not chosen:
+        raise DeviceError("no runtime is installed that could be measured; pip install 'lighten[all]', or one of torch, onnx, openvino.")
     measured: dict[str, EngineProfile] = {}
     failures: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="lighten-probe-") as folder:
@@ -73,6 +75,11 @@ def probe(*, threads: int, log: Callable[[str], None], engines: Sequence[str] | 
         machine=this_machine(), threads=threads, bandwidth=bandwidth, engines=measured, failures=failures, versions=_versions(),
         measured_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )  # fmt: skip
+
+
+def installed_engines() -> list[str]:
+    """The engines that are measured by default, of the runtimes that are installed."""
+    return [name for name in DEFAULT_ENGINES if not _missing(name)]
 
 
 def this_machine() -> Machine:

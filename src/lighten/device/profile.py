@@ -7,7 +7,7 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +229,13 @@ def save_profile(profile: Profile, path: Path | None = None) -> Path:
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror or error}); LIGHTEN_HOME names another folder.") from error
     return path
+
+
+def merge_profiles(known: Profile, found: Profile) -> Profile:
+    """What was found now, and of the engines that were not asked for what was known."""
+    failures = {name: reason for name, reason in known.failures.items() if name not in found.engines}
+    engines = {name: engine for name, engine in known.engines.items() if name not in found.failures}
+    return replace(found, engines={**engines, **found.engines}, failures={**failures, **found.failures})
 
 
 def load_profile(path: Path | None = None) -> Profile:
