@@ -7,6 +7,7 @@ Shape legend: O rows, I columns.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -51,7 +52,10 @@ def global_threshold(weights: Callable[[], Iterable[Tensor]], *, sparsity: float
         weights: gives all matrices, each time it is called.
     """
     upper = sum((torch.bincount(_bits(w) >> 16, minlength=2**16) for w in weights()), torch.zeros(2**16, dtype=torch.int64))
-    rank = round(sparsity * int(upper.sum()))
+    count = int(upper.sum())
+    rank = round(sparsity * count)
+    if rank == count:
+        return math.inf
     bin_, below = _find(upper, rank)
     lower = torch.zeros(2**16, dtype=torch.int64)
     for weight in weights():
@@ -68,5 +72,5 @@ def _bits(weight: Tensor) -> Tensor:
 def _find(counts: Tensor, rank: int) -> tuple[int, int]:
     """The bin that holds the element of this rank (from 0), and how many lie in the bins before it."""
     ends = counts.cumsum(0)
-    found = int(torch.searchsorted(ends, torch.tensor(rank), right=True).clamp(max=len(counts) - 1))
+    found = int(torch.searchsorted(ends, torch.tensor(rank), right=True))
     return found, int(ends[found] - counts[found])

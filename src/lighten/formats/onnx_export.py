@@ -49,7 +49,7 @@ def export_onnx(folder: Path, spec: ModelSpec, path: Path) -> None:
             external_data=module.num_parameters() * 4 > INLINE_BYTES, verbose=False,
         )  # fmt: skip
     beside = path.with_suffix(".part")
-    beside.write_text(json.dumps(_places(path, module.state_dict())))
+    beside.write_text(json.dumps(_places(path, _by_checkpoint_names(module, spec))))
     beside.replace(path.with_suffix(".weights.json"))
 
 
@@ -87,6 +87,13 @@ def tensor_table(weights: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[str, 
 def digest(value: np.ndarray[Any, Any]) -> str:
     """A fingerprint of shape and bytes."""
     return hashlib.sha256(repr(value.shape).encode() + np.ascontiguousarray(value).tobytes()).hexdigest()
+
+
+def _by_checkpoint_names(module: Any, spec: ModelSpec) -> dict[str, Tensor]:
+    """The module's weights as the checkpoint names them: the body of a model with a task head stands there under a prefix."""
+    known = {name for part in spec.parts for name in part.tensors()}
+    named = ((name if name in known else f"{module.base_model_prefix}.{name}", tensor) for name, tensor in module.state_dict().items())
+    return {name: tensor for name, tensor in named if name in known}
 
 
 def _places(path: Path, weights: Mapping[str, Tensor]) -> dict[str, tuple[str, bool]]:

@@ -1,7 +1,7 @@
 """The artifact of OpenVINO: `openvino_model.xml` and `.bin`, weights as float32, float16, 8- or 4-bit codes, or static int8 with activations.
 
 The graph is OpenVINO's own conversion of the ONNX export; codes are NNCF's. NNCF rounds to the same grid as `quantize_rtn`, whose result
-it is given, so it finds the same codes again: `check_codes` holds it to that.
+it is given, so it finds the same codes again; tests/test_formats.py holds it to that.
 """
 
 from __future__ import annotations

@@ -7,13 +7,21 @@ from typing import Any
 
 import torch
 
+from lighten.errors import ModelError
 from lighten.formats.safetensors_folder import expanded_weights
 from lighten.model.spec import ModelSpec
 
 
 def load_module(folder: Path, spec: ModelSpec, *, dtype: str, attention: str) -> Any:
-    """The module in eval mode, its weights in `dtype`: a decoder with its head, an encoder's body without a task head."""
+    """The module in eval mode, its weights in `dtype`: a decoder with its head, an encoder's body without a task head.
+
+    Raises:
+        ModelError: a decoder without a language-model head; `transformers` would give it a random one.
+    """
     import transformers
+
+    if spec.is_decoder and not any(part.component == "head" for part in spec.parts):
+        raise ModelError(f"{folder}: {spec.architecture} has no language-model head, so it gives no logits and cannot be run here.")
 
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -69,7 +69,8 @@ def artifact_bytes(recipe: Recipe, spec: ModelSpec) -> int:
     config count as one too) or a tensor or operator (ONNX, OpenVINO IR).
     """
     exported = RUNTIMES[recipe.runtime].exported
-    parts = [part for part in spec.parts if not (exported and part.component == "pooler")]
+    left_out = ("pooler", "head") if exported and not spec.is_decoder else ()  # an encoder is exported without them
+    parts = [part for part in spec.parts if part.component not in left_out]
     weights = sum(part_weight_bytes(part, spec.dtype) for part in parts)
     if exported:
         count = sum(len(part.tensors()) or 1 for part in parts)
