@@ -10,6 +10,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from lighten.choose import outcome
 from lighten.choose.constraints import FIGURES, MINIMIZABLE, figure_of, parse_constraint
 from lighten.choose.outcome import (
     RATIOS,
@@ -328,3 +329,24 @@ def test_half_is_as_far_off_as_double(values, worst):
 
 def test_the_figures_with_ratios_are_those_that_are_predicted():
     assert set(RATIOS) == {key for key, _ in FIGURES.values()}
+
+
+def test_latencies_are_of_one_moment_though_the_machine_slows_down():
+    """Three trials, the machine twice as slow in the second: two of them are twice as fast as the original, whatever the clock said."""
+
+    def trial(own_s: float, original_s: float) -> dict[str, object]:
+        measured = {"latency_s": own_s, "latency_q1_s": own_s * 0.9, "latency_q3_s": own_s * 1.1, "throughput": 8 / own_s}
+        return {
+            "predicted": {"latency_s": 2.0},
+            "measured": measured | {"speedup": original_s / own_s, "original_latency_s": original_s},
+            "ratio": {},
+        }
+
+    skipped = {"predicted": {}, "measured": None, "ratio": None}
+    found = outcome.on_one_clock([trial(4.0, 4.0), trial(4.0, 8.0), trial(2.0, 4.0), skipped])
+    assert [t["measured"]["latency_s"] for t in found[:3]] == [4.0, 2.0, 2.0]
+    assert [t["measured"]["clock_latency_s"] for t in found[:3]] == [4.0, 4.0, 2.0]
+    assert found[1]["measured"]["latency_q1_s"] == pytest.approx(1.8)
+    assert found[1]["measured"]["throughput"] == pytest.approx(4.0)
+    assert found[1]["ratio"]["latency_s"] == 1.0
+    assert found[3] == skipped

@@ -18,6 +18,28 @@ def quality_metric(*, decoder: bool) -> str:
     return "perplexity_ratio" if decoder else "neighbour_agreement"
 
 
+def on_one_clock(trials: Sequence[Record]) -> list[Record]:
+    """The trials with their latencies as of one moment, though the machine's speed drifts from trial to trial.
+
+        latency = the original's latency, the median over all trials that it ran beside / the trial's own speed-up
+
+    What the clock showed stays as `clock_latency_s`; quartiles and throughput are scaled with the median.
+    """
+    clocks = [trial["measured"]["original_latency_s"] for trial in trials if trial["measured"] and trial["measured"].get("original_latency_s")]
+    if not clocks:
+        return list(trials)
+    original_s = statistics.median(clocks)
+    return [_scaled(trial, original_s) if trial["measured"] and trial["measured"].get("speedup") else trial for trial in trials]
+
+
+def _scaled(trial: Record, original_s: float) -> Record:
+    measured = trial["measured"]
+    scale = original_s / measured["speedup"] / measured["latency_s"]
+    latencies = {key: measured[key] * scale for key in ("latency_s", "latency_q1_s", "latency_q3_s")}
+    measured = measured | latencies | {"throughput": measured["throughput"] / scale, "clock_latency_s": measured["latency_s"]}
+    return trial | {"measured": measured, "ratio": ratios(trial["predicted"], measured)}
+
+
 def judge_trials(trials: Sequence[Record], baseline: Record, constraints: Sequence[Constraint], minimize: str, metric: str) -> list[Record]:
     """The trials with `meets` and `pareto` filled in where something was measured."""
     measured = [trial for trial in trials if trial["measured"]]

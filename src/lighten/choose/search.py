@@ -111,7 +111,7 @@ class _Search:
     def run(self) -> dict[str, Any]:
         try:
             original = self._candidate(Recipe())
-            baseline = self._trial(original, None, "the original, by torch in float32")
+            baseline = self._trial(original, "the original, by torch in float32")
             if not baseline["measured"]:
                 raise ModelError(f"{self.request.model}: the original itself could not be measured: {baseline['failure']}")
             trials = self._trials(baseline)
@@ -145,17 +145,17 @@ class _Search:
                 )
                 continue
             said = f"[{number}/{len(todo)}, about {format_seconds(left)} left] {candidate.recipe}"
-            done.append(self._trial(candidate, baseline["measured"]["latency_s"], said))
+            done.append(self._trial(candidate, said))
         return done + skipped
 
-    def _trial(self, candidate: Candidate, baseline_latency_s: float | None, said: str) -> dict[str, Any]:
+    def _trial(self, candidate: Candidate, said: str) -> dict[str, Any]:
         """The record of a candidate: from the journal where it is there, else by carrying it out."""
         if found := self.journal.trials.get(candidate.id):
             self.log(f"{said}: done before")
             return found | {"predicted": candidate.predicted, "ratio": _ratio(candidate, found)}
         self.log(said)
         original = candidate.recipe == Recipe()
-        record = self._original_trial(candidate) if original else self.bench.run(candidate, baseline_latency_s)
+        record = self._original_trial(candidate) if original else self.bench.run(candidate)
         if record["measured"] or not original:  # without the original there is no trial at all: the next run measures it again
             self.journal.append(record)
         self.log(f"    {_summary(record, self.metric)}")
@@ -193,7 +193,8 @@ class _Search:
 
     def _answer(self, baseline: dict[str, Any], trials: list[dict[str, Any]], original: Candidate) -> dict[str, Any]:
         request = self.request
-        judged = outcome.judge_trials([baseline, *trials], baseline, self.constraints, request.minimize, self.metric)
+        timed = outcome.on_one_clock([baseline, *trials])
+        judged = outcome.judge_trials(timed, timed[0], self.constraints, request.minimize, self.metric)
         baseline, trials = judged[0], judged[1:]
         chosen = outcome.choose_best(judged, request.minimize)
         self._keep_artifact(chosen)

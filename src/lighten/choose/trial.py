@@ -82,19 +82,13 @@ class Bench:
     def artifact_folder(self, candidate: Candidate) -> Path:
         return self.work / "artifacts" / candidate.id
 
-    def run(self, candidate: Candidate, baseline_latency_s: float | None) -> dict[str, Any]:
-        """Build and measure; a crash, a hang or an out-of-memory becomes the record's failure.
-
-        Latency is the original's of this run over the paired speed-up, so that trials of a machine whose speed drifts stay comparable; what
-        the clock showed stays beside it as `clock_latency_s`.
-        """
+    def run(self, candidate: Candidate) -> dict[str, Any]:
+        """Build and measure; a crash, a hang or an out-of-memory becomes the record's failure."""
         start = time.monotonic()
         try:
             measured = self.judge.measure(self.build(candidate)).as_json()
         except (WorkerFailed, LightenError) as error:
             return candidate.record(status="failed", failure=str(error), seconds=time.monotonic() - start)
-        if baseline_latency_s is not None and measured["speedup"]:
-            measured = _beside(measured, baseline_latency_s / measured["speedup"])
         return candidate.record(status="measured", measured=measured, seconds=time.monotonic() - start)
 
     def build(self, candidate: Candidate) -> Target:
@@ -123,9 +117,3 @@ class Bench:
 def context_of(workload: Workload, fingerprints: Mapping[str, str], versions: Mapping[str, str], threads: int) -> dict[str, Any]:
     """What a measurement depends on beside the recipe."""
     return {"workload": asdict(workload), **fingerprints, "versions": dict(versions), "threads": threads}
-
-
-def _beside(measured: dict[str, Any], latency_s: float) -> dict[str, Any]:
-    scale = latency_s / measured["latency_s"]
-    scaled = {key: measured[key] * scale for key in ("latency_s", "latency_q1_s", "latency_q3_s")}
-    return measured | scaled | {"throughput": measured["throughput"] / scale, "clock_latency_s": measured["latency_s"]}

@@ -25,10 +25,12 @@ class Latency:
 
     Attributes:
         speedup: the median over rounds of baseline seconds / own seconds; None where nothing ran beside it.
+        baseline_s: the baseline's own median in these rounds; None likewise.
     """
 
     samples: tuple[float, ...]
     speedup: float | None
+    baseline_s: float | None = None
 
     @property
     def quartiles(self) -> tuple[float, float, float]:
@@ -53,17 +55,20 @@ def time_beside(candidate: Child, baseline: Child | None, workload: Workload, *,
         baseline.pause()
         candidate.resume()
     rounds = min(max(ROUNDS[0], int(BUDGET_S / (candidate_s + baseline_s))), ROUNDS[1])
-    samples, ratios = [], []
+    samples, beside = [], []
     for _ in range(rounds):
         own = runner.counted(candidate, candidate_s)
         samples.append(own)
         if baseline is not None:
             candidate.pause()
             baseline.resume()
-            ratios.append(runner.counted(baseline, baseline_s) / own)
+            beside.append(runner.counted(baseline, baseline_s))
             baseline.pause()
             candidate.resume()
-    return Latency(samples=tuple(samples), speedup=float(np.median(ratios)) if ratios else None)
+    if not beside:
+        return Latency(samples=tuple(samples), speedup=None)
+    ratios = [other / own for other, own in zip(beside, samples, strict=True)]
+    return Latency(samples=tuple(samples), speedup=_median(ratios), baseline_s=_median(beside))
 
 
 class _Runner:
