@@ -26,6 +26,7 @@ from lighten.cost.workload import Workload
 from lighten.errors import ModelError, UnsupportedFamily
 from lighten.model import ModelSpec, read_spec
 from lighten.model.families import ARCHITECTURES, FAMILIES, describe
+from lighten.model.spec import Embedding, Linear
 from lighten.recipe.estimate import Estimate, estimate
 
 NAMES = [name for names in ARCHITECTURES.values() for name in names]
@@ -96,10 +97,10 @@ def test_real_models_have_their_published_parameters(minilm, smollm2):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_the_type_is_that_of_most_elements(dtype, tmp_path):
-    folder = save(llama_config(dtype=dtype), tmp_path / "model")
-    module = build(llama_config()).to(getattr(torch, dtype))
-    module.save_pretrained(folder)
-    assert read_spec(folder).dtype == dtype
+    spec = read_spec(save(llama_config(dtype=dtype), tmp_path / "model"))
+    assert spec.dtype == dtype
+    assert {part.weight.dtype for part in spec.parts if isinstance(part, Linear | Embedding)} == {dtype}
+    assert spec.weight_bytes() == 2 * spec.total_parameters
 
 
 # ---- files ----

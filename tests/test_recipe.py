@@ -413,7 +413,8 @@ def check_zeros(step: Step, folder: Path, spec: ModelSpec, predicted: ModelSpec)
     count = {name: part.in_features * part.out_features for name, part in parts.items() if isinstance(part, Linear)}
     if step["scope"] == "global":
         zeros = sum(round(reports[name].sparsity * size) for name, size in count.items())
-        assert zeros == pytest.approx(step["sparsity"] * sum(count.values()), abs=1)
+        ties = 0.0 if spec.dtype == "float32" else 0.01  # bfloat16 has 128 numbers between powers of 2: equal weights are pruned all or none
+        assert zeros == pytest.approx(step["sparsity"] * sum(count.values()), abs=1, rel=ties)
     else:
         assert {name: report.sparsity for name, report in reports.items()} == pytest.approx(
             {name: part.weight.sparsity for name, part in parts.items()}

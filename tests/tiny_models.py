@@ -49,7 +49,7 @@ def build(config: PretrainedConfig, *, device: str = "cpu", seed: int = 0) -> An
             for parameter in module.parameters():
                 if parameter.ndim == 1:
                     parameter.add_(torch.randn_like(parameter) * 0.1)
-    return module.eval()
+    return module.to(config.dtype or torch.float32).eval()
 
 
 def save(config: PretrainedConfig, folder: Path, **options: Any) -> Path:
