@@ -112,7 +112,11 @@ def make_spec(config: Mapping[str, Any], tensors: tuple[TensorSpec, ...], *, nam
     """
     family = config.get("model_type")
     architectures = config.get("architectures")
-    if family in FAMILIES and not (isinstance(architectures, list) and architectures and isinstance(architectures[0], str)):
+    if (
+        isinstance(family, str)
+        and family in FAMILIES
+        and not (isinstance(architectures, list) and architectures and isinstance(architectures[0], str))
+    ):
         raise ModelError(f'{source}: config.json names no architecture; add for example "architectures": ["BertModel"].')
     architecture = architectures[0] if isinstance(architectures, list) and architectures else ""
     parts = describe(config, architecture)

@@ -25,7 +25,7 @@ def describe(config: Mapping[str, Any], architecture: str) -> tuple[Part, ...]:
         ModelError: the config lacks fields.
     """
     family = config.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise UnsupportedFamily(f"model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}.")
     if architecture not in ARCHITECTURES[family]:
         raise UnsupportedFamily(f"{family} architecture {architecture!r} is not supported; supported: {', '.join(ARCHITECTURES[family])}.")
