@@ -117,7 +117,7 @@ def measure(engine: str, model: Path, sizes: list[tuple[int, int]], threads: int
         forward = FORWARDS[runtime](model, kind, threads, Path(folder))
         inputs = {size: torch.randint(0, 1000, size) for size in sizes}
         runs = {size: partial(forward, ids, torch.ones_like(ids)) for size, ids in inputs.items()}
-        timings = time_all(runs, budget_s=0.2, patience_s=15.0)
+        timings = time_all(runs, threads=threads, budget_s=0.2, patience_s=15.0)
     return {"seconds": [timings[size].seconds for size in sizes], "disturbed": sum(not timing.calm for timing in timings.values())}
 
 

@@ -15,7 +15,7 @@ from lighten import __version__
 from lighten.choose.outcome import ratios
 from lighten.cost import Workload
 from lighten.device.profile import Profile
-from lighten.errors import DeviceError, LightenError, RecipeError
+from lighten.errors import DeviceError, LightenError, OutputError, RecipeError
 from lighten.judge.child import Child, WorkerFailed
 from lighten.judge.measure import Judge, Target, artifact_target
 from lighten.model import ModelSpec
@@ -87,6 +87,8 @@ class Bench:
         start = time.monotonic()
         try:
             measured = self.judge.measure(self.build(candidate)).as_json()
+        except OutputError:  # a full disk is no fault of this recipe's: the search ends, and goes on when there is room
+            raise
         except (WorkerFailed, LightenError) as error:
             return candidate.record(status="failed", failure=str(error), seconds=time.monotonic() - start)
         return candidate.record(status="measured", measured=measured, seconds=time.monotonic() - start)

@@ -41,7 +41,7 @@ def measure_engine(engine: str, threads: int, folder: Path, cases: Sequence[Case
     chosen = bench.cases(all_cases() if cases is None else list(cases))
     bench.prepare([*chosen, TINY, STACK])
     points = [(case, size) for case in chosen for size in sizes(case)]
-    timings = time_all({point: partial(bench.runner, *point) for point in points}, budget_s=POINT_S, patience_s=PATIENCE_S)
+    timings = time_all({point: partial(bench.runner, *point) for point in points}, threads=threads, budget_s=POINT_S, patience_s=PATIENCE_S)
     empty, chain, call = (timings[case, (1,)].seconds for case in OVERHEADS)
     operator = max((chain - empty) / CHAIN.shape[1], 1e-8)
     samples: list[tuple[Sample, bool]] = []
