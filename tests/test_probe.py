@@ -13,7 +13,7 @@ import pytest
 from lighten.device import probe as probe_engines
 from lighten.device.bandwidth import measure_bandwidth
 from lighten.device.cases import BLOCKS, CALL, CHAIN, EMPTY, LINEARS, STACK, Case, all_cases, sizes
-from lighten.device.clock import time_all, time_call
+from lighten.device.clock import involuntary_switches, time_all, time_call, waited_s
 from lighten.device.engines.bench import open_bench, open_loader, required_modules
 from lighten.device.probe_child import main, measure_engine
 from lighten.device.profile import ENGINES, engine_from_json
@@ -185,38 +185,77 @@ def test_the_memory_task_writes_its_figures(tmp_path, monkeypatch) -> None:
     assert set(json.loads(out.read_text())) == {"base_memory_bytes", "weight_copies", "import_s", "load_s", "loaded_bytes"}
 
 
-def test_a_disturbed_run_is_not_believed(monkeypatch) -> None:
-    """Two runs in three lose their core and take ten times as long: the result is what the others took."""
-    now, switches, number = [0.0], [0], [0]
+class Neighbour:
+    """A made-up clock: each run says how long it takes, how long its threads compute and wait, and whether it loses its core."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.wall = self.processor = self.waited = 0.0
+        self.switches = 0
+        monkeypatch.setattr("lighten.device.clock.involuntary_switches", lambda: self.switches)
+        monkeypatch.setattr("lighten.device.clock.waited_s", lambda: self.waited)
+        monkeypatch.setattr("lighten.device.clock.time", self)
+
+    def perf_counter(self) -> float:
+        return self.wall
+
+    def process_time(self) -> float:
+        return self.processor
+
+    def run(self, wall: float, processor: float, *, waited: float = 0.0, switches: int = 0) -> None:
+        self.wall += wall
+        self.processor += processor
+        self.waited += waited
+        self.switches += switches
+
+
+@pytest.mark.parametrize("how", [{"switches": 1}, {"waited": 0.005}])
+def test_a_disturbed_run_is_not_believed(monkeypatch, how: dict[str, float]) -> None:
+    """Two runs in three are disturbed and take ten times as long: the result is what the others took."""
+    machine, number = Neighbour(monkeypatch), [0]
 
     def run() -> None:
         number[0] += 1
-        disturbed = number[0] % 3 > 0
-        switches[0] += disturbed
-        now[0] += 0.010 if disturbed else 0.001
+        if number[0] % 3:
+            machine.run(0.010, 0.002, **how)
+        else:
+            machine.run(0.001, 0.002)
 
-    monkeypatch.setattr("lighten.device.clock.involuntary_switches", lambda: switches[0])
-    monkeypatch.setattr("lighten.device.clock.time.perf_counter", lambda: now[0])
-    found = time_call(run, budget_s=0.2)
+    found = time_call(run, budget_s=0.2, threads=2)
     assert found.calm
     assert found.seconds == pytest.approx(0.001)
 
 
+def test_a_long_call_that_is_always_disturbed_takes_its_processor_time(monkeypatch) -> None:
+    machine = Neighbour(monkeypatch)
+    found = time_call(lambda: machine.run(0.040, 0.026, switches=3), budget_s=0.2, threads=2)
+    assert not found.calm
+    assert found.seconds == pytest.approx(0.013)
+
+
+def test_a_short_call_that_is_always_disturbed_takes_its_fastest_run(monkeypatch) -> None:
+    machine = Neighbour(monkeypatch)
+    found = time_call(lambda: machine.run(0.001, 0.0008, switches=1), budget_s=0.02, threads=2)
+    assert not found.calm
+    assert found.seconds == pytest.approx(0.001)
+
+
 def test_disturbed_points_are_measured_again_until_patience_ends(monkeypatch) -> None:
-    now, switches, calls = [0.0], [0], {"calm": 0, "late": 0, "never": 0}
+    machine, calls = Neighbour(monkeypatch), {"calm": 0, "late": 0, "never": 0}
 
     def prepare(name: str):
         def run() -> None:
             calls[name] += 1
-            now[0] += 0.01
-            switches[0] += name == "never" or (name == "late" and calls[name] < 20)
+            machine.run(0.01, 0.02, switches=name == "never" or (name == "late" and calls[name] < 20))
 
         return lambda: run
 
-    monkeypatch.setattr("lighten.device.clock.involuntary_switches", lambda: switches[0])
-    monkeypatch.setattr("lighten.device.clock.time.perf_counter", lambda: now[0])
-    found = time_all({name: prepare(name) for name in calls}, budget_s=0.02, patience_s=1.0)
+    found = time_all({name: prepare(name) for name in calls}, threads=2, budget_s=0.02, patience_s=1.0)
     assert {name: timing.calm for name, timing in found.items()} == {"calm": True, "late": True, "never": False}
     assert all(timing.seconds == pytest.approx(0.01) for timing in found.values())
     assert calls["calm"] < 10
-    assert now[0] < 1.5
+    assert machine.wall < 1.5
+
+
+def test_waiting_threads_are_counted_where_the_system_tells() -> None:
+    assert waited_s() >= 0
+    assert involuntary_switches() >= 0
