@@ -23,9 +23,9 @@ from lighten.device.cases import CALL, CHAIN, EMPTY, HEADS, STACK, TINY, Case, a
 from lighten.device.clock import Timing, time_all
 from lighten.device.profile import BlockSample, Sample
 
-POINT_S = 0.02
+POINT_S = 0.015
 """Time given to each measured point; a short one is run often, a long one three times."""
-PATIENCE_S = 6.0
+PATIENCE_S = 5.0
 """Time beyond that to measure disturbed points again."""
 MIN_CALM = 2
 OVERHEADS = (EMPTY, CHAIN, CALL)
@@ -42,7 +42,8 @@ def measure_engine(engine: str, threads: int, folder: Path, cases: Sequence[Case
     bench.prepare([*chosen, TINY, STACK])
     points = [(case, size) for case in chosen for size in sizes(case)]
     timings = time_all({point: partial(bench.runner, *point) for point in points}, threads=threads, budget_s=POINT_S, patience_s=PATIENCE_S)
-    empty, chain, call = (timings[case, (1,)].seconds for case in OVERHEADS)
+    chain, call = timings[CHAIN, (1,)].seconds, timings[CALL, (1,)].seconds
+    empty = min(timing.seconds for timing in timings.values())  # none can take less than the empty one, unless that was disturbed
     operator = max((chain - empty) / CHAIN.shape[1], 1e-8)
     samples: list[tuple[Sample, bool]] = []
     blocks: list[BlockSample] = []

@@ -208,6 +208,19 @@ def engine_from_json(data: Mapping[str, Any]) -> EngineProfile:
     return _engine_from_json(data)
 
 
+def require_profile_folder() -> None:
+    """Raises:
+    OutputError: the folder of this machine's profile cannot be written; said before minutes are spent on measuring.
+    """
+    path = profile_path()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error}); LIGHTEN_HOME names another folder.") from error
+
+
 def save_profile(profile: Profile, path: Path | None = None) -> Path:
     """Write the profile beside its place, then rename: a reader sees the old one or the new one, never half of one.
 
