@@ -42,7 +42,10 @@ class Run:
         self.out = out
         self.finished_before = journal(out)
         self.lines: list[str] = []
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        self._process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell that starts jobs in the background has them ignore it
+        )  # fmt: skip
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
 

@@ -12,6 +12,7 @@ import pytest
 
 from lighten.device import probe as probe_engines
 from lighten.device.bandwidth import measure_bandwidth
+from lighten.device.calibration import MIN_CALM
 from lighten.device.cases import BLOCKS, CALL, CHAIN, EMPTY, LINEARS, STACK, Case, all_cases, sizes
 from lighten.device.clock import involuntary_switches, time_all, time_call, waited_s
 from lighten.device.engines.bench import open_bench, open_loader, required_modules
@@ -81,7 +82,7 @@ def test_the_probe_of_one_engine_gives_a_complete_profile(monkeypatch) -> None:
     needs("onnxruntime/float32")
     profile = probe_engines(threads=1, log=lambda line: None, engines=["onnxruntime/float32"])
     engine = profile.engine("onnxruntime/float32")
-    assert engine.calibration.blocks == sum(map(len, BLOCKS.values()))
+    assert MIN_CALM <= engine.calibration.blocks <= sum(map(len, BLOCKS.values()))  # disturbed ones do not count
     assert engine.base_memory_bytes > 10e6
     assert 0.5 < engine.weight_copies < 5
     assert [point.working_set_bytes for point in profile.bandwidth] == sorted(point.working_set_bytes for point in profile.bandwidth)

@@ -87,7 +87,7 @@ def format_seconds(seconds: float | None) -> str:
         return "not known"
     if round(seconds) >= 3600:
         return f"{round(seconds / 60) // 60} h {round(seconds / 60) % 60} min"
-    if round(seconds) >= 60:
+    if seconds >= 59.95:  # below, three digits do not round up to a minute
         return f"{round(seconds) // 60} min {round(seconds) % 60} s"
     return _scaled(seconds, [(1.0, "s"), (1e-3, "ms"), (1e-6, "µs")], "s")
 
