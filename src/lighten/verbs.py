@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lighten.cost.workload import Phase, Workload, check_workload
 from lighten.device.find import find_device
-from lighten.errors import DeviceError, ModelError, WorkloadError
+from lighten.errors import DeviceError, ModelError, TextError, WorkloadError
 from lighten.model import ModelSpec, read_spec
 from lighten.recipe import Recipe, apply_recipe, read_recipe
 from lighten.recipe.estimate import Estimate
@@ -74,13 +74,17 @@ def estimate(model: str | Path, *, recipe: str | None = None, device: str | None
     return estimate_spec(spec, make_workload(spec, dtype=dtype, **workload), recipe=said, device=device, profile=profile)
 
 
-def compress(model: str | Path, recipe: str, out: str | Path, *, text: str | Path | None = None) -> Artifact:
+def compress(model: str | Path, recipe: str, out: str | Path, *, text: str | Path | None = None, log: Log = silent) -> Artifact:
     """Carry a recipe out and write the artifact to `out`, with `lighten.json` beside it.
+
+    Args:
+        text: to calibrate by, where a step of the recipe looks at text.
 
     Raises:
         LightenError: whatever of this cannot be read or done; nothing half-written stays.
     """
     from lighten.formats.artifact import write_artifact
+    from lighten.judge.text import load_text
     from lighten.judge.worker import calibration_batches
     from lighten.runtimes import require_runtime
 
@@ -88,6 +92,11 @@ def compress(model: str | Path, recipe: str, out: str | Path, *, text: str | Pat
     apply_recipe(said, read_spec(source))
     require_runtime(said.runtime)
     chosen = Path(text) if text else None
+    if chosen:
+        load_text(chosen)  # a mistake in it is said before any work
+        if not any(step.kind.calibrated for step in said.steps):
+            raise TextError(f"text {chosen} has no effect: no step of {said} looks at calibration text.")
+    log(f"compressing {source}: {said}")
     return write_artifact(source, said, Path(out), calibration=lambda: calibration_batches(source, chosen))
 
 
@@ -107,6 +116,7 @@ def measure(
     """
     from lighten.choose.outcome import ratios
     from lighten.choose.trial import predict
+    from lighten.compress.walk import check_finite
     from lighten.formats.artifact import MANIFEST, read_artifact
     from lighten.judge.child import WorkerFailed
     from lighten.judge.measure import Judge, Limits, Target, artifact_target, model_bytes
@@ -123,7 +133,10 @@ def measure(
     if not original.is_dir():
         raise ModelError(f"{folder} was made from {original}, which is not there any more; quality is measured against it.")
     spec = read_spec(original)
+    apply_recipe(recipe, spec)
+    judged_by = load_text(Path(text) if text else None)
     asked = make_workload(spec, dtype="float32", **workload)
+    check_finite(original)
     profile = _profile_or_none()
     cores = threads or usable_cores()
     with tempfile.TemporaryDirectory(prefix="lighten-") as work, contextlib.ExitStack() as stack:
@@ -133,10 +146,10 @@ def measure(
             target = Target(folder=folder, runtime=recipe.runtime, dtype=compute_dtype(recipe, spec), size_bytes=model_bytes(folder))
         else:
             log(f"writing an artifact for {recipe.runtime}")
-            written = compress(folder, str(recipe), Path(work) / "artifact", text=text)
+            written = compress(folder, str(recipe), Path(work) / "artifact")
             target = artifact_target(written.folder)
         limits = Limits(threads=cores, memory_bytes=2**62, timeout_s=TIMEOUT_S)
-        judge = Judge(original, spec, load_text(Path(text) if text else None), asked, limits, Path(work))
+        judge = Judge(original, spec, judged_by, asked, limits, Path(work))
         stack.callback(judge.close)
         log(f"measuring {folder} by {recipe.runtime_text} beside the original")
         try:
@@ -170,7 +183,9 @@ def probe(*, threads: int | None = None, engines: Sequence[str] | None = None, l
     """
     from lighten.device import merge_profiles, save_profile
     from lighten.device import probe as measure_machine
+    from lighten.device.profile import require_profile_folder
 
+    require_profile_folder()
     found = measure_machine(threads=threads or usable_cores(), log=log, engines=engines)
     known = _profile_or_none()
     if engines and known and known.threads == found.threads:

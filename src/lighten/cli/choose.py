@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from lighten import verbs
-from lighten.cli.options import add_json, add_workload, print_json, progress, workload_of
+from lighten.cli.options import add_json, add_workload, positive, print_json, progress, workload_of
 from lighten.model import read_spec
 from lighten.recipe import read_recipe
 
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", action="append", default=[], metavar="TEXT|FILE", help="try this one instead of the usual ones; repeatable")
     parser.add_argument("--text", metavar="FILE", help="calibrate and judge by it: .txt or .jsonl (default: the embedded text)")
     parser.add_argument("--engine", choices=("local",), default="local", help="where trials run")
-    parser.add_argument("--threads", type=int, metavar="N", help="of every trial (default: all cores that this process may use)")
+    parser.add_argument("--threads", type=positive, metavar="N", help="of every trial (default: all cores that this process may use)")
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="a folder; run again with the same one to go on")
     add_workload(parser, phases=("encode", "prefill", "decode", "generate"))
     add_json(parser)

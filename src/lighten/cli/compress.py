@@ -20,8 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    progress(f"compressing {arguments.model}: {arguments.recipe}")
-    made = verbs.compress(arguments.model, arguments.recipe, arguments.output, text=arguments.text)
+    made = verbs.compress(arguments.model, arguments.recipe, arguments.output, text=arguments.text, log=progress)
     document = {
         "artifact": str(made.folder), "recipe": str(made.recipe), "runtime": made.recipe.runtime, "size_bytes": made.size_bytes,
         "predicted": {"size_bytes": made.predicted_size_bytes}, "ratio": {"size_bytes": made.predicted_size_bytes / made.size_bytes},

@@ -60,14 +60,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()  # the reader of the output left; there is nobody to tell
         return 1
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-            return _mistake(f"{error.filename or 'output'}: {error.strerror}")
-        raise
+    except OSError as error:  # of a file that the system refuses: a full disk, a name too long, a broken device
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return _mistake(f"{error.filename or 'output'}: {error.strerror}")
 
 
 def _mistake(text: str, code: int = 2) -> int:
-    print(f"lighten: {' '.join(text.split())}", file=sys.stderr)
+    line = " ".join(text.split()).encode("utf-8", "backslashreplace").decode()  # names of files may be no text
+    print(f"lighten: {line}", file=sys.stderr)
     return code
 
 

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from lighten import verbs
-from lighten.cli.options import add_json, add_workload, print_json, progress, workload_of
+from lighten.cli.options import add_json, add_workload, positive, print_json, progress, workload_of
 from lighten.recipe import RUNTIMES
 from lighten.units import format_bytes, format_seconds
 
@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL|ARTIFACT", help="a model folder, or a folder that `lighten compress` wrote")
     parser.add_argument("--runtime", choices=RUNTIMES, help="for a model folder (default torch); an artifact has its own")
     parser.add_argument("--text", metavar="FILE", help="text to judge by: .txt or .jsonl (default: the embedded text)")
-    parser.add_argument("--threads", type=int, metavar="N", help="default: all cores that this process may use")
+    parser.add_argument("--threads", type=positive, metavar="N", help="default: all cores that this process may use")
     add_workload(parser, phases=("encode", "prefill", "decode", "generate"))
     add_json(parser)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 
 from lighten import verbs
-from lighten.cli.options import add_json, print_json, progress
+from lighten.cli.options import add_json, positive, print_json, progress
 from lighten.device.profile import ENGINES, profile_path, profile_to_json
 
 EXAMPLE = "lighten probe"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--threads", type=int, metavar="N", help="default: all cores that this process may use")
+    parser.add_argument("--threads", type=positive, metavar="N", help="default: all cores that this process may use")
     parser.add_argument("--engine", action="append", choices=ENGINES, help="only this one, beside what is known already; repeatable")
     add_json(parser)
 

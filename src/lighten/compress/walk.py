@@ -62,6 +62,15 @@ class Checkpoint:
         return tensor
 
 
+def check_finite(folder: Path) -> None:
+    """Raises:
+    ModelError: a tensor of the folder holds values that are not finite.
+    """
+    checkpoint = Checkpoint(folder)
+    for name in checkpoint.names:
+        checkpoint[name]
+
+
 def compress_weights(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe) -> Iterator[tuple[str, Weight, LayerReport | None]]:
     """Each tensor of the checkpoint as the recipe leaves it, with a report of those that it changed; one is held at a time."""
     changes: list[tuple[frozenset[str], Change]] = []

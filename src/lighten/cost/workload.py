@@ -54,6 +54,8 @@ class Workload:
         for name in ("batch_size", "seq_len"):
             if getattr(self, name) < 1:
                 raise WorkloadError(f"{name}={getattr(self, name)} is not positive.")
+        if self.new_tokens < 0:
+            raise WorkloadError(f"new_tokens={self.new_tokens} is negative.")
         if self.dtype not in DTYPE_BITS or (self.kv_dtype or self.dtype) not in DTYPE_BITS:
             raise WorkloadError(f"dtype {self.dtype!r} or kv_dtype {self.kv_dtype!r} is not known; known: {', '.join(DTYPE_BITS)}.")
         if (self.phase in ("decode", "generate")) != (self.new_tokens > 0):

@@ -26,12 +26,14 @@ def quantized_parts(parts: tuple[Part, ...], quantization: Mapping[str, Any], so
     Raises:
         ModelError: another method or format, or fields that cannot be read.
     """
+    if not isinstance(quantization, Mapping):
+        raise ModelError(f"{source}: its quantization_config is not a table.")
     if quantization.get("quant_method") != METHOD or quantization.get("format") != FORMAT:
         found = f"{quantization.get('quant_method')} / {quantization.get('format')}"
         raise ModelError(f"{source}: weights quantized as {found} cannot be read; {METHOD} / {FORMAT} can.")
     try:
-        groups = [(set(group["targets"]), _format(group["weights"])) for group in quantization["config_groups"].values()]
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        groups = [(_targets(group["targets"]), _format(group["weights"])) for group in quantization["config_groups"].values()]
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, re.error) as error:
         raise ModelError(f"{source}: its quantization_config cannot be read ({type(error).__name__}: {error}).") from error
 
     def changed(part: Part) -> Part:
@@ -67,8 +69,19 @@ def packed_shapes(weight: WeightFormat, rows: int, columns: int) -> dict[str, tu
     return shapes
 
 
+def _targets(targets: Any) -> set[str]:
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise ValueError("targets is not a list of names")
+    for target in targets:
+        if target.startswith("re:"):
+            re.compile(target[3:])
+    return set(targets)
+
+
 def _format(weights: Mapping[str, Any]) -> WeightFormat:
     group_size = STRATEGIES.get(weights["strategy"], weights.get("group_size"))
+    if not 1 <= weights["num_bits"] <= 8:
+        raise ValueError(f"num_bits={weights['num_bits']}")
     return WeightFormat(bits=int(weights["num_bits"]), group_size=int(group_size or 0), symmetric=bool(weights["symmetric"]))
 
 

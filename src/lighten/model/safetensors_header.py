@@ -13,7 +13,7 @@ from typing import Any
 
 from lighten.errors import ModelError
 from lighten.model.spec import TensorSpec
-from lighten.units import dtype_bytes
+from lighten.units import DTYPE_BITS
 
 MAX_HEADER_BYTES = 100_000_000
 DTYPES = {
@@ -49,16 +49,30 @@ def _parse(path: Path, raw: bytes) -> tuple[tuple[TensorSpec, ...], int]:
     try:
         entries: dict[str, Any] = json.loads(raw)
         entries.pop("__metadata__", None)
-        tensors, ends = [], [0]
+        tensors, places = [], []
         for name, entry in entries.items():
             shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
             tensor = TensorSpec(name=name, shape=shape, dtype=DTYPES[entry["dtype"]])
-            if any(not isinstance(n, int) or n < 0 for n in (*shape, start, end)):
+            if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in (*shape, start, end)):
                 raise ModelError(f"{path}: tensor {name!r} has a shape or offset that is no whole number.")
-            if math.prod(shape) * dtype_bytes(tensor.dtype) != end - start:
+            if math.prod(shape) * DTYPE_BITS[tensor.dtype] != 8 * (end - start):
                 raise ModelError(f"{path}: tensor {name!r} of shape {list(shape)} and type {tensor.dtype} does not fill its {end - start} bytes.")
             tensors.append(tensor)
-            ends.append(end)
+            places.append((start, end))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path}: its safetensors header cannot be read ({type(error).__name__}: {error}).") from error
-    return tuple(tensors), max(ends)
+    return tuple(tensors), _end_of(path, places)
+
+
+def _end_of(path: Path, places: list[tuple[int, int]]) -> int:
+    """Where the last tensor ends.
+
+    Raises:
+        ModelError: tensors that overlap or leave a hole.
+    """
+    reached = 0
+    for start, end in sorted(places):
+        if start != reached:
+            raise ModelError(f"{path}: its tensors overlap or leave a hole at byte {min(start, reached)} of its data.")
+        reached = end
+    return reached

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lighten.model.families._fields import activation, require
+from lighten.errors import ModelError
+from lighten.model.families._fields import activation, check_probabilities, optional, require
 from lighten.model.spec import Attention, Elementwise, Embedding, Linear, Norm, Part
 
 HEADS = ("BertForMaskedLM", "BertForSequenceClassification", "BertForTokenClassification", "BertForQuestionAnswering")
@@ -18,6 +19,7 @@ FIELDS = (
 def describe(config: Mapping[str, Any], architecture: str) -> tuple[Part, ...]:
     """Parts of a BERT encoder, with pooler and head where the architecture has them."""
     c = require(config, FIELDS, "bert")
+    check_probabilities(config, ("hidden_dropout_prob", "attention_probs_dropout_prob"))
     hidden = c["hidden_size"]
     prefix = "" if architecture == "BertModel" else "bert."
     parts: list[Part] = [
@@ -94,4 +96,7 @@ class _MaskedLMDecoder(Linear):
 
 
 def _labels(config: Mapping[str, Any]) -> int:
-    return int(config.get("num_labels") or len(config.get("id2label") or ()) or 2)
+    names = config.get("id2label") or {}
+    if not isinstance(names, Mapping):
+        raise ModelError("config.json: id2label is not a table of numbers and names.")
+    return optional(config, "num_labels") or len(names) or 2

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lighten.errors import ModelError
-from lighten.model.families._fields import activation, require
+from lighten.model.families._fields import activation, check_probabilities, optional, require
 from lighten.model.spec import Attention, Elementwise, Embedding, Linear, Norm, Part
 
 ARCHITECTURES = ("LlamaForCausalLM", "LlamaModel")
@@ -16,6 +16,8 @@ FIELDS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads
 def describe(config: Mapping[str, Any], architecture: str) -> tuple[Part, ...]:
     """Parts of a Llama decoder, with its language-model head where the architecture has one."""
     c = require(config, FIELDS, "llama")
+    optional(config, "max_position_embeddings")
+    check_probabilities(config, ("attention_dropout", "hidden_dropout_prob"))
     prefix = "model." if architecture == "LlamaForCausalLM" else ""
     hidden = c["hidden_size"]
     table = f"{prefix}embed_tokens"
@@ -35,8 +37,8 @@ def _norm(name: str, size: int) -> Norm:
 
 def _layer(at: str, c: Mapping[str, int], config: Mapping[str, Any]) -> list[Part]:
     hidden, ffn, heads = c["hidden_size"], c["intermediate_size"], c["num_attention_heads"]
-    kv_heads = config.get("num_key_value_heads") or heads
-    head_dim = config.get("head_dim") or hidden // heads
+    kv_heads = optional(config, "num_key_value_heads") or heads
+    head_dim = optional(config, "head_dim") or hidden // heads
     if heads % kv_heads:
         raise ModelError(f"config.json: num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}.")
     attention_bias, mlp_bias = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
