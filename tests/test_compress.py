@@ -348,6 +348,16 @@ def test_reports_tell_what_each_weight_lost(tiny_bert):
         assert (report.sparsity >= 0.25) or "query" not in name
 
 
+@pytest.mark.parametrize("scope", ["row", "layer", "global"])
+def test_a_scope_is_what_a_share_is_counted_over_and_nothing_narrower(scope, tiny_bert):
+    recipe = parse_recipe(f"prune(magnitude, sparsity=0.25, scope={scope})")
+    zeros = [weight == 0 for _, weight, report in compress_weights(Checkpoint(tiny_bert), read_spec(tiny_bert), recipe) if report]
+    of_rows = {float(row.float().mean()) for matrix in zeros for row in matrix}
+    of_layers = {float(matrix.float().mean()) for matrix in zeros}
+    assert (of_rows == {0.25}) == (scope == "row")
+    assert (of_layers == {0.25}) == (scope != "global")
+
+
 def test_a_global_share_is_counted_over_what_the_steps_before_left(tiny_llama):
     spec, source = read_spec(tiny_llama), Checkpoint(tiny_llama)
     text = "prune(magnitude, sparsity=0.5, targets=mlp) | prune(magnitude, sparsity=0.6, scope=global)"
