@@ -30,7 +30,7 @@ import pytest
 from lighten.choose import candidates, constraints
 from lighten.cli.main import COMMANDS, main
 from lighten.device.profile import Calibration, EngineProfile, Profile
-from lighten.model.families import ARCHITECTURES
+from lighten.model.families import FAMILIES
 from lighten.recipe import RUNTIMES, STEPS, parse_recipe
 from lighten.recipe.recipe import parse_yaml
 
@@ -205,9 +205,8 @@ def runtimes_table() -> str:
 
 
 def families_table() -> str:
-    return table(
-        ("`model_type`", "architectures"), [(f"`{name}`", ", ".join(f"`{each}`" for each in known)) for name, known in ARCHITECTURES.items()]
-    )
+    rows = [(f"`{name}`", ", ".join(f"`{each}`" for each in family.architectures)) for name, family in FAMILIES.items()]
+    return table(("`model_type`", "architectures"), rows)
 
 
 def figures_table() -> str:

@@ -15,7 +15,6 @@ Held against the life of every storage in transformers 5.23 and torch 2.13 on CP
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -25,7 +24,7 @@ from typing import Literal, TypeAlias
 from lighten.cost.operators import Forward, rows_of
 from lighten.cost.workload import OPTIMIZER_STATE, Workload, check_workload
 from lighten.errors import WorkloadError
-from lighten.model.spec import Attention, Elementwise, Embedding, Linear, ModelSpec, Norm, Part, part_weight_bytes
+from lighten.model.spec import Attention, Elementwise, Embedding, Linear, ModelSpec, Norm, Part, block_name, part_weight_bytes
 from lighten.units import dtype_bytes
 
 Kind: TypeAlias = Literal["gradients", "activations", "kv_cache", "temporary"]
@@ -677,12 +676,6 @@ class _Model(_Operators):
         scores = self.dropout(scores, self.attention_dropout)
         _narrow = self.hold(scores.elements * self.element if wide != self.element else 0)  # returned beside the output
         return self.cast(self.product(scores, self.as_matrices(v, heads, head_major=times > 1), q.elements), self.element)
-
-
-def block_name(part: Part) -> str | None:
-    """`encoder.layer.0` of `encoder.layer.0.attention.self`; None outside the numbered blocks."""
-    found = re.match(r".*?\.\d+(?=\.)", part.name)
-    return found[0] if found else None
 
 
 def _input_bytes(spec: ModelSpec, workload: Workload, forward: Forward) -> list[int]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from itertools import groupby
 
-from lighten.cost.memory import block_name
 from lighten.cost.workload import Recompute
-from lighten.model.spec import Elementwise, Linear, ModelSpec, Part
+from lighten.model.spec import Elementwise, Linear, ModelSpec, Part, block_name
 
 BACKWARD = 2
 """Each product of the forward pass has two in the backward pass, for its input's and its weight's gradient, of the same size each."""

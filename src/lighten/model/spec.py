@@ -7,6 +7,7 @@ maps a spec to a spec by replacing parts (`spec.with_parts`). Names are those of
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,8 +15,12 @@ from typing import Any, Literal, TypeAlias
 
 from lighten.units import dtype_bytes
 
-Rows: TypeAlias = Literal["token", "sequence", "position", "logits"]
-"""How many rows a part sees: each token, one a sequence (a pooler), each position once for all sequences, or the positions that get logits."""
+Rows: TypeAlias = Literal["token", "sequence", "position", "logits", "source"] | int
+"""How many rows a part sees: each token, one a sequence (a pooler), each position once for all sequences, the positions that get logits,
+each token of the source (an encoder-decoder's input), or so many a sequence (image patches, audio frames)."""
+
+Size: TypeAlias = Literal["query", "key", "source"] | int
+"""A length of a product: new positions, positions that are attended to, tokens of the source, or a number of the model's."""
 
 PER_CHANNEL = -1
 PER_TENSOR = 0
@@ -76,20 +81,51 @@ class Part:
         """Checkpoint tensors of this part and their shapes; empty where it has no parameters, or shares another part's."""
         return {}
 
+    @property
+    def parameters(self) -> int:
+        """Elements of its tensors."""
+        return sum(math.prod(shape) for shape in self.tensors().values())
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that one token meets: all but the experts that it is not routed to."""
+        return self.parameters
+
 
 @dataclass(frozen=True, kw_only=True)
 class Linear(Part):
-    """y = x Wᵀ + b, W of shape [out_features, in_features]. `tied_to` names the embedding whose weight this one is."""
+    """y = x Wᵀ + b, W of shape [out_features, in_features].
+
+    Attributes:
+        tied_to: the part whose weight this one is (an embedding, or the same layer before).
+        experts: copies of the weight, of which each row meets `experts_per_row`; `*` in the name stands for the expert's number.
+        transposed: stored as [in_features, out_features], like GPT-2's Conv1D.
+    """
 
     in_features: int
     out_features: int
     bias: bool = False
     tied_to: str | None = None
     weight: WeightFormat = field(default_factory=WeightFormat)
+    experts: int = 1
+    experts_per_row: int = 1
+    transposed: bool = False
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        weight: dict[str, tuple[int, ...]] = {} if self.tied_to else {f"{self.name}.weight": (self.out_features, self.in_features)}
-        return weight | ({f"{self.name}.bias": (self.out_features,)} if self.bias else {})
+        shape = (self.in_features, self.out_features) if self.transposed else (self.out_features, self.in_features)
+        names = [self.name] if self.experts == 1 else [self.name.replace("*", str(expert)) for expert in range(self.experts)]
+        weight: dict[str, tuple[int, ...]] = {} if self.tied_to else {f"{name}.weight": shape for name in names}
+        return weight | ({f"{name}.bias": (self.out_features,) for name in names} if self.bias else {})
+
+    @property
+    def parameters(self) -> int:
+        if type(self).tensors is not Linear.tensors:
+            return super().parameters
+        return self.experts * ((0 if self.tied_to else self.in_features * self.out_features) + self.bias * self.out_features)
+
+    @property
+    def active_parameters(self) -> int:
+        return self.parameters * self.experts_per_row // self.experts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,24 +142,55 @@ class Embedding(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Norm(Part):
-    """LayerNorm or RMSNorm over `size` values of each row."""
+    """A normalization over `size` values of each row.
+
+    Attributes:
+        groups: how many groups of `size` values a row has, each normalized by itself with the same weight (the heads of a query norm).
+        affine: has a weight; a bias too where `bias` says so (None: LayerNorm, GroupNorm and BatchNorm have one, RMSNorm has none).
+    """
 
     size: int
-    kind: Literal["layernorm", "rmsnorm"]
+    kind: Literal["layernorm", "rmsnorm", "groupnorm", "batchnorm"]
+    groups: int = 1
+    affine: bool = True
+    bias: bool | None = None
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        weight: dict[str, tuple[int, ...]] = {f"{self.name}.weight": (self.size,)}
-        return weight | ({f"{self.name}.bias": (self.size,)} if self.kind == "layernorm" else {})
+        weight: dict[str, tuple[int, ...]] = {f"{self.name}.weight": (self.size,)} if self.affine else {}
+        biased = self.affine and (self.kind != "rmsnorm" if self.bias is None else self.bias)
+        return weight | ({f"{self.name}.bias": (self.size,)} if biased else {})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attention(Part):
-    """softmax(Q Kᵀ / √head_dim) V for each head; the projections are `Linear` parts of their own."""
+    """softmax(Q Kᵀ / √head_dim) V for each head; the projections are `Linear` parts of their own.
+
+    Attributes:
+        v_head_dim: width of a value head where it is not that of the keys (latent attention).
+        window: keys that a query sees at most (sliding window); None: all.
+        keys: whose keys: the same sequence's ("key"), the source's ("source"), or so many a sequence.
+        latent_dim: values that a latent cache keeps for each token instead of keys and values (DeepSeek-V2, arXiv:2405.04434, eq. 9).
+        cached: keeps keys and values of its own; False where it reads another layer's.
+    """
 
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
     causal: bool
+    v_head_dim: int | None = None
+    window: int | None = None
+    keys: Size = "key"
+    latent_dim: int | None = None
+    cached: bool = True
+
+    @property
+    def value_dim(self) -> int:
+        return self.v_head_dim or self.head_dim
+
+    @property
+    def is_cross(self) -> bool:
+        """Whether its keys come from another sequence than its queries."""
+        return self.keys == "source" or (isinstance(self.keys, int) and self.keys != self.rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +198,55 @@ class Elementwise(Part):
     """`flops_per_element` operations on each of `size` values of a row: activations, gates, residual additions, rotary embedding."""
 
     size: int
-    kind: Literal["gelu", "silu", "relu", "tanh", "multiply", "add", "rotary"]
+    kind: Literal["gelu", "silu", "relu", "tanh", "sigmoid", "softplus", "softmax", "relu2", "multiply", "add", "rotary"]
     flops_per_element: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table(Part):
+    """Parameters of another form than a weight matrix: a class token, relative positions, decay rates; `shapes` by their full names."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        return dict(self.shapes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conv(Part):
+    """A convolution with `rows` outputs positions, W of shape [out_channels, in_channels / groups, *kernel]."""
+
+    in_channels: int
+    out_channels: int
+    kernel: tuple[int, ...]
+    groups: int = 1
+    bias: bool = True
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        weight = (self.out_channels, self.in_channels // self.groups, *self.kernel)
+        return {f"{self.name}.weight": weight} | ({f"{self.name}.bias": (self.out_channels,)} if self.bias else {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product(Part):
+    """`products` matrix products m × k × n for each sequence (once for all where `rows` is "position"), of activations alone."""
+
+    m: Size
+    k: Size
+    n: Size
+    products: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scan(Part):
+    """A recurrence over the positions (state-space or linear attention): `flops_per_row` operations on each row outside matrix products.
+
+    Attributes:
+        state_elements: values of the state that each sequence keeps between tokens, however long it is.
+    """
+
+    flops_per_row: int
+    state_elements: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,13 +289,31 @@ class ModelSpec:
     other_bytes: int = 0
 
     @cached_property
-    def is_decoder(self) -> bool:
-        """Whether it generates: its attention is causal."""
-        return any(isinstance(part, Attention) and part.causal for part in self.parts)
+    def is_encoder_decoder(self) -> bool:
+        """Whether its decoder attends to what its encoder made of another sequence."""
+        return any(isinstance(part, Attention) and part.is_cross for part in self.parts) and self._has_memory
 
-    @property
+    @cached_property
+    def is_decoder(self) -> bool:
+        """Whether it is a decoder alone, which generates from its own input: causal attention, or a recurrence."""
+        return self._has_memory and not self.is_encoder_decoder
+
+    @cached_property
+    def _has_memory(self) -> bool:
+        return any((isinstance(part, Attention) and part.causal) or isinstance(part, Scan) for part in self.parts)
+
+    @cached_property
+    def fixed_len(self) -> int | None:
+        """Positions of a model whose input has but one size (the patches of an image); None where the input's length is free."""
+        lengths = {part.rows for part in self.parts}
+        if lengths & {"token", "logits", "source"}:
+            return None
+        return max((rows for rows in lengths if isinstance(rows, int)), default=None)
+
+    @cached_property
     def layers(self) -> int:
-        return sum(isinstance(part, Attention) for part in self.parts)
+        """Numbered blocks that mix positions; an encoder-decoder's of both."""
+        return len({block_name(part) or part.name for part in self.parts if isinstance(part, Attention | Scan)})
 
     @property
     def max_positions(self) -> int | None:
@@ -195,8 +327,7 @@ class ModelSpec:
         """Parameters by component; a tied tensor is counted where it is stored."""
         counts: dict[str, int] = {}
         for part in self.parts:
-            found = sum(math.prod(shape) for shape in part.tensors().values())
-            if found:
+            if found := part.parameters:
                 counts[part.component] = counts.get(part.component, 0) + found
         return counts
 
@@ -204,13 +335,31 @@ class ModelSpec:
     def total_parameters(self) -> int:
         return sum(self.parameters().values())
 
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that one token meets."""
+        return sum(part.active_parameters for part in self.parts)
+
     def weight_bytes(self) -> int:
         """Bytes of all weights as their formats store them; biases and norms in the model's own type."""
         return sum(part_weight_bytes(part, self.dtype) for part in self.parts)
 
 
+def block_name(part: Part) -> str | None:
+    """`encoder.layer.0` of `encoder.layer.0.attention.self`; None outside the numbered blocks."""
+    found = re.match(r".*?\.\d+(?=\.)", part.name)
+    return found[0] if found else None
+
+
 def part_weight_bytes(part: Part, dtype: str) -> int:
     """Stored bytes of one part's tensors; vectors (biases, norms) in `dtype`."""
+    if isinstance(part, Linear) and part.experts > 1:
+        one = replace(part, experts=1)
+        return part.experts * part_weight_bytes(one, dtype) if one.parameters * part.experts == part.parameters else _tensor_bytes(part, dtype)
+    return _tensor_bytes(part, dtype)
+
+
+def _tensor_bytes(part: Part, dtype: str) -> int:
     total = 0
     for shape in part.tensors().values():
         if len(shape) == 2 and isinstance(part, Linear | Embedding):

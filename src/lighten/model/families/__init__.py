@@ -1,20 +1,24 @@
-"""The architectures that have a formula: one module a family, one entry here."""
+"""The architectures that have a formula: one module a kind of model, one entry for each `model_type` in its `FAMILIES`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from lighten.errors import UnsupportedFamily
 from lighten.model.families import bert, llama
+from lighten.model.families._config import complete
+from lighten.model.families._family import Family
 from lighten.model.spec import Part
 
-Describe = Callable[[Mapping[str, Any], str], tuple[Part, ...]]
+FAMILIES: dict[str, Family] = {**bert.FAMILIES, **llama.FAMILIES}
+"""`model_type` → its architectures and the function that gives their parts."""
 
-FAMILIES: dict[str, Describe] = {"bert": bert.describe, "llama": llama.describe}
-"""`model_type` → the function that gives the parts of (config, architecture), with the names that `architecture` gives its modules."""
 
-ARCHITECTURES: dict[str, tuple[str, ...]] = {"bert": bert.ARCHITECTURES, "llama": llama.ARCHITECTURES}
+def has_formula(config: Mapping[str, Any], architecture: str) -> bool:
+    """Whether a formula describes the architecture."""
+    family = FAMILIES.get(str(config.get("model_type")))
+    return family is not None and architecture in family.architectures
 
 
 def describe(config: Mapping[str, Any], architecture: str) -> tuple[Part, ...]:
@@ -26,7 +30,8 @@ def describe(config: Mapping[str, Any], architecture: str) -> tuple[Part, ...]:
     """
     family = config.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
-        raise UnsupportedFamily(f"model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}.")
-    if architecture not in ARCHITECTURES[family]:
-        raise UnsupportedFamily(f"{family} architecture {architecture!r} is not supported; supported: {', '.join(ARCHITECTURES[family])}.")
-    return FAMILIES[family](config, architecture)
+        raise UnsupportedFamily(f"model_type {family!r} has no formula; these have one: {', '.join(FAMILIES)}.")
+    known = FAMILIES[family].architectures
+    if architecture not in known:
+        raise UnsupportedFamily(f"{family} architecture {architecture!r} has no formula; these have one: {', '.join(known)}.")
+    return FAMILIES[family].describe(complete(config), architecture)

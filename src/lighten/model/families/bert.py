@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lighten.errors import ModelError
+from lighten.model.families._family import Family
 from lighten.model.families._fields import activation, check_probabilities, optional, require
 from lighten.model.spec import Attention, Elementwise, Embedding, Linear, Norm, Part
 
@@ -100,3 +101,6 @@ def _labels(config: Mapping[str, Any]) -> int:
     if not isinstance(names, Mapping):
         raise ModelError("config.json: id2label is not a table of numbers and names.")
     return optional(config, "num_labels") or len(names) or 2
+
+
+FAMILIES = {"bert": Family(describe=describe, architectures=ARCHITECTURES)}

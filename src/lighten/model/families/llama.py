@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lighten.errors import ModelError
+from lighten.model.families._family import Family
 from lighten.model.families._fields import activation, check_probabilities, optional, require
 from lighten.model.spec import Attention, Elementwise, Embedding, Linear, Norm, Part
 
@@ -70,3 +71,6 @@ def _layer(at: str, c: Mapping[str, int], config: Mapping[str, Any]) -> list[Par
         linear("mlp.down_proj", "mlp", ffn, hidden, mlp_bias),
         elementwise("mlp.add", "mlp", hidden, "add", 1),
     ]  # fmt: skip
+
+
+FAMILIES = {"llama": Family(describe=describe, architectures=ARCHITECTURES)}
