@@ -1,4 +1,4 @@
-"""The data goes one way: no stage imports a later one, and the first five need neither torch nor a runtime."""
+"""The data goes one way: no stage imports a later one, and the first stages need neither torch nor a runtime."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ else:
 
 PACKAGE = Path(__file__).parent.parent / "src" / "lighten"
 ORDER = [
-    ["errors"], ["units"], ["model"], ["cost"], ["device"], ["parallel"], ["recipe"], ["compress"], ["formats"], ["runtimes"], ["judge"],
+    ["errors"], ["units"], ["model"], ["cost"], ["trace"], ["device"], ["parallel"], ["recipe"], ["compress"], ["formats"], ["runtimes"], ["judge"],
     ["choose"], ["report"], ["verbs"], ["cli", "web"],
 ]  # fmt: skip
 RANK = {stage: rank for rank, stages in enumerate(ORDER) for stage in stages}
-LIGHT = ["errors", "units", "model", "cost", "device", "parallel", "recipe"]  # `pip install lighten` without extras runs these
+LIGHT = ["errors", "units", "model", "cost", "trace", "device", "parallel", "recipe"]  # `pip install lighten` without extras runs these
 BASE_REQUIREMENTS = {"numpy", "huggingface_hub", "yaml", "platformdirs", "tomli"}  # `dependencies` in pyproject.toml, by their import names
 HEAVY = ["torch", "transformers", "onnx", "onnxruntime", "onnxscript", "openvino", "nncf", "safetensors", "tokenizers", "gguf", "ray"]
 CHILD_ONLY = PACKAGE / "device" / "engines"  # imported in the probe's child processes alone, one runtime each

@@ -3,6 +3,7 @@
 LightenError                 one line, exit code 2
 ├── ModelError               the model cannot be read, or contradicts itself
 │   └── UnsupportedFamily    its architecture has no description here
+├── TraceError               a model that cannot be followed: it failed on tensors without memory, or its graph does not fit together
 ├── WorkloadError            an option of the workload is missing, impossible or has no effect
 ├── DeviceError              no such device, or a figure of it is not known
 ├── RecipeError              a recipe that cannot be parsed, or a step that cannot be carried out
@@ -25,6 +26,10 @@ class ModelError(LightenError):
 
 class UnsupportedFamily(ModelError):
     """The model's architecture has no description here."""
+
+
+class TraceError(LightenError):
+    """A model that cannot be followed operator by operator."""
 
 
 class WorkloadError(LightenError):
