@@ -145,7 +145,10 @@ def _as_stored(part: Part, types: Mapping[str, str]) -> Part:
         return part
     name = (part.tied_to if isinstance(part, Linear) else None) or part.name
     if part.weight.bits is None:
-        return replace(part, weight=replace(part.weight, dtype=types[f"{name}.weight"]))
+        stored = f"{name}.weight"
+        if stored not in types:  # experts: a name for each, or one tensor of another name for all
+            stored = next(iter(part.tensors()))
+        return replace(part, weight=replace(part.weight, dtype=types[stored]))
     return replace(part, weight=replace(part.weight, scale_dtype=types[f"{name}.weight_scale"]))
 
 
