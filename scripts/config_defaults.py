@@ -13,8 +13,6 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lighten.model.families._config import SHAPES as SIZES
-
 TARGET = Path(__file__).parent.parent / "src" / "lighten" / "model" / "families" / "defaults.json"
 LEFT_OUT = {
     "_name_or_path", "architectures", "chunk_size_feed_forward", "dtype", "finetuning_task", "id2label", "label2id", "output_attentions",
@@ -34,11 +32,8 @@ def defaults_of(model_type: str) -> dict[str, Any] | None:
         return None
     kept = _kept(fields)
     other = _other_size(kind)
-    blank = {name for name, value in kept.items() if getattr(kind, name, None) is None and name not in SIZES and not isinstance(value, dict)}
-    if other is None:
-        derived = {name for name in blank if hasattr(kind, name)}
-    else:
-        derived = {name for name in blank if other.get(name) != kept[name]}
+    blank = {name for name, value in kept.items() if getattr(kind, name, None) is None and not isinstance(value, dict)} - set(_sizes(kind))
+    derived = {name for name in blank if (hasattr(kind, name) if other is None else other.get(name) != kept[name])}
     kept |= dict.fromkeys(derived)
     return {"aliases": dict(getattr(kind, "attribute_map", {})), "defaults": kept}
 
@@ -46,12 +41,16 @@ def defaults_of(model_type: str) -> dict[str, Any] | None:
 GROWN = {"hidden_size": 4, "num_attention_heads": 2, "num_hidden_layers": 2}
 
 
+def _sizes(kind: Any) -> dict[str, int]:
+    aliases = getattr(kind, "attribute_map", {})
+    return {aliases.get(name, name): factor for name, factor in GROWN.items()}
+
+
 def _other_size(kind: Any) -> dict[str, Any] | None:
     """The fields of the class for a model of another size, which show what it works out from its sizes (`head_dim`, `layer_types`)."""
-    config, aliases = kind(), getattr(kind, "attribute_map", {})
-    sizes = {aliases.get(name, name): factor for name, factor in GROWN.items()}
+    config = kind()
     try:
-        fields: dict[str, Any] = kind(**{name: getattr(config, name) * factor for name, factor in sizes.items() if hasattr(config, name)}).to_dict()
+        fields: dict[str, Any] = kind(**{name: getattr(config, name) * by for name, by in _sizes(kind).items() if hasattr(config, name)}).to_dict()
     except Exception:  # noqa: BLE001 - some classes allow few sizes; then what has no default of its own counts as worked out
         return None
     return fields
