@@ -1,0 +1,364 @@
+"""Decoders whose MLPs are mixtures of experts (Shazeer et al. 2017, arXiv:1701.06538), as `transformers` has them.
+
+Checkpoints name each expert's matrices apart (`experts.7.up_proj.weight`), or keep those of all experts as one tensor of three dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from lighten.errors import ModelError
+from lighten.model.families._decoder import (
+    ANSWERS,
+    CLASSES,
+    LM,
+    TOKENS,
+    Config,
+    Decoder,
+    GroupedQuery,
+    Norms,
+    Rule,
+    count,
+    elementwise,
+    every,
+    flag,
+    gated,
+    linear,
+    norm,
+    numbers,
+    rotary,
+    size,
+    types,
+)
+from lighten.model.families._family import Family
+from lighten.model.families._fields import activation
+from lighten.model.spec import Attention, Linear, Part
+
+
+@dataclass(frozen=True, kw_only=True)
+class Router(Linear):
+    """A linear to one score for each expert; `buffers` are stored with it and are no parameters (biases that balance the experts' load)."""
+
+    buffers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        return super().tensors() | dict(self.buffers)
+
+    @property
+    def parameters(self) -> int:
+        return self.out_features * (self.in_features + self.bias)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackedExperts(Linear):
+    """The same linear of all experts in one tensor, [experts, out_features, in_features], or the last two exchanged where `transposed`.
+
+    Attributes:
+        tensor: its full name; `bias_tensor`: that of the biases, [experts, out_features].
+    """
+
+    tensor: str
+    bias_tensor: str = ""
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        shape = (self.in_features, self.out_features) if self.transposed else (self.out_features, self.in_features)
+        return {self.tensor: (self.experts, *shape)} | ({self.bias_tensor: (self.experts, self.out_features)} if self.bias else {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stacked:
+    """How a checkpoint keeps the matrices of all experts in one tensor: gate and up as one, and down; with their names below the block's."""
+
+    names: tuple[str, str]
+    transposed: bool = False
+    bias: bool = False
+
+    def linear(self, at: str, which: int, columns: int, outputs: int, experts: int, chosen: int) -> Linear:
+        """One of the two products."""
+        name = f"{at}.{self.names[which]}"
+        return StackedExperts(
+            name=name.removesuffix(".weight"), component="mlp", in_features=columns, out_features=outputs, bias=self.bias, transposed=self.transposed,
+            experts=experts, experts_per_row=chosen, tensor=name, bias_tensor=f"{name}_bias" if self.bias else "",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """Experts that every token meets, as one gated MLP.
+
+    Attributes:
+        at: its name below that of the mixture.
+        width: gives its width, 0 for none.
+        names: of its matrices.
+        gate: name of a linear to one value that scales its output.
+        bias: the field that says whether its matrices have a bias.
+    """
+
+    at: str = "shared_experts"
+    width: Callable[[Config], int]
+    names: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    gate: str | None = None
+    bias: str | bool = False
+
+    def parts(self, at: str, config: Config) -> list[Part]:
+        """The parts below a mixture at `at`."""
+        width, hidden = self.width(config), size(config, "hidden_size")
+        if not width:
+            return []
+        parts = gated(f"{at}.{self.at}", config, width, names=self.names, bias=flag(config, self.bias))
+        if self.gate:
+            parts += [
+                linear(f"{at}.{self.gate}", "mlp", hidden, 1),
+                elementwise(f"{at}.{self.gate}.sigmoid", "mlp", 1, "sigmoid"),
+                elementwise(f"{at}.{self.gate}.multiply", "mlp", hidden, "multiply"),
+            ]
+        return [*parts, elementwise(f"{at}.{self.at}.add", "mlp", hidden, "add")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """A mixture of gated experts.
+
+    Attributes:
+        at: its name in the block.
+        router: its router's, below `at`; `router_bias`: whether it has a bias; `scores`: how scores become weights.
+        experts: names of an expert's gate, up and down, `*` for its number; or how they are stacked.
+        number, chosen, width: fields of how many experts there are, how many a token meets, and how wide each is.
+        correction: name of the buffer that balances the load, below `at`; `correction_if`: the field that turns it on.
+        shared: the experts that every token meets.
+    """
+
+    at: str = "mlp"
+    router: str = "gate"
+    router_bias: bool = False
+    scores: str = "softmax"
+    experts: tuple[str, str, str] | Stacked = ("experts.*.gate_proj", "experts.*.up_proj", "experts.*.down_proj")
+    number: str = "num_experts"
+    chosen: str = "num_experts_per_tok"
+    width: str = "moe_intermediate_size"
+    correction: str | None = None
+    correction_if: str | None = None
+    shared: Shared | None = None
+
+    def parts(self, block: str, config: Config) -> list[Part]:
+        """Router, the experts that each token is routed to, their weighted sum, and the shared ones.
+
+        Raises:
+            ModelError: more experts a token than there are.
+        """
+        at = f"{block}.{self.at}"
+        hidden, width, experts, chosen = (size(config, name) for name in ("hidden_size", self.width, self.number, self.chosen))
+        if chosen > experts:
+            raise ModelError(f"config.json: {self.chosen}={chosen} is more than {self.number}={experts}.")
+        corrected = self.correction and (self.correction_if is None or flag(config, self.correction_if))
+        return [
+            Router(
+                name=f"{at}.{self.router}", component="mlp", in_features=hidden, out_features=experts, bias=self.router_bias,
+                buffers={f"{at}.{self.correction}": (experts,)} if corrected else {},
+            ),
+            elementwise(f"{at}.{self.router}.{self.scores}", "mlp", experts, self.scores, 5 if self.scores == "softmax" else 1),
+            *self._experts(at, config, hidden, width, experts, chosen),
+            elementwise(f"{at}.experts.combine", "mlp", chosen * hidden, "multiply", 2),  # times its weight, added to the sum
+            *(self.shared.parts(at, config) if self.shared else []),
+        ]  # fmt: skip
+
+    def _experts(self, at: str, config: Config, hidden: int, width: int, experts: int, chosen: int) -> list[Part]:
+        between = [
+            activation(f"{at}.experts.act_fn", str(config.get("hidden_act", "silu")), chosen * width),
+            elementwise(f"{at}.experts.multiply", "mlp", chosen * width, "multiply"),
+        ]
+        if isinstance(self.experts, Stacked):
+            into = self.experts.linear(at, 0, hidden, 2 * width, experts, chosen)
+            return [into, *between, self.experts.linear(at, 1, width, hidden, experts, chosen)]
+        gate, up, down = (f"{at}.{name}" for name in self.experts)
+        return [
+            linear(gate, "mlp", hidden, width, experts=experts, experts_per_row=chosen),
+            linear(up, "mlp", hidden, width, experts=experts, experts_per_row=chosen),
+            *between,
+            linear(down, "mlp", width, hidden, experts=experts, experts_per_row=chosen),
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latent:
+    """Attention whose keys and values are projected up from one latent vector a token, DeepSeek-V2's MLA (arXiv:2405.04434, section 2.1)."""
+
+    at: str = "self_attn"
+
+    def parts(self, block: str, config: Config, layer: int) -> list[Part]:
+        """Queries (by way of a latent of their own where `q_lora_rank` is set), the latent, keys and values from it, attention, output."""
+        at, hidden, heads = f"{block}.{self.at}", size(config, "hidden_size"), size(config, "num_attention_heads")
+        nope, rope, value, latent = (size(config, name) for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank"))
+        bias = flag(config, "attention_bias")
+        return [
+            *self._queries(at, config, hidden, heads * (nope + rope), bias),
+            linear(f"{at}.kv_a_proj_with_mqa", "attention", hidden, latent + rope, bias=bias),
+            norm(f"{at}.kv_a_layernorm", latent),
+            rotary(f"{at}.rotary", heads + 1, rope),  # one key of positions for all heads
+            linear(f"{at}.kv_b_proj", "attention", latent, heads * (nope + value)),
+            Attention(
+                name=at, component="attention", causal=True, num_attention_heads=heads, num_key_value_heads=heads, head_dim=nope + rope,
+                v_head_dim=value, latent_dim=latent + rope,
+            ),
+            linear(f"{at}.o_proj", "attention", heads * value, hidden, bias=bias),
+        ]  # fmt: skip
+
+    def _queries(self, at: str, config: Config, hidden: int, outputs: int, bias: bool) -> list[Part]:
+        if config.get("q_lora_rank") is None:
+            return [linear(f"{at}.q_proj", "attention", hidden, outputs)]
+        rank = size(config, "q_lora_rank")
+        return [
+            linear(f"{at}.q_a_proj", "attention", hidden, rank, bias=bias),
+            norm(f"{at}.q_a_layernorm", rank),
+            linear(f"{at}.q_b_proj", "attention", rank, outputs),
+        ]
+
+
+GROUPED, PRE_NORMS = GroupedQuery(), Norms()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """The blocks of a decoder with mixtures: attention, then experts, or a plain gated MLP in the layers that `dense` names.
+
+    Attributes:
+        dense: (config, layer) → whether the layer has no experts.
+        dense_width: the field of the plain MLP's width; `dense_at`: its name, that of the mixture where None.
+        dense_bias: the field that says whether its matrices have a bias.
+    """
+
+    attention: GroupedQuery | Latent = GROUPED
+    mixture: Mixture
+    norms: Norms = PRE_NORMS
+    dense: Callable[[Config, int], bool] = lambda config, layer: False
+    dense_width: str = "intermediate_size"
+    dense_bias: str | bool = False
+
+    def __call__(self, block: str, config: Config, layer: int) -> list[Part]:
+        """The parts of one block."""
+        if self.dense(config, layer):
+            width, bias = size(config, self.dense_width), flag(config, self.dense_bias)
+            feeds = gated(f"{block}.{self.mixture.at}", config, width, bias=bias)
+        else:
+            feeds = self.mixture.parts(block, config)
+        return self.norms.around(block, config, self.attention.parts(block, config, layer), feeds)
+
+
+def first_dense(config: Config, layer: int) -> bool:
+    """The first `first_k_dense_replace` layers."""
+    return layer < count(config, "first_k_dense_replace")
+
+
+def sparse_steps(config: Config, layer: int) -> bool:
+    """All but each `decoder_sparse_step`-th layer, and those that `mlp_only_layers` lists."""
+    return layer in numbers(config, "mlp_only_layers") or (layer + 1) % size(config, "decoder_sparse_step") != 0
+
+
+def listed_dense(rule: Rule) -> Callable[[Config, int], bool]:
+    """The layers that `mlp_layer_types` calls dense."""
+    return lambda config, layer: types(config, "mlp_layer_types", rule)[layer] == "dense"
+
+
+def shared_width(number: str, width: str = "moe_intermediate_size") -> Callable[[Config], int]:
+    """So many shared experts, each as wide as a routed one."""
+    return lambda config: count(config, number) * size(config, width)
+
+
+ALL_HEADS = (LM, CLASSES, TOKENS, ANSWERS)
+W123 = ("experts.*.w1", "experts.*.w3", "experts.*.w2")
+"""Mixtral's names of gate, up and down."""
+CORRECTION = "gate.e_score_correction_bias"
+"""DeepSeek-V3's balancing bias (arXiv:2412.19437, section 2.1.2)."""
+N_SHARED = Shared(width=shared_width("n_shared_experts"))
+MIXTRAL = Mixture(at="block_sparse_moe", number="num_local_experts", width="intermediate_size", experts=W123)
+DEEPSEEK_V3 = Mixture(number="n_routed_experts", scores="sigmoid", correction=CORRECTION, shared=N_SHARED)
+GRANITE = Mixture(
+    at="block_sparse_moe", router="router.layer", number="num_local_experts", width="intermediate_size",
+    experts=Stacked(names=("input_linear.weight", "output_linear.weight")),
+)  # fmt: skip
+
+
+def _qwen2_moe_kind(config: Config, layer: int) -> str:
+    slides = flag(config, "use_sliding_window") and layer % 2 == 0 and layer < count(config, "max_window_layers")
+    return "sliding_attention" if slides else "full_attention"
+
+
+def _dots1_kind(config: Config, layer: int) -> str:
+    slides = config.get("sliding_window") is not None and layer >= count(config, "max_window_layers")
+    return "sliding_attention" if slides else "full_attention"
+
+
+DECODERS: dict[str, Decoder] = {
+    "mixtral": Decoder(stem="Mixtral", heads=ALL_HEADS, block=Blocks(attention=GroupedQuery(bias=False, out_bias=False), mixture=MIXTRAL)),
+    "qwen2_moe": Decoder(
+        stem="Qwen2Moe",
+        heads=ALL_HEADS,
+        block=Blocks(
+            attention=GroupedQuery(bias="qkv_bias", out_bias=False, kinds=_qwen2_moe_kind),
+            mixture=Mixture(
+                shared=Shared(at="shared_expert", width=lambda config: count(config, "shared_expert_intermediate_size"), gate="shared_expert_gate")
+            ),
+            dense=sparse_steps,
+        ),
+    ),
+    "qwen3_moe": Decoder(
+        stem="Qwen3Moe",
+        heads=ALL_HEADS,
+        answers_at="transformer",
+        block=Blocks(attention=GroupedQuery(head_norm="head"), mixture=Mixture(number="num_local_experts"), dense=sparse_steps),
+    ),
+    "olmoe": Decoder(stem="Olmoe", block=Blocks(attention=GroupedQuery(head_norm="row"), mixture=Mixture(width="intermediate_size"))),
+    "flex_olmo": Decoder(
+        stem="FlexOlmo",
+        block=Blocks(
+            attention=GroupedQuery(head_norm="row"),
+            mixture=Mixture(width="intermediate_size"),
+            norms=Norms(
+                before_attention=None, after_attention="post_attention_layernorm", before_mlp=None, after_mlp="post_feedforward_layernorm"
+            ),
+        ),
+    ),
+    "deepseek_v2": Decoder(
+        stem="DeepseekV2",
+        heads=(LM, CLASSES),
+        block=Blocks(
+            attention=Latent(),
+            mixture=Mixture(number="n_routed_experts", shared=Shared(width=shared_width("n_shared_experts"), bias="mlp_bias")),
+            dense=first_dense,
+            dense_bias="mlp_bias",
+        ),
+    ),
+    "deepseek_v3": Decoder(
+        stem="DeepseekV3", heads=(LM, CLASSES, TOKENS), block=Blocks(attention=Latent(), mixture=DEEPSEEK_V3, dense=first_dense)
+    ),
+    "glm4_moe": Decoder(
+        stem="Glm4Moe",
+        block=Blocks(
+            attention=GroupedQuery(out_bias=False, head_norm="head", head_norm_if="use_qk_norm"), mixture=DEEPSEEK_V3, dense=first_dense
+        ),
+    ),
+    "glm4_moe_lite": Decoder(
+        stem="Glm4MoeLite",
+        block=Blocks(
+            attention=Latent(), mixture=DEEPSEEK_V3, dense=listed_dense(lambda config, layer: "sparse" if layer else "dense")
+        ),
+    ),
+    "dots1": Decoder(
+        stem="Dots1", block=Blocks(attention=GroupedQuery(head_norm="head", kinds=_dots1_kind), mixture=DEEPSEEK_V3, dense=first_dense)
+    ),
+    "gpt_oss": Decoder(
+        stem="GptOss",
+        heads=(LM, CLASSES, TOKENS),
+        block=Blocks(
+            attention=GroupedQuery(sinks=True, kinds=every(2, "full_attention", "sliding_attention")),
+            mixture=Mixture(
+                router="router", router_bias=True, number="num_local_experts", width="intermediate_size",
+                experts=Stacked(names=("experts.gate_up_proj", "experts.down_proj"), transposed=True, bias=True),
+            ),
+        ),
+    ),
+    "granitemoe": Decoder(stem="GraniteMoe", block=Blocks(mixture=GRANITE)),
+}  # fmt: skip
+
+FAMILIES: dict[str, Family] = {name: decoder.family() for name, decoder in DECODERS.items()}

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+from typing import Any
+
+TINY: dict[str, Any] = {
+    "vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+LATENT: dict[str, Any] = TINY | {
+    "num_key_value_heads": 4, "kv_lora_rank": 12, "q_lora_rank": 10, "qk_rope_head_dim": 8, "qk_nope_head_dim": 6, "v_head_dim": 10, "head_dim": 8,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+ROUTED: dict[str, Any] = TINY | {
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "n_group": 1, "topk_group": 1, "head_dim": 8,
+}  # fmt: skip
+LOCAL: dict[str, Any] = TINY | {"num_local_experts": 4, "num_experts_per_tok": 2}
+EXPERTS: dict[str, Any] = TINY | {"num_experts": 4, "num_experts_per_tok": 2}
+
+CASES: dict[str, list[dict[str, Any]]] = {
+    "mixtral": [LOCAL, LOCAL | {"head_dim": 16, "tie_word_embeddings": True, "sliding_window": 8, "num_experts_per_tok": 1}],
+    "qwen2_moe": [
+        EXPERTS | {"moe_intermediate_size": 20, "shared_expert_intermediate_size": 24},
+        EXPERTS | {"num_hidden_layers": 3, "moe_intermediate_size": 20, "shared_expert_intermediate_size": 24, "qkv_bias": False,
+                   "decoder_sparse_step": 2, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "hidden_act": "gelu"},
+    ],
+    "qwen3_moe": [
+        EXPERTS | {"moe_intermediate_size": 20, "head_dim": 16},
+        EXPERTS | {"moe_intermediate_size": 20, "head_dim": 8, "attention_bias": True, "mlp_only_layers": [1], "tie_word_embeddings": True},
+    ],
+    "olmoe": [EXPERTS | {"num_key_value_heads": 4}, EXPERTS | {"attention_bias": True, "tie_word_embeddings": True}],
+    "flex_olmo": [EXPERTS, EXPERTS | {"attention_bias": True, "num_key_value_heads": 1}],
+    "deepseek_v2": [
+        LATENT | {"first_k_dense_replace": 1},
+        LATENT | {"q_lora_rank": None, "attention_bias": True, "mlp_bias": True, "num_hidden_layers": 3, "first_k_dense_replace": 1,
+                  "n_shared_experts": 3},
+    ],
+    "deepseek_v3": [
+        LATENT | {"first_k_dense_replace": 1},
+        LATENT | {"first_k_dense_replace": 0, "q_lora_rank": None, "attention_bias": True, "n_shared_experts": 2, "tie_word_embeddings": True},
+    ],
+    "glm4_moe": [
+        ROUTED | {"first_k_dense_replace": 1},
+        ROUTED | {"first_k_dense_replace": 0, "attention_bias": True, "use_qk_norm": True, "n_shared_experts": 2},
+    ],
+    "glm4_moe_lite": [LATENT, LATENT | {"mlp_layer_types": ["sparse", "dense"], "attention_bias": True, "q_lora_rank": None}],
+    "dots1": [
+        ROUTED | {"first_k_dense_replace": 1, "n_shared_experts": 1},
+        ROUTED | {"first_k_dense_replace": 1, "n_shared_experts": 2, "attention_bias": True, "sliding_window": 8, "max_window_layers": 1},
+    ],
+    "gpt_oss": [LOCAL | {"head_dim": 8}, LOCAL | {"head_dim": 16, "sliding_window": 8, "attention_bias": False, "num_hidden_layers": 3}],
+    "granitemoe": [LOCAL, LOCAL | {"attention_bias": True, "tie_word_embeddings": True}],
+}  # fmt: skip
+"""model_type → changes that make its config tiny, one for each variant."""
