@@ -83,7 +83,7 @@ def test_no_such_path(refused, tmp_path):
 
 
 def test_a_file_is_no_model_folder(refused, model):
-    assert "is a file; a model is a folder" in refused("estimate", model / "config.json")
+    assert "is a file; a model is a folder" in refused("estimate", model / "tokenizer.json")
 
 
 def test_a_folder_without_config(refused, model):

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
+from lighten.model.ggml_types import GGML_TYPES
 from lighten.units import dtype_bytes
 
 Rows: TypeAlias = Literal["token", "sequence", "position", "logits", "source"] | int
@@ -38,6 +39,7 @@ class WeightFormat:
         scale_dtype: element type of the scales.
         activations: int8 activations computed with it, their scale taken from each input ("dynamic") or from calibration ("static").
         sparsity: the share of zeros that pruning left. A dense layout stores them like any other weight.
+        ggml_type: the quantized type of ggml that it is stored in, such as `Q4_K`, which then says its bytes; `bits` is the width of its codes.
     """
 
     dtype: str = "float32"
@@ -47,6 +49,7 @@ class WeightFormat:
     scale_dtype: str = "float16"
     activations: Literal["dynamic", "static"] | None = None
     sparsity: float = 0.0
+    ggml_type: str | None = None
 
     def scales(self, rows: int, columns: int) -> int:
         """Number of scales of a rows × columns weight."""
@@ -56,6 +59,8 @@ class WeightFormat:
 
     def stored_bytes(self, rows: int, columns: int) -> int:
         """Bytes of the weight with its scales and zero points, codes packed without gaps, rounded up to whole bytes a row."""
+        if self.ggml_type is not None:
+            return GGML_TYPES[self.ggml_type].stored_bytes(rows, columns)
         if self.bits is None:
             return round(rows * columns * dtype_bytes(self.dtype))
         scales = self.scales(rows, columns)
@@ -276,6 +281,7 @@ class ModelSpec:
         parts: its modules in forward order.
         tensors: its checkpoint's header; None where there is no checkpoint.
         other_bytes: bytes of the files that a runtime needs beside the weights (config and tokenizer).
+        notes: what reading it took for granted, one sentence each.
     """
 
     name: str
@@ -287,6 +293,7 @@ class ModelSpec:
     parts: tuple[Part, ...]
     tensors: tuple[TensorSpec, ...] | None = None
     other_bytes: int = 0
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def is_encoder_decoder(self) -> bool:
