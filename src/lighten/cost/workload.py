@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from lighten.cost.optimizer_state import OPTIMIZERS
 from lighten.errors import WorkloadError
 from lighten.model.spec import ModelSpec
 from lighten.units import DTYPE_BITS
@@ -12,12 +13,23 @@ from lighten.units import DTYPE_BITS
 Phase = Literal["encode", "prefill", "decode", "generate", "train"]
 Attention = Literal["eager", "sdpa", "flash"]
 Recompute = Literal["none", "selective", "full"]
+CrossEntropy = Literal["full", "chunked", "fused"]
+KeptBy = Literal["transformers", "transformers-static", "transformers-quantized", "llama.cpp", "vllm"]
 
 PHASES = get_args(Phase)
 ATTENTIONS = get_args(Attention)
 RECOMPUTES = get_args(Recompute)
+CROSS_ENTROPIES = get_args(CrossEntropy)
+CACHE_KEEPERS = get_args(KeptBy)
+BASE_BITS = (4, 8)
+ALL_LINEAR = "all-linear"
 OPTIMIZER_STATE = {"adamw": 2, "adam": 2, "sgd": 0, "sgd-momentum": 1, "adagrad": 1, "rmsprop": 1, "lion": 1}
 """Optimizer → how many values of the parameter's type it keeps for each parameter. Source: `torch.optim`'s state of each; Lion: arXiv:2302.06675."""
+
+EFFECTIVE_IN = {
+    "master_weights": ("train",), "lora_rank": ("train",), "base_bits": ("train",), "cross_entropy": ("train",), "kept_by": ("decode", "generate"),
+}  # fmt: skip
+"""Field → the phases in which a value other than its default changes something."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +47,13 @@ class Workload:
         kv_dtype: type of cached keys and values.
         attention: how attention is computed: eager keeps the score matrix, sdpa and flash do not.
         optimizer, recompute: of phase train; None and "none" elsewhere.
+        master_weights: a float32 copy of each weight of a narrower `dtype`, which the optimizer updates; its state is float32 then too, as
+            Megatron-LM and DeepSpeed keep it. Not torch's autocast, whose parameters are float32.
+        lora_rank: adapters of this rank are trained (arXiv:2106.09685), all else is frozen; None: all parameters are trained.
+        lora_targets: the modules that get an adapter, by the last parts of their names, as "q_proj,v_proj"; "all-linear": each linear but the head.
+        base_bits: the frozen linears are quantized to 4 bits (QLoRA's NF4, arXiv:2305.14314) or 8 (LLM.int8(), arXiv:2208.07339).
+        cross_entropy: how a training step takes the loss of its logits: all at once, by chunks of rows, or fused with the head's product.
+        kept_by: whose cache keeps keys and values in phases decode and generate.
     """
 
     phase: Phase
@@ -46,9 +65,18 @@ class Workload:
     attention: Attention = "sdpa"
     optimizer: str | None = None
     recompute: Recompute = "none"
+    master_weights: bool = False
+    lora_rank: int | None = None
+    lora_targets: str = ALL_LINEAR
+    base_bits: int | None = None
+    cross_entropy: CrossEntropy = "full"
+    kept_by: KeptBy = "transformers"
 
     def __post_init__(self) -> None:
-        for name, known in (("phase", PHASES), ("attention", ATTENTIONS), ("recompute", RECOMPUTES)):
+        choices = (
+            ("phase", PHASES), ("attention", ATTENTIONS), ("recompute", RECOMPUTES), ("cross_entropy", CROSS_ENTROPIES), ("kept_by", CACHE_KEEPERS),
+        )  # fmt: skip
+        for name, known in choices:
             if getattr(self, name) not in known:
                 raise WorkloadError(f"{name}={getattr(self, name)!r} is not known; known: {', '.join(known)}.")
         for name in ("batch_size", "seq_len"):
@@ -64,12 +92,36 @@ class Workload:
             )
         if (self.phase == "train") != (self.optimizer is not None):
             raise WorkloadError(f"optimizer={self.optimizer} with phase={self.phase}: phase train needs one, others take none.")
-        if self.optimizer is not None and self.optimizer not in OPTIMIZER_STATE:
-            raise WorkloadError(f"optimizer {self.optimizer!r} is not known; known: {', '.join(OPTIMIZER_STATE)}.")
+        if self.optimizer is not None and self.optimizer not in OPTIMIZERS:
+            raise WorkloadError(f"optimizer {self.optimizer!r} is not known; known: {', '.join(OPTIMIZERS)}.")
         if self.recompute != "none" and self.phase != "train":
             raise WorkloadError(f"recompute={self.recompute} has no effect in phase {self.phase}.")
         if self.kv_dtype and self.phase not in ("decode", "generate"):
             raise WorkloadError(f"kv_dtype={self.kv_dtype} has no effect in phase {self.phase}, which keeps no cache.")
+        self._check_effects()
+        self._check_adapters()
+
+    def _check_effects(self) -> None:
+        for name, phases in EFFECTIVE_IN.items():
+            value = getattr(self, name)
+            if value != type(self).__dataclass_fields__[name].default and self.phase not in phases:
+                raise WorkloadError(f"{name}={value} has no effect in phase {self.phase}; it has one in: {', '.join(phases)}.")
+        if self.master_weights and DTYPE_BITS[self.dtype] >= 32:
+            raise WorkloadError(f"master_weights has no effect with dtype={self.dtype}, which is no narrower than float32; use bfloat16 or float16.")
+
+    def _check_adapters(self) -> None:
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise WorkloadError(f"lora_rank={self.lora_rank} is not positive.")
+        if self.lora_rank is None and self.lora_targets != ALL_LINEAR:
+            raise WorkloadError(f"lora_targets={self.lora_targets} has no effect without lora_rank.")
+        if not all(target.strip() for target in self.lora_targets.split(",")):
+            raise WorkloadError(f"lora_targets={self.lora_targets!r} names no module; use names such as q_proj,v_proj or {ALL_LINEAR}.")
+        if self.base_bits is not None and self.base_bits not in BASE_BITS:
+            raise WorkloadError(f"base_bits={self.base_bits} is not known; known: {', '.join(map(str, BASE_BITS))}.")
+        if self.base_bits is not None and self.lora_rank is None:
+            raise WorkloadError(f"base_bits={self.base_bits} needs lora_rank: quantized weights are frozen, so that adapters alone can be trained.")
+        if self.master_weights and self.lora_rank is not None:
+            raise WorkloadError("master_weights has no effect with lora_rank: adapters of 16-bit models are float32 already.")
 
     @property
     def tokens(self) -> int:
