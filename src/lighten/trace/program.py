@@ -81,6 +81,7 @@ class Program:
         ops: each operator with the number of times that the workload runs it (a backward pass's operators are entries of their own).
         memory: at the fullest moment.
         timeline: None where the life of storages was not followed.
+        causal_is_known: whether it could be told which scores are masked; else `matmul_causal` is None.
         unknown_ops: operators whose FLOPs are not known, with how often they ran; they count 0 and are named in the estimate's warnings.
         label: how exact: exact, extrapolated.
         layers: numbered blocks.
@@ -93,6 +94,7 @@ class Program:
     ops: Sequence[tuple[Op, int]]
     memory: MemoryBreakdown
     timeline: Timeline | None = None
+    causal_is_known: bool = True
     unknown_ops: Mapping[str, int] = field(default_factory=dict)
     label: str = "exact"
     layers: int = 0
@@ -105,6 +107,10 @@ class Program:
     @property
     def matmul_flops(self) -> int:
         return sum(op.matmul_flops * count for op, count in self.ops)
+
+    @property
+    def matmul_causal(self) -> int | None:
+        return sum(op.causal_flops * count for op, count in self.ops) if self.causal_is_known else None
 
 
 class Followed(Protocol):

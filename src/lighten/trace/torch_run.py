@@ -1,0 +1,334 @@
+"""Run a torch module through a workload on fake tensors, watched: the forward pass, a training step, the last step of a generation."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+from lighten.cost.operators import Op
+from lighten.cost.workload import Workload
+from lighten.errors import LightenError, TraceError, WorkloadError
+from lighten.trace.components import component_of
+from lighten.trace.program import Program, Timeline
+from lighten.trace.torch_watch import Watch
+
+Batch = dict[str, Any]
+
+TORCH_OPTIMIZERS: dict[str, Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD,
+    "sgd-momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+    "adagrad": torch.optim.Adagrad, "rmsprop": torch.optim.RMSprop, "adafactor": torch.optim.Adafactor,
+}  # fmt: skip
+"""Optimizers of `torch.optim` with their own defaults."""
+
+
+@dataclass(kw_only=True)
+class Run:
+    """How a module is run.
+
+    Attributes:
+        build: makes the module; called under fake tensors.
+        inputs: the keyword arguments of a forward pass of (batch_size, length).
+        loss: from the module and its inputs, the scalar that a training step differentiates.
+        infer: a forward pass without gradients.
+        step: (module, context, batch_size) → the arguments of a decoding step after so many tokens, or None where it cannot generate.
+        checkpoint: switches recomputation on.
+    """
+
+    build: Callable[[], torch.nn.Module]
+    inputs: Callable[[torch.nn.Module, Workload], Batch]
+    loss: Callable[[torch.nn.Module, Batch], torch.Tensor]
+    infer: Callable[[torch.nn.Module, Batch, Workload], Any]
+    step: Callable[[torch.nn.Module, int, Workload], Batch] | None = None
+    checkpoint: Callable[[torch.nn.Module], None] | None = None
+
+
+@contextlib.contextmanager
+def fake_tensors() -> Iterator[None]:
+    """Tensors without memory and without values: what depends on values (packed sequences, padding) takes the plain case."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(_item_of_fakes())
+        try:
+            import transformers.masking_utils  # noqa: F401
+
+            stack.enter_context(patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None))
+        except ImportError:
+            pass
+        yield
+
+
+@contextlib.contextmanager
+def _item_of_fakes() -> Iterator[None]:
+    """A mask that is asked whether all of it is set says yes: inputs have no padding."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    original = FakeTensor.__bool__ if "__bool__" in vars(FakeTensor) else None
+
+    def is_set(self: torch.Tensor) -> bool:
+        return True if self.dtype == torch.bool and self.numel() == 1 else bool(torch.Tensor.__bool__(self))
+
+    FakeTensor.__bool__ = is_set  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        if original is None:
+            del FakeTensor.__bool__
+        else:
+            FakeTensor.__bool__ = original  # type: ignore[method-assign]
+
+
+def follow_run(run: Run, workload: Workload, *, experts: tuple[int, int] | None = None) -> Program:
+    """A module's program in a workload.
+
+    Args:
+        experts: (experts, experts of a token) where the module routes tokens.
+
+    Raises:
+        WorkloadError: phases or optimizers that this cannot follow.
+        TraceError: the module failed on tensors without memory; the text says where.
+    """
+    if workload.recompute == "selective":
+        raise WorkloadError("recompute=selective cannot be followed, for what it keeps differs between frameworks; followed: none, full.")
+    if workload.phase == "train" and workload.optimizer not in TORCH_OPTIMIZERS:
+        raise WorkloadError(f"optimizer {workload.optimizer} cannot be followed; followed: {', '.join(TORCH_OPTIMIZERS)}.")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, workload.dtype))
+    try:
+        with fake_tensors():
+            return _Follower(run, run.build(), experts).follow(workload)
+    except LightenError:
+        raise
+    except Exception as error:  # the module's own code, whatever it raises
+        raise TraceError(f"could not be followed on tensors without memory: {type(error).__name__}: {_first_line(error)}") from error
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else "no text"
+
+
+@dataclass
+class _Follower:
+    run: Run
+    module: torch.nn.Module
+    experts: tuple[int, int] | None
+    unknown: dict[str, int] = field(default_factory=dict)
+    causal_is_known: bool = True
+
+    def follow(self, workload: Workload) -> Program:
+        phases: dict[str, Callable[[Workload], tuple[list[tuple[Op, int]], Timeline]]] = {
+            "train": self._train, "encode": self._forward, "prefill": self._forward, "decode": self._decode, "generate": self._generate,
+        }  # fmt: skip
+        ops, timeline = phases[workload.phase](workload)
+        parameters = _parameters_by_component(self.module)
+        kept = {id(x): x for x in [*self.module.parameters(), *self.module.buffers()]}
+        return Program(
+            parameters=parameters, trainable_parameters=sum(p.numel() for p in self.module.parameters() if p.requires_grad),
+            active_parameters=self._active(), weight_bytes=sum(x.numel() * x.element_size() for x in kept.values()), ops=ops,
+            memory=timeline.breakdown(), causal_is_known=self.causal_is_known,
+            timeline=timeline, unknown_ops=self.unknown, layers=_layers(self.module),
+        )  # fmt: skip
+
+    def _active(self) -> int:
+        total = sum(p.numel() for p in self.module.parameters())
+        if self.experts is None:
+            return total
+        count, met = self.experts
+        routed = sum(
+            p.numel()
+            for name, p in self.module.named_parameters()
+            if re.search(r"(^|\.)experts(\.|$)", name) and (p.dim() == 3 or ".experts." in name)
+        )
+        return total - routed * (count - met) // count
+
+    # ---- phases ----
+
+    def _forward(self, workload: Workload) -> tuple[list[tuple[Op, int]], Timeline]:
+        self.module.eval()
+        inputs = self.run.inputs(self.module, workload)
+        with self._watched(inputs, workload.phase) as watch, torch.no_grad():
+            self.run.infer(self.module, inputs, workload)
+        return watch.operators(), watch.timeline()
+
+    def _train(self, workload: Workload) -> tuple[list[tuple[Op, int]], Timeline]:
+        self.module.train()
+        if workload.recompute == "full":
+            if self.run.checkpoint is None:
+                raise WorkloadError("recompute=full: this module has no way to switch recomputation on.")
+            self.run.checkpoint(self.module)
+        inputs = self.run.inputs(self.module, workload)
+        trained = [p for p in self.module.parameters() if p.requires_grad]
+        optimizer = TORCH_OPTIMIZERS[workload.optimizer or ""](trained)
+        with self._watched(inputs, "forward") as watch:
+            loss = self.run.loss(self.module, inputs)
+            with watch.away():
+                used = _leaves(loss)
+                with torch.autograd._unsafe_preserve_version_counter(tuple(used)):  # type: ignore[attr-defined]
+                    _make_state(optimizer, used)
+                watch.hold_from_start(_state(optimizer), "optimizer", "optimizer state")
+            watch.phase("backward", "temporary")
+            loss.backward()  # type: ignore[no-untyped-call]
+            watch.hold([p.grad for p in trained if p.grad is not None], "gradients", "gradient")
+            watch.phase("optimizer", "temporary")
+            with watch.uncounted():
+                optimizer.step()
+                optimizer.zero_grad()
+        return watch.operators(), watch.timeline()
+
+    def _decode(self, workload: Workload) -> tuple[list[tuple[Op, int]], Timeline]:
+        return self._steps(workload, workload.new_tokens)
+
+    def _generate(self, workload: Workload) -> tuple[list[tuple[Op, int]], Timeline]:
+        first, timeline = self._forward(workload)
+        steps = workload.new_tokens - 1
+        if not steps:
+            return first, timeline
+        later, last = self._steps(workload, steps)
+        fuller = max(timeline, last, key=lambda each: each.breakdown().peak)
+        return first + later, fuller
+
+    def _steps(self, workload: Workload, steps: int) -> tuple[list[tuple[Op, int]], Timeline]:
+        """The operators of all decoding steps, and the life of storages in the last one."""
+        if self.run.step is None:
+            raise WorkloadError(f"phase {workload.phase}: this model has no cache to decode with.")
+        self.module.eval()
+        last, timeline = self._step(workload, workload.seq_len + steps)
+        if steps == 1:
+            return last, timeline
+        first, _ = self._step(workload, workload.seq_len + 1)
+        return _between(first, last, steps), timeline
+
+    def _step(self, workload: Workload, context: int) -> tuple[list[tuple[Op, int]], Timeline]:
+        assert self.run.step is not None
+        with torch.no_grad():
+            inputs = self.run.step(self.module, context, workload)
+            with self._watched(inputs, "decode") as watch:
+                watch.hold([x for x in _tensors(inputs) if x.is_floating_point()], "kv_cache", "cache")
+                self.run.infer(self.module, inputs, workload)
+                watch.hold([x for x in _tensors(inputs) if x.is_floating_point()], "kv_cache", "cache")
+        return watch.operators(), watch.timeline()
+
+    @contextlib.contextmanager
+    def _watched(self, inputs: Batch, phase: str) -> Iterator[Watch]:
+        watch = Watch(self.module)
+        gc.collect()
+        gc.disable()  # a cycle that is collected at some later moment would make the peak depend on it
+        try:
+            with watch.modules():
+                watch.hold(self.module.parameters(), "weights", "parameter")
+                watch.hold(self.module.buffers(), "weights", "buffer")
+                watch.hold(_tensors(inputs), "activations", "input")
+                watch.phase(phase, "activations")
+                with watch:
+                    yield watch
+        finally:
+            gc.enable()
+        self.causal_is_known &= watch.causal_is_known
+        for name, count in watch.unknown.items():
+            self.unknown[name] = self.unknown.get(name, 0) + count
+
+
+def _between(first: Sequence[tuple[Op, int]], last: Sequence[tuple[Op, int]], steps: int) -> list[tuple[Op, int]]:
+    """Operators of all steps from those of the first and the last: what a step computes is linear in its context, so each end stands for half.
+
+    The first ends' operators count ⌈steps/2⌉ times and the last ones' ⌊steps/2⌋: with an odd number a middle step is counted as a first one,
+    which `Program`'s FLOPs mend by the difference.
+    """
+    half = steps // 2
+    ops = [(op, count * (steps - half)) for op, count in first] + [(op, count * half) for op, count in last]
+    if steps % 2:
+        ops += _half_difference(first, last)
+    return ops
+
+
+def _half_difference(first: Sequence[tuple[Op, int]], last: Sequence[tuple[Op, int]]) -> list[tuple[Op, int]]:
+    """Half of what the last step computes more than the first, as one operator."""
+    more = {
+        name: sum(getattr(op, name) * count for op, count in last) - sum(getattr(op, name) * count for op, count in first)
+        for name in ("matmul_flops", "causal_flops", "other_flops", "activation_bytes")
+    }
+    op = Op(name="model.middle", kind="elementwise", component="attention", **{name: value // 2 for name, value in more.items()})
+    return [(op, 1)]
+
+
+def _leaves(loss: torch.Tensor) -> list[torch.nn.Parameter]:
+    """The parameters that a loss depends on; the others get no gradient and no optimizer state."""
+    found: dict[int, torch.nn.Parameter] = {}
+    seen: set[Any] = set()
+    nodes = [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if (leaf := getattr(node, "variable", None)) is not None:
+            found[id(leaf)] = leaf
+        nodes.extend(inner for inner, _ in node.next_functions)
+    return list(found.values())
+
+
+def _make_state(optimizer: torch.optim.Optimizer, used: Sequence[torch.nn.Parameter]) -> None:
+    """The state that every step after the first finds."""
+    for parameter in used:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _state(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [value for state in optimizer.state.values() for value in tree_leaves(state) if isinstance(value, torch.Tensor)]
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """Tensors in nested containers and in the caches of transformers."""
+    found: list[torch.Tensor] = []
+    seen: set[int] = set()
+
+    def visit(each: Any, depth: int) -> None:
+        if id(each) in seen or depth > 6:
+            return
+        seen.add(id(each))
+        if isinstance(each, torch.Tensor):
+            found.append(each)
+        elif isinstance(each, Mapping):
+            for inner in each.values():
+                visit(inner, depth + 1)
+        elif isinstance(each, list | tuple):
+            for inner in each:
+                visit(inner, depth + 1)
+        elif type(each).__module__.startswith("transformers") and hasattr(each, "__dict__") and not isinstance(each, torch.nn.Module):
+            for inner in vars(each).values():
+                visit(inner, depth + 1)
+
+    visit(value, 0)
+    return found
+
+
+def _parameters_by_component(module: torch.nn.Module) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for name, parameter in module.named_parameters():
+        component = component_of(name.rpartition(".")[0])
+        counts[component] = counts.get(component, 0) + parameter.numel()
+    return counts
+
+
+def _layers(module: torch.nn.Module) -> int:
+    """Members of the module lists that are longest at their depth: the numbered blocks."""
+    lists = [each for each in module.modules() if isinstance(each, torch.nn.ModuleList) and len(each) > 1]
+    if not lists:
+        return 0
+    inner = {id(part) for each in lists for member in each for part in member.modules() if isinstance(part, torch.nn.ModuleList)}
+    outer = [each for each in lists if id(each) not in inner]
+    return sum(len(each) for each in outer)
