@@ -1,0 +1,217 @@
+"""Many sizes at once, and the largest that fits.
+
+Both ask for a workload's figures through one function (`compiled.Exact`), so that they are of whatever answers it: a formula, or a model
+that is followed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lighten.cost.compiled import Axis, Costs, Exact
+from lighten.cost.workload import Workload
+from lighten.errors import WorkloadError
+
+SizeName = Literal["batch_size", "seq_len", "new_tokens"]
+SIZE_NAMES = get_args(SizeName)
+MOST_POINTS = 1_000_000
+"""A sweep of more points is refused: its table would be read by nobody, and takes more than a gigabyte."""
+FARTHEST = 2**40
+"""Where the search for the largest size ends; a memory that is not full then never will be."""
+
+_ITEM = re.compile(r"(?P<first>\d+)(?::(?P<last>\d+):(?P<kind>[*+])(?P<step>\d+))?")
+
+
+def parse_sizes(text: str, name: str) -> tuple[int, ...]:
+    """The sizes that a text lists, in order: numbers and ranges with both ends, `first:last:*factor` or `first:last:+step`.
+
+    Raises:
+        WorkloadError: not such a list, a size that is not positive, the same twice, or too many.
+
+    >>> parse_sizes("1,8,32:128:*2", "batch_size"), parse_sizes("100:250:+50", "seq_len")
+    ((1, 8, 32, 64, 128), (100, 150, 200, 250))
+    """
+    found: list[int] = []
+    for item in text.split(","):
+        match = _ITEM.fullmatch(item.strip()) if item.isascii() and len(item) < 64 else None
+        if not match:
+            raise WorkloadError(
+                f"{name}={text[:60]!r}: {item[:40]!r} is no size; write numbers and ranges such as 1,8,32 or 512:4096:*2 or 64:512:+64."
+            )
+        first, last, step = int(match["first"]), int(match["last"] or match["first"]), int(match["step"] or 1)
+        multiplies = match["kind"] == "*"
+        if first < 1 or last < first or step < 1 + multiplies:
+            raise WorkloadError(
+                f"{name}: {item.strip()} has no sizes; a range goes up from at least 1, by a factor of at least 2 or a step of at least 1."
+            )
+        if not multiplies and len(found) + (last - first) // step >= MOST_POINTS:
+            raise WorkloadError(f"{name}: {item.strip()} is more than the {MOST_POINTS:,} points of a sweep.")
+        found += _powers(first, last, step) if multiplies else range(first, last + 1, step)
+    if len(set(found)) < len(found):
+        raise WorkloadError(f"{name}={text[:60]} names a size twice.")
+    return tuple(found)
+
+
+def _powers(first: int, last: int, factor: int) -> Iterator[int]:
+    while first <= last:
+        yield first
+        first *= factor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axes:
+    """The sizes of a sweep, whose points are all their combinations."""
+
+    batch_size: tuple[int, ...] = (1,)
+    seq_len: tuple[int, ...] = (128,)
+    new_tokens: tuple[int, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        if self.points > MOST_POINTS:
+            raise WorkloadError(f"{self.points:,} points asked for; a sweep has {MOST_POINTS:,} at most.")
+
+    @property
+    def points(self) -> int:
+        return len(self.batch_size) * len(self.seq_len) * len(self.new_tokens)
+
+    @property
+    def swept(self) -> tuple[SizeName, ...]:
+        """The sizes of which there are several."""
+        return tuple(name for name in SIZE_NAMES if len(getattr(self, name)) > 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """Figures at every point: one column a figure, one row a point; the batch changes slowest, the new tokens fastest.
+
+    Attributes:
+        sizes: batch_size, seq_len and new_tokens of each point.
+        figures: whole numbers, by name.
+    """
+
+    axes: Axes
+    sizes: Mapping[str, NDArray[Any]]
+    figures: Mapping[str, NDArray[Any]]
+
+    def __len__(self) -> int:
+        return self.axes.points
+
+    def points(self) -> Iterator[dict[str, int]]:
+        """Each point's sizes and figures, as Python's integers."""
+        columns = {**self.sizes, **self.figures}
+        for row in zip(*(column.tolist() for column in columns.values()), strict=True):
+            yield dict(zip(columns, row, strict=True))
+
+    def series(self, name: str) -> list[tuple[dict[str, int], list[int], list[int]]]:
+        """A figure against the length, a line for each combination of the other sizes: (these sizes, lengths, values)."""
+        shape = (len(self.axes.batch_size), len(self.axes.seq_len), len(self.axes.new_tokens))
+        values = self.figures[name].reshape(shape)
+        return [
+            ({"batch_size": batch, "new_tokens": new}, list(self.axes.seq_len), values[i, :, k].tolist())
+            for i, batch in enumerate(self.axes.batch_size) for k, new in enumerate(self.axes.new_tokens)
+        ]  # fmt: skip
+
+
+def sweep(exact: Exact, workload: Workload, axes: Axes) -> Sweep:
+    """The figures of a workload at every point, each equal to `exact` there.
+
+    Args:
+        workload: what is not swept of it holds at every point.
+
+    Raises:
+        WorkloadError: a size that the model does not take.
+    """
+    axis: Axis = "new_tokens" if len(axes.new_tokens) > len(axes.seq_len) else "seq_len"
+    others, lengths = (axes.seq_len, axes.new_tokens) if axis == "new_tokens" else (axes.new_tokens, axes.seq_len)
+    other: SizeName = "seq_len" if axis == "new_tokens" else "new_tokens"
+    batch, length = np.array(axes.batch_size)[:, None], np.array(lengths)[None, :]
+    columns: list[dict[str, NDArray[Any]]] = []
+    for size in others:
+        base = replace(workload, seq_len=size) if other == "seq_len" else replace(workload, new_tokens=size)
+        columns.append(Costs(exact, base, axis=axis).at(batch, length))
+    names = dict.fromkeys(name for column in columns for name in column)
+    where = 1 if other == "seq_len" else 2  # [batch, seq_len, new_tokens]
+    zeros = np.zeros((len(axes.batch_size), len(lengths)), dtype=np.int64)
+    figures = {name: np.stack([column.get(name, zeros) for column in columns], axis=where).ravel() for name in names}
+    grids = np.meshgrid(axes.batch_size, axes.seq_len, axes.new_tokens, indexing="ij")
+    return Sweep(axes=axes, sizes={name: grid.ravel() for name, grid in zip(SIZE_NAMES, grids, strict=True)}, figures=figures)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Largest:
+    """The largest size that fits.
+
+    Attributes:
+        name, value: which size, and how large.
+        memory: bytes that there are.
+        peak: bytes that it needs.
+        next_peak: bytes that one more would need; None where the model takes no more.
+        bound_by: what forbids one more: memory, or the model's positions.
+    """
+
+    name: SizeName
+    value: int
+    memory: int
+    peak: int
+    next_peak: int | None
+    bound_by: Literal["memory", "max_position_embeddings"]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name, "value": self.value, "memory": self.memory, "peak": self.peak, "next_peak": self.next_peak, "bound_by": self.bound_by,
+        }  # fmt: skip
+
+
+def find_largest(exact: Exact, workload: Workload, name: SizeName, memory: int, *, most: int | None = None) -> Largest:
+    """The largest batch or length whose peak is at most `memory`, computed directly at it and at one more.
+
+    A larger size never needs less, so the search doubles until it does not fit, then halves.
+
+    Args:
+        most: the largest that the model takes.
+
+    Raises:
+        WorkloadError: not even 1 fits, or the memory does not depend on it.
+    """
+    peaks: dict[int, int] = {}
+
+    def peak(value: int) -> int:
+        if value not in peaks:
+            size: dict[str, Any] = {name: value}
+            peaks[value] = exact(replace(workload, **size))["peak"]
+        return peaks[value]
+
+    if peak(1) > memory:
+        raise WorkloadError(f"no {name} fits: {name}=1 needs {peak(1):,} bytes, and there are {memory:,}.")
+    fits, beyond = 1, 0
+    while not beyond:
+        tried = fits * 2 if most is None else min(fits * 2, most)
+        if tried == fits:
+            return Largest(name=name, value=fits, memory=memory, peak=peak(fits), next_peak=None, bound_by="max_position_embeddings")
+        if tried > FARTHEST:
+            raise WorkloadError(f"the memory of this workload does not grow with {name}: {name}={fits:,} needs {peak(fits):,} bytes.")
+        if peak(tried) > memory:
+            beyond = tried
+        else:
+            fits = tried
+    while beyond - fits > 1:
+        middle = (fits + beyond) // 2
+        fits, beyond = (middle, beyond) if peak(middle) <= memory else (fits, middle)
+    return Largest(name=name, value=fits, memory=memory, peak=peak(fits), next_peak=peak(beyond), bound_by="memory")
+
+
+def common_labels(sizes: Sequence[Mapping[str, int]]) -> list[str]:
+    """What tells lines of a plot apart: the sizes that differ between them.
+
+    >>> common_labels([{"batch_size": 1, "new_tokens": 0}, {"batch_size": 8, "new_tokens": 0}])
+    ['batch 1', 'batch 8']
+    """
+    words = {"batch_size": "batch {}", "new_tokens": "{} new"}
+    differing = [name for name in words if len({each[name] for each in sizes}) > 1] or ["batch_size"]
+    return [", ".join(words[name].format(each[name]) for name in differing) for each in sizes]
