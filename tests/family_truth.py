@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import torch
 import transformers
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -21,8 +21,13 @@ from lighten.model.spec import ModelSpec
 
 @contextlib.contextmanager
 def fake_tensors() -> Iterator[None]:
-    """Tensors without memory. They have no values, so transformers would assume packed sequences, which plain positions are not."""
-    with FakeTensorMode(allow_non_fake_inputs=True), patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None):
+    """Tensors without memory. They have no values: transformers would assume packed sequences, which plain positions are not, and its
+    truncated normal distributions would look at what they drew; weights that have no values are not drawn."""
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None),
+        patch.object(PreTrainedModel, "initialize_weights", lambda self: None),
+    ):
         yield
 
 
@@ -33,6 +38,24 @@ def build(config: PretrainedConfig, architecture: str) -> PreTrainedModel:
         each._experts_implementation = "batched_mm"
     model: PreTrainedModel = getattr(transformers, architecture)(config)
     return model.eval()
+
+
+def build_fake(config: PretrainedConfig, architecture: str) -> PreTrainedModel:
+    """The module on fake tensors; by way of the meta device where its constructor reads the values of a tensor (stochastic depth's rates)."""
+    try:
+        return build(config, architecture)
+    except DataDependentOutputException:
+        with unset_fake_temporarily(), torch.device("meta"):
+            model = build(config, architecture)
+    made: dict[int, torch.Tensor] = {}  # by the id of the one that it stands for: what modules share stays shared
+    for store in (each for module in model.modules() for each in (module._parameters, module._buffers)):
+        for name, tensor in store.items():
+            if tensor is not None and id(tensor) not in made:
+                empty = torch.empty_like(tensor, device="cpu")
+                made[id(tensor)] = torch.nn.Parameter(empty) if isinstance(tensor, torch.nn.Parameter) else empty
+            if tensor is not None:
+                store[name] = made[id(tensor)]
+    return model
 
 
 def inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str, torch.Tensor]:
@@ -56,7 +79,7 @@ def inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str, torch.T
 def truth(config: PretrainedConfig, architecture: str, *, batch: int = 2, length: int = 24) -> tuple[dict[str, tuple[int, ...]], int]:
     """(parameter name → shape, a tied one once; matmul FLOPs of one forward pass without a cache)."""
     with fake_tensors():
-        model = build(config, architecture)
+        model = build_fake(config, architecture)
         given = inputs(model, batch, length)
         counter = FlopCounterMode(display=False)
         options: dict[str, Any] = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
