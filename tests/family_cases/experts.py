@@ -16,6 +16,8 @@ ROUTED: dict[str, Any] = TINY | {
 LOCAL: dict[str, Any] = TINY | {"num_local_experts": 4, "num_experts_per_tok": 2}
 EXPERTS: dict[str, Any] = TINY | {"num_experts": 4, "num_experts_per_tok": 2}
 
+ERNIE: dict[str, Any] = TINY | {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 20}
+
 CASES: dict[str, list[dict[str, Any]]] = {
     "mixtral": [LOCAL, LOCAL | {"head_dim": 16, "tie_word_embeddings": True, "sliding_window": 8, "num_experts_per_tok": 1}],
     "qwen2_moe": [
@@ -48,6 +50,43 @@ CASES: dict[str, list[dict[str, Any]]] = {
         ROUTED | {"first_k_dense_replace": 1, "n_shared_experts": 2, "attention_bias": True, "sliding_window": 8, "max_window_layers": 1},
     ],
     "gpt_oss": [LOCAL | {"head_dim": 8}, LOCAL | {"head_dim": 16, "sliding_window": 8, "attention_bias": False, "num_hidden_layers": 3}],
+    "granitemoeshared": [LOCAL | {"shared_intermediate_size": 20}, LOCAL | {"shared_intermediate_size": 0, "attention_bias": True}],
+    "phimoe": [LOCAL, LOCAL | {"attention_bias": True, "lm_head_bias": True, "sliding_window": 8}],
+    "llama4_text": [
+        LOCAL | {"head_dim": 8, "intermediate_size_mlp": 40, "num_experts_per_tok": 1},
+        LOCAL | {"head_dim": 8, "intermediate_size_mlp": 40, "interleave_moe_layer_step": 2, "no_rope_layer_interval": 2, "attention_bias": True,
+                 "use_qk_norm": False, "attention_chunk_size": 8, "num_hidden_layers": 3},
+    ],
+    "minimax_m2": [LOCAL | {"head_dim": 16}, LOCAL | {"head_dim": 8, "tie_word_embeddings": True}],
+    "ernie4_5_moe": [
+        ERNIE,
+        ERNIE | {"num_hidden_layers": 4, "moe_layer_interval": 2, "moe_layer_end_index": 2, "moe_num_shared_experts": 0, "use_bias": True,
+                 "tie_word_embeddings": False},
+    ],
+    "afmoe": [
+        EXPERTS | {"moe_intermediate_size": 20, "num_dense_layers": 1, "head_dim": 8},
+        EXPERTS | {"moe_intermediate_size": 20, "num_dense_layers": 0, "head_dim": 16, "num_shared_experts": 1, "attention_bias": True,
+                   "global_attn_every_n_layers": 2, "sliding_window": 8, "num_hidden_layers": 3},
+    ],
+    "solar_open": [ROUTED, ROUTED | {"attention_bias": True, "n_shared_experts": 2, "tie_word_embeddings": True}],
+    "exaone_moe": [
+        EXPERTS | {"moe_intermediate_size": 20, "head_dim": 8, "first_k_dense_replace": 1},
+        EXPERTS | {"moe_intermediate_size": 20, "head_dim": 16, "first_k_dense_replace": 0, "num_shared_experts": 2, "sliding_window": 8,
+                   "sliding_window_pattern": 2},
+    ],
+    "hunyuan_v1_moe": [
+        EXPERTS | {"moe_topk": 2, "head_dim": 8}, EXPERTS | {"moe_topk": [1, 1], "head_dim": 16, "attention_bias": True, "tie_word_embeddings": True},
+    ],
+    "mellum": [
+        EXPERTS | {"moe_intermediate_size": 20, "head_dim": 8},
+        EXPERTS | {"moe_intermediate_size": 20, "head_dim": 16, "attention_bias": True, "mlp_layer_types": ["sparse", "dense"],
+                   "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8},
+    ],
+    "hy_v3": [
+        LOCAL | {"moe_intermediate_size": 20, "head_dim": 8},
+        LOCAL | {"moe_intermediate_size": 20, "head_dim": 8, "attention_bias": True, "mlp_bias": True, "mlp_layer_types": ["sparse", "dense"]},
+    ],
+    "youtu": [LATENT, LATENT | {"q_lora_rank": None, "attention_bias": True, "tie_word_embeddings": False}],
     "granitemoe": [LOCAL, LOCAL | {"attention_bias": True, "tie_word_embeddings": True}],
 }  # fmt: skip
 """model_type → changes that make its config tiny, one for each variant."""

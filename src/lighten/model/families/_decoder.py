@@ -195,6 +195,25 @@ def every(period: int | str, kind: str, other: str) -> Rule:
     return lambda config, layer: kind if (layer + 1) % (size(config, period) if isinstance(period, str) else period) == 0 else other
 
 
+Condition: TypeAlias = Callable[[Config, int], bool]
+"""(config, a layer's number) → whether the layer has something."""
+
+
+def yes(config: Config, layer: int) -> bool:
+    """The condition that always holds."""
+    return True
+
+
+def no(config: Config, layer: int) -> bool:
+    """The condition that never holds."""
+    return False
+
+
+def when(field: str) -> Condition:
+    """The condition that a yes-or-no field holds."""
+    return lambda config, layer: flag(config, field)
+
+
 @dataclass(frozen=True, kw_only=True)
 class GroupedQuery:
     """Attention with grouped queries (Ainslie et al. 2023, arXiv:2305.13245) and rotary positions, its projections apart.
@@ -202,19 +221,19 @@ class GroupedQuery:
     Attributes:
         at: its name in the block.
         bias, out_bias: of the three projections in and the one out: a field, or whether.
-        head_norm: RMSNorm of queries and keys, over each head or over the whole row; `head_norm_if`: the field that turns it on.
+        head_norm: norm of queries and keys, over each head or over the whole row; `head_norm_if`: (config, layer) → whether it is there.
         names: of q, k, v, o and the norms.
         kinds: the rule for `layer_types` where the config has windows by layer; None where `sliding_window` holds for all.
         sinks: a learned score for each head (gpt-oss).
         gate: name of a linear that gates each value of the output (afmoe).
-        unrotated: a layer of full attention has no rotary positions.
+        rotates: (config, layer) → whether it has rotary positions.
     """
 
     at: str = "self_attn"
     bias: str | bool = "attention_bias"
     out_bias: str | bool = "attention_bias"
     head_norm: Literal["head", "row"] | None = None
-    head_norm_if: str | None = None
+    head_norm_if: Condition = yes
     names: tuple[str, str, str, str] = ("q_proj", "k_proj", "v_proj", "o_proj")
     norm_names: tuple[str, str] = ("q_norm", "k_norm")
     norm_kind: NormKind = "rmsnorm"
@@ -223,7 +242,7 @@ class GroupedQuery:
     windowed: bool = True
     sinks: bool = False
     gate: str | None = None
-    rotates: bool = True
+    rotates: Condition = yes
 
     def parts(self, block: str, config: Config, layer: int) -> list[Part]:
         """The norms and projections of queries, keys and values, the attention itself, and the projection of its output."""
@@ -233,9 +252,9 @@ class GroupedQuery:
         q, kv = heads * head_dim, kv_heads * head_dim
         bias, names = flag(config, self.bias), [f"{at}.{name}" for name in self.names]
         parts: list[Part] = [linear(name, "attention", hidden, width, bias=bias) for name, width in zip(names, (q, kv, kv), strict=False)]
-        if self.head_norm and (self.head_norm_if is None or flag(config, self.head_norm_if)):
+        if self.head_norm and self.head_norm_if(config, layer):
             parts += self._norms(at, heads, kv_heads, head_dim)
-        if self.rotates:
+        if self.rotates(config, layer):
             parts.append(rotary(f"{at}.rotary", heads + kv_heads, rotary_dim(config, head_dim)))
         if self.sinks:
             parts.append(Table(name=f"{at}.sinks", component="attention", shapes={f"{at}.sinks": (heads,)}))

@@ -6,7 +6,7 @@ Checkpoints name each expert's matrices apart (`experts.7.up_proj.weight`), or k
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lighten.errors import ModelError
 from lighten.model.families._decoder import (
@@ -14,26 +14,31 @@ from lighten.model.families._decoder import (
     CLASSES,
     LM,
     TOKENS,
+    Condition,
     Config,
     Decoder,
     GroupedQuery,
     Norms,
     Rule,
+    always,
     count,
     elementwise,
     every,
     flag,
     gated,
     linear,
+    no,
     norm,
     numbers,
     rotary,
     size,
     types,
+    when,
+    yes,
 )
 from lighten.model.families._family import Family
 from lighten.model.families._fields import activation
-from lighten.model.spec import Attention, Linear, Part
+from lighten.model.spec import Attention, Linear, Part, Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +61,16 @@ class StackedExperts(Linear):
 
     Attributes:
         tensor: its full name; `bias_tensor`: that of the biases, [experts, out_features].
+        routed: experts that a token is routed to, where the layer computes more of them (Llama 4: all, the others times zero).
     """
 
     tensor: str
     bias_tensor: str = ""
+    routed: int
+
+    @property
+    def active_parameters(self) -> int:
+        return self.parameters * self.routed // self.experts
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         shape = (self.in_features, self.out_features) if self.transposed else (self.out_features, self.in_features)
@@ -68,18 +79,24 @@ class StackedExperts(Linear):
 
 @dataclass(frozen=True, kw_only=True)
 class Stacked:
-    """How a checkpoint keeps the matrices of all experts in one tensor: gate and up as one, and down; with their names below the block's."""
+    """How a checkpoint keeps the matrices of all experts in one tensor: gate and up as one, and down; with their names below the block's.
+
+    Attributes:
+        computes_all: every expert sees every token.
+    """
 
     names: tuple[str, str]
     transposed: bool = False
     bias: bool = False
+    computes_all: bool = False
 
     def linear(self, at: str, which: int, columns: int, outputs: int, experts: int, chosen: int) -> Linear:
         """One of the two products."""
         name = f"{at}.{self.names[which]}"
         return StackedExperts(
             name=name.removesuffix(".weight"), component="mlp", in_features=columns, out_features=outputs, bias=self.bias, transposed=self.transposed,
-            experts=experts, experts_per_row=chosen, tensor=name, bias_tensor=f"{name}_bias" if self.bias else "",
+            experts=experts, experts_per_row=experts if self.computes_all else chosen, routed=chosen, tensor=name,
+            bias_tensor=f"{name}_bias" if self.bias else "",
         )  # fmt: skip
 
 
@@ -93,6 +110,7 @@ class Shared:
         names: of its matrices.
         gate: name of a linear to one value that scales its output.
         bias: the field that says whether its matrices have a bias.
+        beside: `at` stands below the block and not below the mixture.
     """
 
     at: str = "shared_experts"
@@ -100,9 +118,11 @@ class Shared:
     names: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     gate: str | None = None
     bias: str | bool = False
+    beside: bool = False
 
-    def parts(self, at: str, config: Config) -> list[Part]:
-        """The parts below a mixture at `at`."""
+    def parts(self, block: str, mixture: str, config: Config) -> list[Part]:
+        """Its parts, of a mixture of that name."""
+        at = block if self.beside else f"{block}.{mixture}"
         width, hidden = self.width(config), size(config, "hidden_size")
         if not width:
             return []
@@ -117,6 +137,25 @@ class Shared:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Balance:
+    """A bias on each expert's score that balances their load, DeepSeek-V3's (arXiv:2412.19437, section 2.1.2).
+
+    Attributes:
+        name: its name below the mixture's.
+        parameter: counted as one; else a buffer that is stored with the parameters.
+        row: kept as [1, experts].
+    """
+
+    name: str = "gate.e_score_correction_bias"
+    parameter: bool = False
+    row: bool = False
+
+    def tensors(self, at: str, experts: int) -> dict[str, tuple[int, ...]]:
+        """Its tensor."""
+        return {f"{at}.{self.name}": (1, experts) if self.row else (experts,)}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Mixture:
     """A mixture of gated experts.
 
@@ -125,7 +164,7 @@ class Mixture:
         router: its router's, below `at`; `router_bias`: whether it has a bias; `scores`: how scores become weights.
         experts: names of an expert's gate, up and down, `*` for its number; or how they are stacked.
         number, chosen, width: fields of how many experts there are, how many a token meets, and how wide each is.
-        correction: name of the buffer that balances the load, below `at`; `correction_if`: the field that turns it on.
+        balance: the bias that balances the load.
         shared: the experts that every token meets.
     """
 
@@ -137,30 +176,32 @@ class Mixture:
     number: str = "num_experts"
     chosen: str = "num_experts_per_tok"
     width: str = "moe_intermediate_size"
-    correction: str | None = None
-    correction_if: str | None = None
+    balance: Balance | None = None
     shared: Shared | None = None
 
-    def parts(self, block: str, config: Config) -> list[Part]:
+    def parts(self, block: str, config: Config, layer: int) -> list[Part]:
         """Router, the experts that each token is routed to, their weighted sum, and the shared ones.
 
         Raises:
             ModelError: more experts a token than there are.
         """
         at = f"{block}.{self.at}"
-        hidden, width, experts, chosen = (size(config, name) for name in ("hidden_size", self.width, self.number, self.chosen))
+        hidden = size(config, "hidden_size")
+        width, experts, chosen = (of_layer(config, name, layer) for name in (self.width, self.number, self.chosen))
         if chosen > experts:
             raise ModelError(f"config.json: {self.chosen}={chosen} is more than {self.number}={experts}.")
-        corrected = self.correction and (self.correction_if is None or flag(config, self.correction_if))
+        balance = self.balance.tensors(at, experts) if self.balance else {}
+        counted = self.balance is not None and self.balance.parameter
         return [
             Router(
                 name=f"{at}.{self.router}", component="mlp", in_features=hidden, out_features=experts, bias=self.router_bias,
-                buffers={f"{at}.{self.correction}": (experts,)} if corrected else {},
+                buffers={} if counted else balance,
             ),
+            *([Table(name=f"{at}.balance", component="mlp", shapes=balance)] if counted else []),
             elementwise(f"{at}.{self.router}.{self.scores}", "mlp", experts, self.scores, 5 if self.scores == "softmax" else 1),
             *self._experts(at, config, hidden, width, experts, chosen),
             elementwise(f"{at}.experts.combine", "mlp", chosen * hidden, "multiply", 2),  # times its weight, added to the sum
-            *(self.shared.parts(at, config) if self.shared else []),
+            *(self.shared.parts(block, self.at, config) if self.shared else []),
         ]  # fmt: skip
 
     def _experts(self, at: str, config: Config, hidden: int, width: int, experts: int, chosen: int) -> list[Part]:
@@ -215,7 +256,7 @@ class Latent:
         ]
 
 
-GROUPED, PRE_NORMS = GroupedQuery(), Norms()
+GROUPED, PRE_NORMS, PLAIN = GroupedQuery(), Norms(), Mixture()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,9 +270,9 @@ class Blocks:
     """
 
     attention: GroupedQuery | Latent = GROUPED
-    mixture: Mixture
+    mixture: Mixture = PLAIN
     norms: Norms = PRE_NORMS
-    dense: Callable[[Config, int], bool] = lambda config, layer: False
+    dense: Condition = no
     dense_width: str = "intermediate_size"
     dense_bias: str | bool = False
 
@@ -241,7 +282,7 @@ class Blocks:
             width, bias = size(config, self.dense_width), flag(config, self.dense_bias)
             feeds = gated(f"{block}.{self.mixture.at}", config, width, bias=bias)
         else:
-            feeds = self.mixture.parts(block, config)
+            feeds = self.mixture.parts(block, config, layer)
         return self.norms.around(block, config, self.attention.parts(block, config, layer), feeds)
 
 
@@ -255,9 +296,23 @@ def sparse_steps(config: Config, layer: int) -> bool:
     return layer in numbers(config, "mlp_only_layers") or (layer + 1) % size(config, "decoder_sparse_step") != 0
 
 
-def listed_dense(rule: Rule) -> Callable[[Config, int], bool]:
+def listed_dense(rule: Rule) -> Condition:
     """The layers that `mlp_layer_types` calls dense."""
     return lambda config, layer: types(config, "mlp_layer_types", rule)[layer] == "dense"
+
+
+def of_layer(config: Config, field: str, layer: int) -> int:
+    """A field that is a positive whole number, or a list of one for each layer.
+
+    Raises:
+        ModelError: neither, or a list that is too short.
+    """
+    value = config.get(field)
+    if not isinstance(value, list | tuple):
+        return size(config, field)
+    if layer >= len(value):
+        raise ModelError(f"config.json: {field} names {len(value)} layers, num_hidden_layers={size(config, 'num_hidden_layers')}.")
+    return size({field: value[layer]}, field)
 
 
 def shared_width(number: str, width: str = "moe_intermediate_size") -> Callable[[Config], int]:
@@ -265,14 +320,13 @@ def shared_width(number: str, width: str = "moe_intermediate_size") -> Callable[
     return lambda config: count(config, number) * size(config, width)
 
 
+FIRST_DENSE: Rule = lambda config, layer: "sparse" if layer else "dense"  # noqa: E731 - a value of the table below
 ALL_HEADS = (LM, CLASSES, TOKENS, ANSWERS)
 W123 = ("experts.*.w1", "experts.*.w3", "experts.*.w2")
 """Mixtral's names of gate, up and down."""
-CORRECTION = "gate.e_score_correction_bias"
-"""DeepSeek-V3's balancing bias (arXiv:2412.19437, section 2.1.2)."""
 N_SHARED = Shared(width=shared_width("n_shared_experts"))
 MIXTRAL = Mixture(at="block_sparse_moe", number="num_local_experts", width="intermediate_size", experts=W123)
-DEEPSEEK_V3 = Mixture(number="n_routed_experts", scores="sigmoid", correction=CORRECTION, shared=N_SHARED)
+DEEPSEEK_V3 = Mixture(number="n_routed_experts", scores="sigmoid", balance=Balance(), shared=N_SHARED)
 GRANITE = Mixture(
     at="block_sparse_moe", router="router.layer", number="num_local_experts", width="intermediate_size",
     experts=Stacked(names=("input_linear.weight", "output_linear.weight")),
@@ -288,6 +342,43 @@ def _dots1_kind(config: Config, layer: int) -> str:
     slides = config.get("sliding_window") is not None and layer >= count(config, "max_window_layers")
     return "sliding_attention" if slides else "full_attention"
 
+
+def _unrotated(config: Config) -> list[int]:
+    """Llama 4's layers with rotary positions: 1, the others 0."""
+    interval = size(config, "no_rope_layer_interval")
+    return numbers(config, "no_rope_layers") or [int((layer + 1) % interval != 0) for layer in range(size(config, "num_hidden_layers"))]
+
+
+def _llama4_rotates(config: Config, layer: int) -> bool:
+    listed = _unrotated(config)
+    if len(listed) != size(config, "num_hidden_layers"):
+        raise ModelError(f"config.json: no_rope_layers names {len(listed)} layers, num_hidden_layers={size(config, 'num_hidden_layers')}.")
+    return bool(listed[layer])
+
+
+def _llama4_dense(config: Config, layer: int) -> bool:
+    if config.get("moe_layers") is None:
+        return (layer + 1) % size(config, "interleave_moe_layer_step") != 0
+    return layer not in numbers(config, "moe_layers")
+
+
+def _ernie_dense(config: Config, layer: int) -> bool:
+    interval, first = size(config, "moe_layer_interval"), count(config, "moe_layer_start_index")
+    last = config.get("moe_layer_end_index")
+    last = size(config, "num_hidden_layers") - 1 if last in (None, -1) else count(config, "moe_layer_end_index")
+    return (layer + 1) % interval != 0 or not first <= layer <= last
+
+
+def _exaone_kind(config: Config, layer: int) -> str:
+    pattern = count(config, "sliding_window_pattern") if config.get("sliding_window") is not None else 0
+    return "sliding_attention" if pattern and (layer + 1) % pattern else "full_attention"
+
+
+EXAONE = GroupedQuery(
+    bias=False, out_bias=False, head_norm="head", kinds=_exaone_kind,
+    rotates=lambda config, layer: config.get("sliding_window") is None or types(config, "layer_types", _exaone_kind)[layer] == "sliding_attention",
+)  # fmt: skip
+AFMOE_KINDS = every("global_attn_every_n_layers", "full_attention", "sliding_attention")
 
 DECODERS: dict[str, Decoder] = {
     "mixtral": Decoder(stem="Mixtral", heads=ALL_HEADS, block=Blocks(attention=GroupedQuery(bias=False, out_bias=False), mixture=MIXTRAL)),
@@ -335,13 +426,13 @@ DECODERS: dict[str, Decoder] = {
     "glm4_moe": Decoder(
         stem="Glm4Moe",
         block=Blocks(
-            attention=GroupedQuery(out_bias=False, head_norm="head", head_norm_if="use_qk_norm"), mixture=DEEPSEEK_V3, dense=first_dense
+            attention=GroupedQuery(out_bias=False, head_norm="head", head_norm_if=when("use_qk_norm")), mixture=DEEPSEEK_V3, dense=first_dense
         ),
     ),
     "glm4_moe_lite": Decoder(
         stem="Glm4MoeLite",
         block=Blocks(
-            attention=Latent(), mixture=DEEPSEEK_V3, dense=listed_dense(lambda config, layer: "sparse" if layer else "dense")
+            attention=Latent(), mixture=DEEPSEEK_V3, dense=listed_dense(FIRST_DENSE)
         ),
     ),
     "dots1": Decoder(
@@ -359,6 +450,116 @@ DECODERS: dict[str, Decoder] = {
         ),
     ),
     "granitemoe": Decoder(stem="GraniteMoe", block=Blocks(mixture=GRANITE)),
+    "granitemoeshared": Decoder(
+        stem="GraniteMoeShared",
+        block=Blocks(
+            mixture=replace(
+                GRANITE,
+                shared=Shared(
+                    at="shared_mlp", width=lambda config: count(config, "shared_intermediate_size"), names=("input_linear", "output_linear"),
+                    beside=True,
+                ),
+            )
+        ),
+    ),
+    "phimoe": Decoder(
+        stem="Phimoe", heads=(LM, CLASSES), norm_kind="layernorm", head_bias="lm_head_bias",
+        block=Blocks(mixture=MIXTRAL, norms=Norms(kind="layernorm")),
+    ),
+    "llama4_text": Decoder(
+        stem="Llama4",
+        base="TextModel",
+        block=Blocks(
+            attention=GroupedQuery(
+                head_norm="head", norm_affine=False, rotates=_llama4_rotates,
+                head_norm_if=lambda config, layer: flag(config, "use_qk_norm") and _llama4_rotates(config, layer),
+                kinds=lambda config, layer: "chunked_attention" if _llama4_rotates(config, layer) else "full_attention",
+            ),
+            mixture=Mixture(
+                at="feed_forward", router="router", scores="sigmoid", number="num_local_experts", width="intermediate_size",
+                experts=Stacked(names=("experts.gate_up_proj", "experts.down_proj"), transposed=True, computes_all=True),
+                shared=Shared(at="shared_expert", width=lambda config: size(config, "intermediate_size")),
+            ),
+            dense=_llama4_dense,
+            dense_width="intermediate_size_mlp",
+        ),
+    ),
+    "minimax_m2": Decoder(
+        stem="MiniMaxM2",
+        block=Blocks(
+            attention=GroupedQuery(bias=False, out_bias=False, head_norm="row"),
+            mixture=replace(MIXTRAL, scores="sigmoid", balance=Balance(name="e_score_correction_bias")),
+        ),
+    ),
+    "ernie4_5_moe": Decoder(
+        stem="Ernie4_5_Moe",
+        head_bias="use_bias",
+        block=Blocks(
+            attention=GroupedQuery(bias="use_bias", out_bias="use_bias"),
+            mixture=Mixture(
+                number="moe_num_experts", chosen="moe_k", balance=Balance(name="moe_statics.e_score_correction_bias", parameter=True, row=True),
+                shared=Shared(width=shared_width("moe_num_shared_experts"), bias="use_bias"),
+            ),
+            dense=_ernie_dense,
+            dense_bias="use_bias",
+        ),
+    ),
+    "afmoe": Decoder(
+        stem="Afmoe",
+        block=Blocks(
+            attention=GroupedQuery(
+                head_norm="head", gate="gate_proj", kinds=AFMOE_KINDS,
+                rotates=lambda config, layer: types(config, "layer_types", AFMOE_KINDS)[layer] == "sliding_attention",
+            ),
+            mixture=Mixture(
+                router="router.gate", scores="sigmoid", balance=Balance(name="expert_bias", parameter=True),
+                shared=Shared(width=shared_width("num_shared_experts")),
+            ),
+            norms=Norms(after_attention="post_attention_layernorm", before_mlp="pre_mlp_layernorm", after_mlp="post_mlp_layernorm"),
+            dense=lambda config, layer: layer < count(config, "num_dense_layers"),
+        ),
+    ),
+    "solar_open": Decoder(stem="SolarOpen", block=Blocks(attention=GroupedQuery(out_bias=False), mixture=DEEPSEEK_V3)),
+    "exaone_moe": Decoder(
+        stem="ExaoneMoe",
+        block=Blocks(
+            attention=EXAONE,
+            mixture=Mixture(
+                scores="sigmoid", balance=Balance(name="e_score_correction_bias"), shared=Shared(width=shared_width("num_shared_experts"))
+            ),
+            dense=listed_dense(lambda config, layer: "dense" if layer < count(config, "first_k_dense_replace") else "sparse"),
+        ),
+    ),
+    "hunyuan_v1_moe": Decoder(
+        stem="HunYuanMoEV1",
+        heads=(LM, CLASSES),
+        block=Blocks(
+            attention=GroupedQuery(head_norm="head", norm_names=("query_layernorm", "key_layernorm")),
+            mixture=Mixture(
+                router="gate.wg", chosen="moe_topk", width="intermediate_size",
+                shared=Shared(at="shared_mlp", width=lambda config: size(config, "intermediate_size")),
+            ),
+        ),
+    ),
+    "mellum": Decoder(
+        stem="Mellum",
+        block=Blocks(
+            attention=GroupedQuery(head_norm="head", kinds=always("full_attention")), mixture=Mixture(), dense=listed_dense(always("sparse"))
+        ),
+    ),
+    "hy_v3": Decoder(
+        stem="HYV3",
+        block=Blocks(
+            attention=GroupedQuery(head_norm="head"),
+            mixture=Mixture(
+                router="router.gate", scores="sigmoid", number="num_local_experts", balance=Balance(name="expert_bias"),
+                shared=Shared(at="shared_mlp", width=shared_width("num_shared_experts"), bias="mlp_bias"),
+            ),
+            dense=listed_dense(FIRST_DENSE),
+            dense_bias="mlp_bias",
+        ),
+    ),
+    "youtu": Decoder(stem="Youtu", block=Blocks(attention=Latent(), dense=yes)),
 }  # fmt: skip
 
 FAMILIES: dict[str, Family] = {name: decoder.family() for name, decoder in DECODERS.items()}
