@@ -65,7 +65,9 @@ def inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str, torch.T
     ids = torch.zeros(batch, length, dtype=torch.long)
     vision = getattr(model.config, "vision_config", model.config)
     if "input_features" in takes:
-        found["input_features"] = torch.zeros(batch, model.config.num_mel_bins, 2 * model.config.max_source_positions)
+        found["input_features"] = torch.zeros(batch, *_features(model.config))
+    elif "input_values" in takes:
+        found["input_values"] = torch.zeros(batch, *_audio(model.config))
     elif "input_ids" in takes:
         found["input_ids"] = ids
     if "pixel_values" in takes and getattr(vision, "image_size", None):
@@ -74,6 +76,23 @@ def inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str, torch.T
     if "decoder_input_ids" in takes:
         found["decoder_input_ids"] = ids
     return found
+
+
+def _features(config: Any) -> tuple[int, int]:
+    """Sizes of the longest audio that the model takes: mel bins and frames, or frames and features (Speech2Text)."""
+    if hasattr(config, "input_feat_per_channel"):
+        return config.max_source_positions, config.input_feat_per_channel * config.input_channels
+    return config.num_mel_bins, 2 * config.max_source_positions
+
+
+def _audio(config: Any) -> tuple[int, ...]:
+    """Sizes of the longest audio that the model takes: frames and mel bins, or samples."""
+    if hasattr(config, "num_mel_bins"):
+        return config.max_length, config.num_mel_bins
+    samples = config.max_position_embeddings
+    for kernel, stride in ((3, 2), (7, 3), (127, 64)):  # Moonshine's convolutions, the last first
+        samples = (samples - 1) * stride + kernel
+    return (samples,)
 
 
 def truth(config: PretrainedConfig, architecture: str, *, batch: int = 2, length: int = 24) -> tuple[dict[str, tuple[int, ...]], int]:

@@ -71,6 +71,7 @@ class Block:
     packed: bool = False
     scaled: bool = False
     norm_first: bool = True
+    norm_bias: bool = True
     rotary: bool = False
     causal: bool = False
     names: BlockNames = field(default_factory=BlockNames)
@@ -97,18 +98,33 @@ def block_of(config: Mapping[str, Any], family: str, **traits: Any) -> Block:
 
 def block(at: str, shape: Block, rows: Rows) -> list[Part]:
     """The parts of one block in forward order."""
-    names, hidden = shape.names, shape.hidden
-    mixing, mapping = attention(at, shape, rows), mlp(at, shape, rows)
-    for branch, norm_name, scale_name, component in (
-        (mixing, names.attention_norm, names.attention_scale, "attention"),
-        (mapping, names.mlp_norm, names.mlp_scale, "mlp"),
-    ):
-        if shape.scaled:
-            branch.append(scale(f"{at}.{scale_name}", hidden, component))
-            branch.append(elementwise(f"{at}.{component}.scale", hidden, "multiply", component, rows))
-        branch.append(elementwise(f"{at}.{component}.add", hidden, "add", component, rows))
-        branch.insert(0 if shape.norm_first else len(branch), layernorm(f"{at}.{norm_name}", hidden, rows))
-    return [*mixing, *mapping]
+    names = shape.names
+    return [
+        *residual(at, shape, attention(at, shape, rows), names.attention_norm, rows, scale_name=names.attention_scale),
+        *residual(at, shape, mlp(at, shape, rows), names.mlp_norm, rows, scale_name=names.mlp_scale),
+    ]
+
+
+def decoder_block(at: str, shape: Block, cross: Block, *, keys: Size, key_rows: Rows, rows: Rows = "token") -> list[Part]:
+    """A block whose queries attend, after themselves, to `keys` of an encoder; `cross` names that attention and its norm."""
+    names = shape.names
+    return [
+        *residual(at, shape, attention(at, shape, rows), names.attention_norm, rows),
+        *residual(at, shape, attention(at, cross, rows, keys=keys, key_rows=key_rows), cross.names.attention_norm, rows),
+        *residual(at, shape, mlp(at, shape, rows), names.mlp_norm, rows),
+    ]
+
+
+def residual(at: str, shape: Block, branch: list[Part], norm_name: str, rows: Rows, *, scale_name: str = "") -> list[Part]:
+    """A branch with its norm, its scale and its residual addition."""
+    component = branch[-1].component
+    norm = layernorm(f"{at}.{norm_name}", shape.hidden, rows, bias=shape.norm_bias)
+    add = elementwise(f"{at}.{norm_name}.add", shape.hidden, "add", component, rows)
+    scaled: list[Part] = []
+    if shape.scaled:
+        multiply = elementwise(f"{at}.{norm_name}.multiply", shape.hidden, "multiply", component, rows)
+        scaled = [table("", {f"{at}.{scale_name}": (shape.hidden,)}, component), multiply]
+    return [norm, *branch, *scaled, add] if shape.norm_first else [*branch, *scaled, add, norm]
 
 
 def blocks(template: str, count: int, shape: Block, rows: Rows) -> list[Part]:
@@ -158,8 +174,8 @@ def linear(name: str, columns: int, outputs: int, bias: bool, component: str, ro
     return Linear(name=name, component=component, rows=rows, in_features=columns, out_features=outputs, bias=bias)
 
 
-def layernorm(name: str, size: int, rows: Rows, component: str = "norm") -> Norm:
-    return Norm(name=name, component=component, rows=rows, size=size, kind="layernorm")
+def layernorm(name: str, size: int, rows: Rows, component: str = "norm", *, bias: bool = True) -> Norm:
+    return Norm(name=name, component=component, rows=rows, size=size, kind="layernorm", bias=bias)
 
 
 def elementwise(name: str, size: int, kind: Any, component: str, rows: Rows, flops: int = 1) -> Elementwise:
@@ -175,13 +191,11 @@ def act_fn(name: str, act: str, size: int, component: str, rows: Rows) -> Elemen
     return replace(activation(name, act, size), component=component, rows=rows)
 
 
-def scale(name: str, size: int, component: str) -> Table:
-    return Table(name=name, component=component, shapes={name: (size,)})
-
-
 def table(name: str, shapes: Mapping[str, tuple[int, ...]], component: str = "embedding") -> Table:
     """Parameters `name.key`, or `key` where there is no name."""
-    return Table(name=name, component=component, shapes={f"{name}.{key}" if name else key: shape for key, shape in shapes.items()})
+    return Table(
+        name=name or next(iter(shapes)), component=component, shapes={f"{name}.{key}" if name else key: shape for key, shape in shapes.items()}
+    )
 
 
 def embedding(name: str, count: int, size: int, rows: Rows) -> Embedding:
