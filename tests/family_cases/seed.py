@@ -9,11 +9,5 @@ CASES: dict[str, list[dict[str, Any]]] = {
             "max_position_embeddings": 64,
         }
     ],
-    "llama": [
-        {
-            "vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-            "intermediate_size": 48, "tie_word_embeddings": True,
-        }
-    ],
 }  # fmt: skip
 """model_type → changes that make its config tiny."""

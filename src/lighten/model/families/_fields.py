@@ -10,6 +10,9 @@ from lighten.model.spec import Elementwise
 
 ACTIVATIONS: dict[str, tuple[Any, int]] = {
     "gelu": ("gelu", 1), "gelu_new": ("gelu", 1), "gelu_pytorch_tanh": ("gelu", 1), "relu": ("relu", 1), "silu": ("silu", 1), "swish": ("silu", 1),
+    "gelu_fast": ("gelu", 1), "gelu_python": ("gelu", 1), "gelu_python_tanh": ("gelu", 1), "gelu_accurate": ("gelu", 1), "gelu_10": ("gelu", 3),
+    "quick_gelu": ("silu", 3), "tanh": ("tanh", 1), "sigmoid": ("sigmoid", 1), "relu2": ("relu2", 2), "relu6": ("relu", 2), "mish": ("silu", 3),
+    "xielu": ("silu", 8),
 }  # fmt: skip
 """`hidden_act` → (kind, FLOPs an element). A transcendental function counts as one operation, as profilers count it."""
 
@@ -57,6 +60,18 @@ def check_probabilities(config: Mapping[str, Any], names: Iterable[str]) -> None
         value = config.get(name, 0)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
             raise ModelError(f"config.json: {name}={value!r} is not a number from 0 to 1.")
+
+
+def label_count(config: Mapping[str, Any]) -> int:
+    """Classes of a classifier: `num_labels`, or as many as `id2label` names, else 2.
+
+    Raises:
+        ModelError: an `id2label` that is no table, or a `num_labels` that is no positive whole number.
+    """
+    names = config.get("id2label") or {}
+    if not isinstance(names, Mapping):
+        raise ModelError("config.json: id2label is not a table of numbers and names.")
+    return optional(config, "num_labels") or len(names) or 2
 
 
 def _is_positive(value: Any) -> bool:
