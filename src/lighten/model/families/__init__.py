@@ -6,12 +6,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from lighten.errors import UnsupportedFamily
-from lighten.model.families import bert, decoders, experts, llama, speech, vision
+from lighten.model.families import bert, decoders, experts, llama, recurrent, speech, vision
 from lighten.model.families._config import complete
 from lighten.model.families._family import Family
 from lighten.model.spec import Part
 
-FAMILIES: dict[str, Family] = {**bert.FAMILIES, **llama.FAMILIES, **decoders.FAMILIES, **experts.FAMILIES, **vision.FAMILIES, **speech.FAMILIES}
+FAMILIES: dict[str, Family] = {
+    **bert.FAMILIES,
+    **llama.FAMILIES,
+    **decoders.FAMILIES,
+    **experts.FAMILIES,
+    **recurrent.FAMILIES,
+    **vision.FAMILIES,
+    **speech.FAMILIES,
+}
 """`model_type` → its architectures and the function that gives their parts."""
 
 

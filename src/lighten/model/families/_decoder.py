@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 from lighten.errors import ModelError
 from lighten.model.families._family import Family
-from lighten.model.families._fields import activation, check_probabilities, optional, require
+from lighten.model.families._fields import MOST_LAYERS, activation, check_probabilities, optional
 from lighten.model.spec import Attention, Elementwise, Embedding, Linear, Norm, Part, Table
 
 Config: TypeAlias = Mapping[str, Any]
@@ -29,10 +29,9 @@ class Decoder:
         block: gives a block's parts.
         fields: config fields that must be positive whole numbers.
         heads: the heads that it has; `answers_at`: the attribute under which the one for question answering keeps the model.
-        trunk, table, layers, norm: names of the model, its embedding, its blocks and its last norm.
-        norm_kind: of the last norm; `norm_affine`: whether that norm has a weight.
+        trunk, table, layers, norm, head_name: names of the model, its embedding, its blocks, its last norm and its language-model head.
+        norm_kind: of the last norm.
         head_bias: the field that says whether the language-model head has a bias, or whether it has.
-        rotary: positions are turned into queries and keys; else nothing is said of them.
         before: parts that follow the embedding.
     """
 
@@ -47,6 +46,7 @@ class Decoder:
     layers: str = "layers"
     norm: str = "norm"
     norm_kind: NormKind = "rmsnorm"
+    head_name: str = "lm_head"
     head_bias: str | bool = False
     before: Callable[[str, Config], list[Part]] | None = None
 
@@ -64,8 +64,7 @@ class Decoder:
         Raises:
             ModelError: fields that are missing, no positive whole numbers, or contradict each other.
         """
-        family = str(config.get("model_type"))
-        c = require(config, self.fields, family)
+        c = sizes(config, self.fields)
         optional(config, "max_position_embeddings")
         check_probabilities(config, ("attention_dropout", "hidden_dropout", "hidden_dropout_prob"))
         head = architecture.removeprefix(self.stem)
@@ -77,15 +76,16 @@ class Decoder:
         for layer in range(c["num_hidden_layers"]):
             parts += self.block(f"{prefix}{self.layers}.{layer}", config, layer)
         parts.append(norm(f"{prefix}{self.norm}", c["hidden_size"], self.norm_kind))
-        return (*parts, *head_parts(head, config, c, table, flag(config, self.head_bias)))
+        if head == LM:
+            tied = table if config.get("tie_word_embeddings", True) else None
+            vocabulary, bias = c["vocab_size"], flag(config, self.head_bias)
+            return (*parts, linear(self.head_name, "head", c["hidden_size"], vocabulary, bias=bias, tied_to=tied, rows="logits"))
+        return (*parts, *task_head(head, config))
 
 
-def head_parts(head: str, config: Config, c: Mapping[str, int], table: str, bias: bool) -> list[Part]:
-    """The head of an architecture, over every position: transformers takes a sequence's class from its last one after the product."""
-    hidden = c["hidden_size"]
-    if head == LM:
-        tied = table if config.get("tie_word_embeddings", True) else None
-        return [Linear(name="lm_head", component="head", in_features=hidden, out_features=c["vocab_size"], bias=bias, tied_to=tied, rows="logits")]
+def task_head(head: str, config: Config) -> list[Part]:
+    """A task's head, over every token: transformers takes a sequence's class from its last one after the product."""
+    hidden = size(config, "hidden_size")
     if head == CLASSES:
         return [linear("score", "head", hidden, labels(config))]
     if head == TOKENS:
@@ -123,6 +123,21 @@ def elementwise(name: str, component: str, size: int, kind: Any, flops: int = 1)
 def flag(config: Config, field: str | bool) -> bool:
     """What a yes-or-no field says; or the constant itself."""
     return bool(config.get(field)) if isinstance(field, str) else field
+
+
+def sizes(config: Config, fields: Iterable[str]) -> dict[str, int]:
+    """The named fields, each a positive whole number.
+
+    Raises:
+        ModelError: naming all that are missing or none; or more layers than any model has.
+    """
+    found = {name: config.get(name) for name in fields}
+    right = {name: value for name, value in found.items() if isinstance(value, int) and not isinstance(value, bool) and value > 0}
+    if wrong := [f"{name}={value!r}" if name in config else f"{name} is missing" for name, value in found.items() if name not in right]:
+        raise ModelError(f"config.json of a {config.get('model_type')} model needs positive whole numbers; found: {', '.join(wrong)}.")
+    if right.get("num_hidden_layers", 0) > MOST_LAYERS:
+        raise ModelError(f"config.json: num_hidden_layers={right['num_hidden_layers']} is more than {MOST_LAYERS}.")
+    return right
 
 
 def size(config: Config, field: str) -> int:
@@ -306,8 +321,15 @@ def kv_heads_of(config: Config) -> int:
 
 
 def head_dim_of(config: Config) -> int:
-    """Width of a head."""
-    return optional(config, "head_dim") or size(config, "hidden_size") // size(config, "num_attention_heads")
+    """Width of a head; without `head_dim`, what transformers takes, which is rounded down.
+
+    Raises:
+        ModelError: more heads than there are values.
+    """
+    hidden, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
+    if hidden < heads and config.get("head_dim") is None:
+        raise ModelError(f"config.json: hidden_size={hidden} is less than num_attention_heads={heads}, and head_dim is missing.")
+    return optional(config, "head_dim") or hidden // heads
 
 
 def rotary_dim(config: Config, head_dim: int) -> int:
@@ -328,16 +350,62 @@ def rotary(name: str, heads: int, values: int) -> Elementwise:
     return elementwise(name, "attention", heads * values, "rotary", 3)
 
 
-def gated(at: str, config: Config, width: int, *, names: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj"), bias: bool = False) -> list[Part]:
-    """down(act(gate x) · up x) (Shazeer 2020, arXiv:2002.05202); with two names, gate and up are one product."""
-    hidden = size(config, "hidden_size")
-    *into, out = (f"{at}.{name}" for name in names)
-    return [
-        *(linear(name, "mlp", hidden, 2 * width // len(into), bias=bias) for name in into),
-        activation(f"{at}.act_fn", str(config.get("hidden_act", "silu")), width),
-        elementwise(f"{at}.multiply", "mlp", width, "multiply"),
-        linear(out, "mlp", width, hidden, bias=bias),
-    ]
+@dataclass(frozen=True, kw_only=True)
+class Gated:
+    """down(act(gate x) · up x) (Shazeer 2020, arXiv:2002.05202).
+
+    Attributes:
+        names: of gate, up and down; of two names the first is that of gate and up in one matrix.
+        bias: the field that says whether its matrices have a bias, or whether.
+        act: the field of its activation function.
+    """
+
+    names: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    bias: str | bool = False
+    act: str = "hidden_act"
+
+    def parts(self, at: str, config: Config, width: int) -> list[Part]:
+        """Its parts at `at`."""
+        hidden, bias = size(config, "hidden_size"), flag(config, self.bias)
+        *into, out = (f"{at}.{name}" for name in self.names)
+        return [
+            *(linear(name, "mlp", hidden, 2 * width // len(into), bias=bias) for name in into),
+            activation(f"{at}.act_fn", str(config.get(self.act, "silu")), width),
+            elementwise(f"{at}.multiply", "mlp", width, "multiply"),
+            linear(out, "mlp", width, hidden, bias=bias),
+        ]
+
+
+class Mixer(Protocol):
+    """What mixes the positions of a block: attention, or a recurrence."""
+
+    def parts(self, block: str, config: Config, layer: int) -> list[Part]:
+        """Its parts, in a block of that path and number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByKind:
+    """A mixer for each kind of layer.
+
+    Attributes:
+        mixers: by kind.
+        field: the config's list of kinds; `rule`: gives them where it is not there.
+    """
+
+    mixers: Mapping[str, Mixer]
+    rule: Rule
+    field: str = "layer_types"
+
+    def parts(self, block: str, config: Config, layer: int) -> list[Part]:
+        """The parts of this layer's mixer.
+
+        Raises:
+            ModelError: a kind that the family does not have.
+        """
+        kind = types(config, self.field, self.rule)[layer]
+        if kind not in self.mixers:
+            raise ModelError(f"config.json: {self.field} of a {config.get('model_type')} model knows {', '.join(self.mixers)}; found {kind!r}.")
+        return self.mixers[kind].parts(block, config, layer)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,9 @@ from lighten.model.families._decoder import (
     Condition,
     Config,
     Decoder,
+    Gated,
     GroupedQuery,
+    Mixer,
     Norms,
     Rule,
     always,
@@ -25,7 +27,6 @@ from lighten.model.families._decoder import (
     elementwise,
     every,
     flag,
-    gated,
     linear,
     no,
     norm,
@@ -39,6 +40,8 @@ from lighten.model.families._decoder import (
 from lighten.model.families._family import Family
 from lighten.model.families._fields import activation
 from lighten.model.spec import Attention, Linear, Part, Table
+
+GATED = Gated()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,17 +110,15 @@ class Shared:
     Attributes:
         at: its name below that of the mixture.
         width: gives its width, 0 for none.
-        names: of its matrices.
+        mlp: its matrices.
         gate: name of a linear to one value that scales its output.
-        bias: the field that says whether its matrices have a bias.
         beside: `at` stands below the block and not below the mixture.
     """
 
     at: str = "shared_experts"
     width: Callable[[Config], int]
-    names: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    mlp: Gated = GATED
     gate: str | None = None
-    bias: str | bool = False
     beside: bool = False
 
     def parts(self, block: str, mixture: str, config: Config) -> list[Part]:
@@ -126,7 +127,7 @@ class Shared:
         width, hidden = self.width(config), size(config, "hidden_size")
         if not width:
             return []
-        parts = gated(f"{at}.{self.at}", config, width, names=self.names, bias=flag(config, self.bias))
+        parts = self.mlp.parts(f"{at}.{self.at}", config, width)
         if self.gate:
             parts += [
                 linear(f"{at}.{self.gate}", "mlp", hidden, 1),
@@ -144,15 +145,17 @@ class Balance:
         name: its name below the mixture's.
         parameter: counted as one; else a buffer that is stored with the parameters.
         row: kept as [1, experts].
+        present: whether a config has it.
     """
 
     name: str = "gate.e_score_correction_bias"
     parameter: bool = False
     row: bool = False
+    present: Callable[[Config], bool] = lambda config: True
 
-    def tensors(self, at: str, experts: int) -> dict[str, tuple[int, ...]]:
+    def tensors(self, at: str, config: Config, experts: int) -> dict[str, tuple[int, ...]]:
         """Its tensor."""
-        return {f"{at}.{self.name}": (1, experts) if self.row else (experts,)}
+        return {f"{at}.{self.name}": (1, experts) if self.row else (experts,)} if self.present(config) else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +193,7 @@ class Mixture:
         width, experts, chosen = (of_layer(config, name, layer) for name in (self.width, self.number, self.chosen))
         if chosen > experts:
             raise ModelError(f"config.json: {self.chosen}={chosen} is more than {self.number}={experts}.")
-        balance = self.balance.tensors(at, experts) if self.balance else {}
+        balance = self.balance.tensors(at, config, experts) if self.balance else {}
         counted = self.balance is not None and self.balance.parameter
         return [
             Router(
@@ -265,22 +268,21 @@ class Blocks:
 
     Attributes:
         dense: (config, layer) → whether the layer has no experts.
-        dense_width: the field of the plain MLP's width; `dense_at`: its name, that of the mixture where None.
-        dense_bias: the field that says whether its matrices have a bias.
+        dense_width: the field of the plain MLP's width, or what gives it; `mlp`: its matrices.
     """
 
-    attention: GroupedQuery | Latent = GROUPED
+    attention: Mixer = GROUPED
     mixture: Mixture = PLAIN
     norms: Norms = PRE_NORMS
     dense: Condition = no
-    dense_width: str = "intermediate_size"
-    dense_bias: str | bool = False
+    dense_width: str | Callable[[Config], int] = "intermediate_size"
+    mlp: Gated = GATED
 
     def __call__(self, block: str, config: Config, layer: int) -> list[Part]:
         """The parts of one block."""
         if self.dense(config, layer):
-            width, bias = size(config, self.dense_width), flag(config, self.dense_bias)
-            feeds = gated(f"{block}.{self.mixture.at}", config, width, bias=bias)
+            width = size(config, self.dense_width) if isinstance(self.dense_width, str) else self.dense_width(config)
+            feeds = self.mlp.parts(f"{block}.{self.mixture.at}", config, width)
         else:
             feeds = self.mixture.parts(block, config, layer)
         return self.norms.around(block, config, self.attention.parts(block, config, layer), feeds)
@@ -415,9 +417,9 @@ DECODERS: dict[str, Decoder] = {
         heads=(LM, CLASSES),
         block=Blocks(
             attention=Latent(),
-            mixture=Mixture(number="n_routed_experts", shared=Shared(width=shared_width("n_shared_experts"), bias="mlp_bias")),
+            mixture=Mixture(number="n_routed_experts", shared=Shared(width=shared_width("n_shared_experts"), mlp=Gated(bias="mlp_bias"))),
             dense=first_dense,
-            dense_bias="mlp_bias",
+            mlp=Gated(bias="mlp_bias"),
         ),
     ),
     "deepseek_v3": Decoder(
@@ -456,8 +458,8 @@ DECODERS: dict[str, Decoder] = {
             mixture=replace(
                 GRANITE,
                 shared=Shared(
-                    at="shared_mlp", width=lambda config: count(config, "shared_intermediate_size"), names=("input_linear", "output_linear"),
-                    beside=True,
+                    at="shared_mlp", width=lambda config: count(config, "shared_intermediate_size"), beside=True,
+                    mlp=Gated(names=("input_linear", "output_linear")),
                 ),
             )
         ),
@@ -498,10 +500,10 @@ DECODERS: dict[str, Decoder] = {
             attention=GroupedQuery(bias="use_bias", out_bias="use_bias"),
             mixture=Mixture(
                 number="moe_num_experts", chosen="moe_k", balance=Balance(name="moe_statics.e_score_correction_bias", parameter=True, row=True),
-                shared=Shared(width=shared_width("moe_num_shared_experts"), bias="use_bias"),
+                shared=Shared(width=shared_width("moe_num_shared_experts"), mlp=Gated(bias="use_bias")),
             ),
             dense=_ernie_dense,
-            dense_bias="use_bias",
+            mlp=Gated(bias="use_bias"),
         ),
     ),
     "afmoe": Decoder(
@@ -553,10 +555,10 @@ DECODERS: dict[str, Decoder] = {
             attention=GroupedQuery(head_norm="head"),
             mixture=Mixture(
                 router="router.gate", scores="sigmoid", number="num_local_experts", balance=Balance(name="expert_bias"),
-                shared=Shared(at="shared_mlp", width=shared_width("num_shared_experts"), bias="mlp_bias"),
+                shared=Shared(at="shared_mlp", width=shared_width("num_shared_experts"), mlp=Gated(bias="mlp_bias")),
             ),
             dense=listed_dense(FIRST_DENSE),
-            dense_bias="mlp_bias",
+            mlp=Gated(bias="mlp_bias"),
         ),
     ),
     "youtu": Decoder(stem="Youtu", block=Blocks(attention=Latent(), dense=yes)),
