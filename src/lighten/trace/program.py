@@ -80,7 +80,7 @@ class Program:
         weight_bytes: as stored.
         ops: each operator with the number of times that the workload runs it (a backward pass's operators are entries of their own).
         memory: at the fullest moment.
-        timeline: None where the life of storages was not followed.
+        timelines: the life of storages in each run (a generation's prefill and its last step are two); none where it was not followed.
         causal_is_known: whether it could be told which scores are masked; else `matmul_causal` is None.
         unknown_ops: operators whose FLOPs are not known, with how often they ran; they count 0 and are named in the estimate's warnings.
         label: how exact: exact, extrapolated.
@@ -93,7 +93,7 @@ class Program:
     weight_bytes: int
     ops: Sequence[tuple[Op, int]]
     memory: MemoryBreakdown
-    timeline: Timeline | None = None
+    timelines: tuple[Timeline, ...] = ()
     causal_is_known: bool = True
     unknown_ops: Mapping[str, int] = field(default_factory=dict)
     label: str = "exact"
@@ -103,6 +103,11 @@ class Program:
     @property
     def total_parameters(self) -> int:
         return sum(self.parameters.values())
+
+    @property
+    def timeline(self) -> Timeline | None:
+        """The one with the fullest moment, the first of equals; None where none was followed."""
+        return max(self.timelines, key=lambda each: each.breakdown().peak) if self.timelines else None
 
     @property
     def matmul_flops(self) -> int:
@@ -119,6 +124,9 @@ class Followed(Protocol):
     Attributes:
         name, family, architecture, source, dtype: as `ModelSpec` has them.
         phases: the phases that it can be followed through, the default one first.
+        fingerprint: what tells it from every other model, or None where that cannot be said; traces are kept under it.
+        breaks: lengths from which on it runs other operators (a window that is full).
+        fixed_len: the one length of its input, where that is not free.
     """
 
     name: str
@@ -127,6 +135,9 @@ class Followed(Protocol):
     source: str
     dtype: str
     phases: tuple[str, ...]
+    fingerprint: str | None
+    breaks: tuple[int, ...]
+    fixed_len: int | None
 
     def follow(self, workload: Workload) -> Program:
         """The model's program in a workload.

@@ -148,7 +148,7 @@ NORMS = {
     "_batch_norm_with_update": "batchnorm", "_batch_norm_no_update": "batchnorm", "cudnn_batch_norm": "batchnorm", "batch_norm_backward": "batchnorm",
 }  # fmt: skip
 POINTWISE = frozenset({
-    "gelu", "gelu_backward", "silu_backward", "sigmoid_backward", "tanh_backward", "threshold_backward", "native_dropout",
+    "gelu", "gelu_backward", "floor_divide", "silu_backward", "sigmoid_backward", "tanh_backward", "threshold_backward", "native_dropout",
     "native_dropout_backward", "bernoulli", "bernoulli_", "rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "normal_",
     "uniform_", "addcmul_", "addcdiv_", "lerp_", "elu_backward", "hardtanh_backward", "leaky_relu_backward", "hardswish_backward",
     "hardsigmoid_backward", "softplus_backward", "mish_backward", "logit_backward", "complex", "polar", "view_as_real_copy", "_conj_physical",

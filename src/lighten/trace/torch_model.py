@@ -6,6 +6,7 @@ run as transformers runs them by default (grouped products); data-dependent rout
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 from collections.abc import Mapping
@@ -61,6 +62,32 @@ class TransformersModel:
         else:
             self.phases = ("encode", "train")
 
+    @property
+    def fixed_len(self) -> int | None:
+        """Positions of an image, whose size the config says; None where the input's length is free."""
+        if self.takes_ids or "pixel_values" not in self._takes:
+            return None
+        size, patch_size = _image_size(self.config), getattr(self.config, "patch_size", None)
+        if size and isinstance(patch_size, int):
+            return (size[0] // patch_size) * (size[1] // patch_size) + 1
+        return 1
+
+    @property
+    def breaks(self) -> tuple[int, ...]:
+        """Lengths from which on other operators run: a full window."""
+        text = self.config.get_text_config()
+        found = {getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")}
+        return tuple(sorted(each for each in found if isinstance(each, int)))
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the config, the class and the versions that build it."""
+        import transformers
+
+        said = {name: value for name, value in self.config.to_dict().items() if name not in ("_name_or_path", "transformers_version")}
+        text = json.dumps([said, self.architecture, torch.__version__, transformers.__version__], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
     def _generates(self) -> bool:
         return self._cache is not None and (self.is_encoder_decoder or getattr(self.config, "is_decoder", False) or not _bidirectional(self.family))
 
@@ -107,6 +134,9 @@ class TransformersModel:
                 for dropout in ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop"):
                     if hasattr(each, dropout):
                         setattr(each, dropout, 0.0)
+        text = self.config.get_text_config()
+        if getattr(text, "pad_token_id", None) is None:
+            text.pad_token_id = 0  # classifiers of several sequences ask for one; inputs have no padding
         with no_init_weights():
             module: Any = self._class(self.config)
             module.tie_weights()  # part of the initialization that is left out

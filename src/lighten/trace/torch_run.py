@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.util
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 from unittest.mock import patch
 
 import torch
@@ -58,13 +60,30 @@ def fake_tensors() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(_item_of_fakes())
-        try:
-            import transformers.masking_utils  # noqa: F401
+        stack.enter_context(_quiet("torch._subclasses.fake_tensor"))  # it logs a traceback beside the error that it raises
+        if importlib.util.find_spec("transformers"):
+            import transformers.integrations.moe
+            import transformers.masking_utils
 
-            stack.enter_context(patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None))
-        except ImportError:
-            pass
+            stack.enter_context(patch.object(transformers.masking_utils, "find_packed_sequence_indices", lambda position_ids: None))
+            stack.enter_context(patch.object(transformers.integrations.moe, "_can_use_grouped_mm", _has_grouped_mm))
         yield
+
+
+def _has_grouped_mm(left: torch.Tensor, _right: torch.Tensor, _offsets: torch.Tensor) -> bool:
+    """PyTorch's grouped product has a fake in bfloat16 alone; other types take transformers' own, which makes the same tensors."""
+    return left.dtype == torch.bfloat16
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 @contextlib.contextmanager
@@ -119,6 +138,10 @@ def _first_line(error: Exception) -> str:
     return lines[0][:300] if lines else "no text"
 
 
+_Followed: TypeAlias = tuple[list[tuple[Op, int]], tuple[Timeline, ...]]
+"""Operators with how often they ran, and the life of storages in each run."""
+
+
 @dataclass
 class _Follower:
     run: Run
@@ -128,17 +151,17 @@ class _Follower:
     causal_is_known: bool = True
 
     def follow(self, workload: Workload) -> Program:
-        phases: dict[str, Callable[[Workload], tuple[list[tuple[Op, int]], Timeline]]] = {
+        phases: dict[str, Callable[[Workload], _Followed]] = {
             "train": self._train, "encode": self._forward, "prefill": self._forward, "decode": self._decode, "generate": self._generate,
         }  # fmt: skip
-        ops, timeline = phases[workload.phase](workload)
+        ops, timelines = phases[workload.phase](workload)
         parameters = _parameters_by_component(self.module)
         kept = {id(x): x for x in [*self.module.parameters(), *self.module.buffers()]}
         return Program(
             parameters=parameters, trainable_parameters=sum(p.numel() for p in self.module.parameters() if p.requires_grad),
             active_parameters=self._active(), weight_bytes=sum(x.numel() * x.element_size() for x in kept.values()), ops=ops,
-            memory=timeline.breakdown(), causal_is_known=self.causal_is_known,
-            timeline=timeline, unknown_ops=self.unknown, layers=_layers(self.module),
+            memory=max((each.breakdown() for each in timelines), key=lambda each: each.peak), causal_is_known=self.causal_is_known,
+            timelines=timelines, unknown_ops=self.unknown, layers=_layers(self.module),
         )  # fmt: skip
 
     def _active(self) -> int:
@@ -155,14 +178,14 @@ class _Follower:
 
     # ---- phases ----
 
-    def _forward(self, workload: Workload) -> tuple[list[tuple[Op, int]], Timeline]:
+    def _forward(self, workload: Workload) -> _Followed:
         self.module.eval()
         inputs = self.run.inputs(self.module, workload)
         with self._watched(inputs, workload.phase) as watch, torch.no_grad():
             self.run.infer(self.module, inputs, workload)
-        return watch.operators(), watch.timeline()
+        return watch.operators(), (watch.timeline(),)
 
-    def _train(self, workload: Workload) -> tuple[list[tuple[Op, int]], Timeline]:
+    def _train(self, workload: Workload) -> _Followed:
         self.module.train()
         if workload.recompute == "full":
             if self.run.checkpoint is None:
@@ -185,32 +208,31 @@ class _Follower:
             with watch.uncounted():
                 optimizer.step()
                 optimizer.zero_grad()
-        return watch.operators(), watch.timeline()
+        return watch.operators(), (watch.timeline(),)
 
-    def _decode(self, workload: Workload) -> tuple[list[tuple[Op, int]], Timeline]:
+    def _decode(self, workload: Workload) -> _Followed:
         return self._steps(workload, workload.new_tokens)
 
-    def _generate(self, workload: Workload) -> tuple[list[tuple[Op, int]], Timeline]:
-        first, timeline = self._forward(workload)
+    def _generate(self, workload: Workload) -> _Followed:
+        first, prefill = self._forward(workload)
         steps = workload.new_tokens - 1
         if not steps:
-            return first, timeline
-        later, last = self._steps(workload, steps)
-        fuller = max(timeline, last, key=lambda each: each.breakdown().peak)
-        return first + later, fuller
+            return first, prefill
+        later, last_step = self._steps(workload, steps)
+        return first + later, (*prefill, *last_step)
 
-    def _steps(self, workload: Workload, steps: int) -> tuple[list[tuple[Op, int]], Timeline]:
+    def _steps(self, workload: Workload, steps: int) -> _Followed:
         """The operators of all decoding steps, and the life of storages in the last one."""
         if self.run.step is None:
             raise WorkloadError(f"phase {workload.phase}: this model has no cache to decode with.")
         self.module.eval()
-        last, timeline = self._step(workload, workload.seq_len + steps)
+        last, timelines = self._step(workload, workload.seq_len + steps)
         if steps == 1:
-            return last, timeline
+            return last, timelines
         first, _ = self._step(workload, workload.seq_len + 1)
-        return _between(first, last, steps), timeline
+        return _between(first, last, steps), timelines
 
-    def _step(self, workload: Workload, context: int) -> tuple[list[tuple[Op, int]], Timeline]:
+    def _step(self, workload: Workload, context: int) -> _Followed:
         assert self.run.step is not None
         with torch.no_grad():
             inputs = self.run.step(self.module, context, workload)
@@ -218,7 +240,7 @@ class _Follower:
                 watch.hold([x for x in _tensors(inputs) if x.is_floating_point()], "kv_cache", "cache")
                 self.run.infer(self.module, inputs, workload)
                 watch.hold([x for x in _tensors(inputs) if x.is_floating_point()], "kv_cache", "cache")
-        return watch.operators(), watch.timeline()
+        return watch.operators(), (watch.timeline(),)
 
     @contextlib.contextmanager
     def _watched(self, inputs: Batch, phase: str) -> Iterator[Watch]:
