@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lighten.errors import UnsupportedFamily
-from lighten.model.families import bert, decoders, experts, llama, recurrent, speech, vision
+from lighten.model.families import bert, decoders, experts, llama, pairs, recurrent, speech, vision
 from lighten.model.families._config import complete
 from lighten.model.families._family import Family
 from lighten.model.spec import Part
@@ -19,6 +19,7 @@ FAMILIES: dict[str, Family] = {
     **recurrent.FAMILIES,
     **vision.FAMILIES,
     **speech.FAMILIES,
+    **pairs.FAMILIES,
 }
 """`model_type` → its architectures and the function that gives their parts."""
 
