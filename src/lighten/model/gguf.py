@@ -66,7 +66,7 @@ BLOCK: dict[str, str | tuple[str, ...]] = {
     "mlp.experts.*.w1": "ffn_gate_exps", "mlp.experts.*.w3": "ffn_up_exps", "mlp.experts.*.w2": "ffn_down_exps",
     "mlp.shared_expert.gate_proj": "ffn_gate_shexp", "mlp.shared_expert.up_proj": "ffn_up_shexp", "mlp.shared_expert.down_proj": "ffn_down_shexp",
     "mlp.shared_experts.gate_proj": "ffn_gate_shexp", "mlp.shared_experts.up_proj": "ffn_up_shexp", "mlp.shared_experts.down_proj": "ffn_down_shexp",
-    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp", "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
     # state space
     "mixer.in_proj": "ssm_in", "mixer.conv1d": "ssm_conv1d", "mixer.x_proj": "ssm_x", "mixer.dt_proj": "ssm_dt", "mixer.A_log": "ssm_a",
     "mixer.D": "ssm_d", "mixer.out_proj": "ssm_out",
@@ -344,8 +344,7 @@ def gguf_names(module: str, leaf: str, names: Mapping[str, str | tuple[str, ...]
         return []
     whole = [("attn_kv_b",)] if inner == "self_attn.kv_b_proj" else []
     each = [*whole, (bases,) if isinstance(bases, str) else bases]
-    plain = inner in ("mixer.A_log", "mixer.D")
-    return [tuple(f"{prefix}.{base}{'' if plain and base == 'ssm_a' else end}" for base in group) for group in each]
+    return [tuple(f"{prefix}.{base}{end}" for base in group) for group in each]
 
 
 def _t5_norm(module: str) -> str:
