@@ -75,11 +75,13 @@ class Decoder:
         key_value_heads: its field; None: as many as queries have.
         rotary: share of a head that is turned by the position (0: no rotary positions); a config may say another.
         rotary_layers: (config, layer, window) → whether a layer has them.
-        intermediate: field of the MLP's width; `times`: that over hidden_size where the field is null or not there (None: it is required).
+        intermediate: field of the MLP's width (None: no field sets it); `times`: that over hidden_size where no field says it (None: one has to).
         fixed_act: an activation that no field changes.
         act_parameters, act_buffers: scalars of the activation function that are trained, and constants that its checkpoint has beside them.
         bidirectional: attention is not causal.
         word_width: field of the embedding's width where it may differ from hidden_size.
+        hidden: an older field that sets hidden_size.
+        sinks: a table with one number a head, which takes part in its softmax.
         unsupported: fields that make another model of it, which is not described.
     """
 
@@ -109,7 +111,7 @@ class Decoder:
     mlp_out_norm: str | None = None
     inner_norms: tuple[str, str] | None = None
     norm_after_add: bool = False
-    parallel: bool = False
+    parallel: Flag = False
     attention: str = "self_attn"
     query: str = "q_proj"
     key: str = "k_proj"
@@ -133,13 +135,15 @@ class Decoder:
     gate_up: str | None = None
     mlp_bias: Flag = False
     transposed: bool = False
-    intermediate: str = "intermediate_size"
+    intermediate: str | None = "intermediate_size"
     times: int | None = None
     act: str = "hidden_act"
     fixed_act: str | None = None
     act_parameters: tuple[str, ...] = ()
     act_buffers: tuple[str, ...] = ()
     word_width: str | None = None
+    hidden: str | None = None
+    sinks: str | None = None
     unsupported: tuple[str, ...] = ()
 
 
@@ -179,14 +183,16 @@ def _describe(traits: Traits, config: Config, architecture: str) -> tuple[Part, 
     family_name = str(config.get("model_type"))
     t = traits if isinstance(traits, Decoder) else traits(config)
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-    c = require(config, names if t.times else (*names, t.intermediate), family_name)
+    if t.hidden and config.get(t.hidden) is not None:
+        config = {**config, "hidden_size": config[t.hidden]}
+    c = require(config, (*names, t.intermediate) if t.intermediate and not t.times else names, family_name)
     check_probabilities(config, [name for name in DROPOUTS if config.get(name) is not None])
     optional(config, "max_position_embeddings")
     for name in t.unsupported:
         if config.get(name):
             raise UnsupportedFamily(f"{family_name} with {name}={config[name]!r} has no formula; without {name} it has.")
     s = _sizes(t, config, c)
-    kind = architecture.removeprefix(t.stem)
+    kind = architecture.removeprefix(t.stem).removeprefix("Text")
     outer = "" if kind == "Model" else t.question_prefix if kind == "ForQuestionAnswering" and t.question_prefix else t.prefix
     base = f"{outer}{t.inner}"
     windows = t.windows(config, c["num_hidden_layers"])
@@ -208,7 +214,7 @@ def _sizes(t: Decoder, config: Config, c: Mapping[str, int]) -> _Sizes:
         kv_heads = 1
     if heads % kv_heads:
         raise ModelError(f"config.json: num_attention_heads={heads} is not a multiple of {t.key_value_heads}={kv_heads}.")
-    ffn = optional(config, t.intermediate) or hidden * (t.times or 1)
+    ffn = (optional(config, t.intermediate) if t.intermediate else None) or hidden * (t.times or 1)
     return _Sizes(hidden=hidden, heads=heads, key_value_heads=kv_heads, head_dim=head_dim, ffn=ffn, rotary=_rotary_width(t, config, head_dim))
 
 
@@ -261,7 +267,7 @@ def _block(at: str, t: Decoder, s: _Sizes, config: Config, layer: int, window: i
     attention = [*_attention(f"{at}.{t.attention}", t, s, config, layer, window), *norm(t.attention_out_norm)]
     mlp = [*_mlp(at, t, s, config), *norm(t.mlp_out_norm)]
     first, second = _add(f"{at}.{t.attention}.add", "attention", s.hidden), _add(f"{at}.{t.mlp}add", "mlp", s.hidden)
-    if t.parallel:
+    if _true(t.parallel, config):
         return [*norm(t.attention_norm), *attention, *norm(t.mlp_norm), *mlp, first, second]
     if t.norm_after_add:
         return [*attention, first, *norm(t.attention_norm), *mlp, second, *norm(t.mlp_norm)]
@@ -283,9 +289,11 @@ def _attention(at: str, t: Decoder, s: _Sizes, config: Config, layer: int, windo
     if turned and t.rotary_layers(config, layer, window):  # x·cos + rotate(x)·sin
         rotary = [Elementwise(name=f"{at}.rotary", component="attention", size=turned, kind="rotary", flops_per_element=3)]
     norms = _query_norms(at, t, s, config)
+    sinks = [Table(name=f"{at}.{t.sinks}", component="attention", shapes={f"{at}.{t.sinks}": (s.heads,)})] if t.sinks else []
     return [
         *(linear(name, s.hidden, width, t.qkv_bias) for name, width in names),
         *(rotary + norms if t.query_norm and t.query_norm.after_rotary else norms + rotary),
+        *sinks,
         Attention(
             name=at, component="attention", causal=not _true(t.bidirectional, config), num_attention_heads=s.heads,
             num_key_value_heads=s.key_value_heads, head_dim=s.head_dim, window=window,

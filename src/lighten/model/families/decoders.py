@@ -186,5 +186,167 @@ LLAMA_LIKE: dict[str, Decoder] = {
 }  # fmt: skip
 
 
-FAMILIES = {name: family(traits) for name, traits in LLAMA_LIKE.items()}
+# ---- GPT and its like ----
+
+GPT2 = Decoder(
+    stem="GPT2", heads=("LMHeadModel", "Model", SEQUENCE, TOKEN, QUESTION), prefix="transformer.", embedding="wte", positions="wpe", layers="h",
+    final_norm="ln_f", token_head="classifier", norm="layernorm", attention_norm="ln_1", mlp_norm="ln_2", attention="attn", fused="c_attn",
+    out="c_proj", qkv_bias=True, out_bias=True, head_dim=None, key_value_heads=None, rotary=0, gate=None, up="c_fc", down="c_proj",
+    mlp_bias=True, transposed=True, intermediate="n_inner", times=4, act="activation_function", unsupported=("add_cross_attention",),
+)  # fmt: skip
+GPTJ = Decoder(
+    stem="GPTJ", heads=(*GENERATES, SEQUENCE, QUESTION), prefix="transformer.", embedding="wte", layers="h", final_norm="ln_f", head_bias=True,
+    question_labels=None, norm="layernorm", attention_norm="ln_1", mlp_norm=None, parallel=True, attention="attn", out="out_proj",
+    head_dim=None, key_value_heads=None, gate=None, up="fc_in", down="fc_out", mlp_bias=True, intermediate="n_inner", times=4,
+    act="activation_function",
+)  # fmt: skip
+BLOOM = Decoder(
+    stem="Bloom", heads=ANSWERS, prefix="transformer.", embedding="word_embeddings", embedding_norm="word_embeddings_layernorm", layers="h",
+    final_norm="ln_f", token_head="classifier", norm="layernorm", attention="self_attention", fused="query_key_value", out="dense",
+    qkv_bias=True, out_bias=True, head_dim=None, key_value_heads=None, rotary=0, gate=None, up="dense_h_to_4h", down="dense_4h_to_h",
+    mlp_bias=True, intermediate=None, times=4, fixed_act="gelu", hidden="n_embed",
+)  # fmt: skip
+FALCON = other(
+    BLOOM, stem="Falcon", embedding_norm=None, qkv_bias="bias", out_bias="bias", mlp_bias="bias", intermediate="ffn_hidden_size",
+    act="activation", fixed_act=None, key_value_heads="num_kv_heads", parallel="parallel_attn",
+)  # fmt: skip
+NEOX = Decoder(
+    stem="GPTNeoX", heads=ANSWERS, prefix="gpt_neox.", embedding="embed_in", final_norm="final_layer_norm", head="embed_out", token_head="classifier",
+    norm="layernorm", parallel="use_parallel_residual", attention="attention", fused="query_key_value", out="dense",
+    qkv_bias="attention_bias", out_bias="attention_bias", head_dim=None, key_value_heads=None, rotary=0.25, gate=None, up="dense_h_to_4h",
+    down="dense_4h_to_h", mlp_bias=True,
+)  # fmt: skip
+OPT = Decoder(
+    stem="OPT", heads=(*GENERATES, SEQUENCE, QUESTION), inner="decoder.", positions="embed_positions", position_offset=2,
+    final_norm="final_layer_norm", norm="layernorm", norm_affine="layer_norm_elementwise_affine", attention_norm="self_attn_layer_norm",
+    mlp_norm="final_layer_norm", out="out_proj", qkv_bias="enable_bias", out_bias="enable_bias", head_dim=None, key_value_heads=None, rotary=0,
+    mlp="", gate=None, up="fc1", down="fc2", mlp_bias="enable_bias", intermediate="ffn_dim", act="activation_function",
+    word_width="word_embed_proj_dim",
+)  # fmt: skip
+XGLM = other(
+    OPT, stem="XGLM", heads=GENERATES, inner="", positions=None, adds_positions=True, final_norm="layer_norm", norm_affine=True, qkv_bias=True,
+    out_bias=True, mlp_bias=True, word_width=None, unsupported=("add_cross_attention",),
+)  # fmt: skip
+STABLELM = Decoder(
+    stem="StableLm", heads=CLASSIFIES, norm="layernorm", qkv_bias="use_qkv_bias", head_dim=None, rotary=0.25,
+    query_norm=QueryNorm(names=("q_layernorm", "k_layernorm"), span="each", present="qk_layernorm", bias=False),
+)  # fmt: skip
+COHERE = Decoder(
+    stem="Cohere", heads=GENERATES, norm="layernorm", norm_bias=False, mlp_norm=None, parallel=True, qkv_bias="attention_bias",
+    out_bias="attention_bias", query_norm=QueryNorm(span="heads", present="use_qk_norm"),
+)  # fmt: skip
+HYPERCLOVAX = other(LLAMA, stem="HyperCLOVAX", heads=GENERATES)
+
+
+def _falcon(config: Config) -> Decoder:
+    """Falcon's three blocks: 180B and 40B (grouped heads, two norms), 7B (one key head, one norm), RW (bias, no parallel branches)."""
+    new, parallel = bool(config.get("new_decoder_architecture")), bool(config.get("parallel_attn"))
+    norms = config.get("num_ln_in_parallel_attn") or (2 if new else 1)
+    if (new and not parallel) or (norms == 2 and not new):
+        raise ModelError(
+            f"config.json: a falcon with new_decoder_architecture={new}, parallel_attn={parallel}, num_ln_in_parallel_attn={norms} does not run in "
+            "transformers; new_decoder_architecture needs parallel_attn, and two norms need new_decoder_architecture."
+        )
+    two = new and norms == 2
+    return other(
+        FALCON,
+        attention_norm="ln_attn" if two else "input_layernorm",
+        mlp_norm="ln_mlp" if two else None if parallel else "post_attention_layernorm",
+        one_key_value_head=not new and bool(config.get("multi_query")),
+        rotary=0 if config.get("alibi") else 1,
+        key_value_heads="num_kv_heads" if new else None,
+    )
+
+
+def _opt(config: Config) -> Decoder:
+    """OPT-350m has its norms after the residual additions and none at the end; the others before."""
+    before = bool(config.get("do_layer_norm_before"))
+    return other(
+        OPT,
+        norm_after_add=not before,
+        final_norm="final_layer_norm" if before and not config.get("_remove_final_layer_norm") else None,
+    )
+
+
+def _stablelm(config: Config) -> Decoder:
+    return other(STABLELM, parallel=True, mlp_norm=None) if config.get("use_parallel_residual") else STABLELM
+
+
+def _hyperclovax(config: Config) -> Decoder:
+    if not config.get("use_post_norm"):
+        return HYPERCLOVAX
+    return other(HYPERCLOVAX, attention_out_norm="post_norm1", mlp_out_norm="post_norm2")
+
+
+GPT_LIKE: dict[str, Decoder] = {
+    "gpt2": GPT2,
+    "gpt_bigcode": other(
+        GPT2, stem="GPTBigCode", heads=CLASSIFIES, transposed=False, one_key_value_head="multi_query",
+    ),
+    "gpt_neo": other(
+        GPT2, stem="GPTNeo", heads=ANSWERS, attention="attn.attention", fused=None, out="out_proj", qkv_bias=False, transposed=False,
+        intermediate="intermediate_size", windows=_gpt_neo, unsupported=(),
+    ),
+    "openai-gpt": other(
+        GPT2, stem="OpenAIGPT", heads=("LMHeadModel", "Model", SEQUENCE), embedding="tokens_embed", positions="positions_embed",
+        final_norm=None, norm_after_add=True, intermediate=None, act="afn", unsupported=(),
+    ),
+    "gptj": GPTJ,
+    "codegen": other(GPTJ, stem="CodeGen", heads=GENERATES, fused="qkv_proj"),
+    "gpt_neox": NEOX,
+    "bloom": BLOOM,
+    "mpt": other(
+        BLOOM, stem="Mpt", embedding="wte", embedding_norm=None, layers="blocks", final_norm="norm_f", norm_bias=False,
+        attention_norm="norm_1", mlp_norm="norm_2", attention="attn", fused="Wqkv", out="out_proj", qkv_bias=False, out_bias=False, mlp="ffn.",
+        up="up_proj", down="down_proj", mlp_bias=False, hidden=None,
+    ),
+    "xglm": XGLM,
+    "biogpt": other(
+        XGLM, stem="BioGpt", heads=CLASSIFIES, prefix="biogpt.", positions="embed_positions", adds_positions=False, head="output_projection",
+        token_head="classifier", intermediate="intermediate_size", act="hidden_act",
+    ),
+    "ctrl": Decoder(
+        stem="CTRL", heads=("LMHeadModel", "Model", SEQUENCE), prefix="transformer.", embedding="w", adds_positions=True, layers="h",
+        final_norm="layernorm", head_bias=True, sequence_head="classifier", norm="layernorm", attention_norm="layernorm1",
+        mlp_norm="layernorm2", attention="multi_head_attention", query="Wq", key="Wk", value="Wv", out="dense", qkv_bias=True, out_bias=True,
+        head_dim=None, key_value_heads=None, rotary=0, mlp="ffn.", gate=None, up="0", down="2", mlp_bias=True, intermediate="dff",
+        fixed_act="relu",
+    ),
+    "phi": Decoder(
+        stem="Phi", heads=CLASSIFIES, final_norm="final_layernorm", head_bias=True, norm="layernorm", mlp_norm=None, parallel=True, out="dense",
+        qkv_bias=True, out_bias=True, rotary=0.5, gate=None, up="fc1", down="fc2", mlp_bias=True,
+        query_norm=QueryNorm(names=("q_layernorm", "k_layernorm"), present="qk_layernorm"),
+    ),
+    "persimmon": Decoder(
+        stem="Persimmon", heads=CLASSIFIES, final_norm="final_layernorm", norm="layernorm", fused="query_key_value", out="dense", qkv_bias=True,
+        out_bias=True, head_dim=None, key_value_heads=None, rotary=0.5, gate=None, up="dense_h_to_4h", down="dense_4h_to_h", mlp_bias=True,
+        query_norm=QueryNorm(names=("q_layernorm", "k_layernorm"), present="qk_layernorm"),
+    ),
+    "starcoder2": Decoder(
+        stem="Starcoder2", heads=CLASSIFIES, norm="layernorm", qkv_bias="use_bias", out_bias="use_bias", gate=None, up="c_fc", down="c_proj",
+        mlp_bias="use_bias", windows=everywhere,
+    ),
+    "cohere": COHERE,
+    "cohere2": other(
+        COHERE, stem="Cohere2", head_dim=None, query_norm=None, windows=all_but_every(4, fields=("sliding_window_pattern",)),
+        rotary_layers=_in_windows,
+    ),
+    "nemotron": other(LLAMA, stem="Nemotron", norm="layernorm", gate=None, rotary=0.5),
+    "jais2": other(LLAMA, stem="Jais2", heads=GENERATES, norm="layernorm", gate=None),
+    "nanochat": Decoder(
+        stem="NanoChat", heads=GENERATES, embedding_norm="norm", norm_affine=False, qkv_bias="attention_bias", out_bias="attention_bias",
+        gate=None, up="fc1", down="fc2", query_norm=QueryNorm(affine=False, after_rotary=True),
+    ),
+    "gemma3_text": other(
+        GEMMA2, stem="Gemma3", heads=(LM, "TextModel", "TextForSequenceClassification"), query_norm=QueryNorm(), windows=_gemma3,
+    ),
+    "granite_swa": other(LLAMA, stem="GraniteSWA", heads=GENERATES, windows=all_but_every(4, first=True), sinks="sinks"),
+}  # fmt: skip
+
+FAMILIES = {name: family(traits) for name, traits in (LLAMA_LIKE | GPT_LIKE).items()} | {
+    "falcon": family(_falcon, of=FALCON),
+    "opt": family(_opt, of=OPT),
+    "stablelm": family(_stablelm, of=STABLELM),
+    "hyperclovax": family(_hyperclovax, of=HYPERCLOVAX),
+}
 """`model_type` → its classes and their formula."""
