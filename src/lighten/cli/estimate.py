@@ -4,29 +4,48 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 from lighten import verbs
-from lighten.cli.options import add_json, add_numerics, add_workload, print_json, workload_of
+from lighten.cli.options import add_json, add_numerics, add_sizes, print_json, workload_of
+from lighten.cost.sweep import SIZE_NAMES, Axes
 from lighten.recipe.estimate import Estimate
 from lighten.units import format_bytes, format_count, format_seconds
 
-EXAMPLE = "lighten estimate .models/minilm --batch-size 32 --seq-len 128 --device this"
+EXAMPLE = """lighten estimate .models/minilm --batch-size 32 --seq-len 128 --device this
+  lighten estimate .models/minilm --phase train --batch-size 1,8,32 --seq-len 16:512:*2 --plot minilm.html
+  lighten estimate .models/minilm --phase train --max batch-size --memory 8GB"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a folder in Hugging Face format, or a hub id")
-    add_workload(parser)
+    add_sizes(parser)
     add_numerics(parser)
     parser.add_argument("--device", metavar="NAME", help="this: the machine that `lighten probe` measured")
     parser.add_argument("--recipe", metavar="TEXT|FILE", help="what the model becomes first, such as 'quantize(rtn, bits=4, group_size=64)'")
     parser.add_argument("--method", choices=("auto", "formula"), default="auto", help="default auto: the formula where the family has one")
+    parser.add_argument("--max", choices=[name.replace("_", "-") for name in SIZE_NAMES], help="find the largest that fits into --memory")
+    parser.add_argument("--memory", metavar="SIZE", help="such as 24GB or 24GiB: what --max fills; marks what fits in a sweep and a plot")
+    parser.add_argument("--csv", metavar="FILE", help="write the points of a sweep")
+    parser.add_argument("--plot", metavar="FILE", help=".html or .svg: memory and FLOPs against length, and what has the parameters and FLOPs")
     add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    found = verbs.estimate(arguments.model, recipe=arguments.recipe, device=arguments.device, **workload_of(arguments))
+    sizes = {name: getattr(arguments, name) for name in SIZE_NAMES}
+    if arguments.max or arguments.memory or arguments.csv or arguments.plot or any(len(each) > 1 for each in sizes.values()):
+        from lighten.cli.sizes import run_largest, run_sweep
+
+        return run_largest(arguments, sizes) if arguments.max else run_sweep(arguments, Axes(**sizes))
+    found = estimate_at(arguments, {name: each[0] for name, each in sizes.items()})
     print_json(found.as_json()) if arguments.json else print(estimate_text(found))
     return 0
+
+
+def estimate_at(arguments: argparse.Namespace, sizes: dict[str, int]) -> Estimate:
+    """The estimate that the options ask for, at one size."""
+    words: dict[str, Any] = workload_of(arguments) | sizes
+    return verbs.estimate(arguments.model, recipe=arguments.recipe, device=arguments.device, **words)
 
 
 def estimate_text(found: Estimate) -> str:

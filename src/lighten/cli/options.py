@@ -5,32 +5,81 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import fields
+from functools import partial
 from typing import Any
 
-from lighten.cost.workload import ATTENTIONS, OPTIMIZER_STATE, PHASES, RECOMPUTES
+from lighten.cost.optimizer_state import OPTIMIZERS
+from lighten.cost.sweep import parse_sizes
+from lighten.cost.workload import ATTENTIONS, BASE_BITS, CACHE_KEEPERS, CROSS_ENTROPIES, PHASES, RECOMPUTES, Workload
+from lighten.errors import WorkloadError
 
 
 def add_workload(parser: argparse.ArgumentParser, *, phases: tuple[str, ...] = PHASES) -> None:
     """--phase, --batch-size, --seq-len, --new-tokens."""
-    parser.add_argument("--phase", choices=phases, help="default: encode of an encoder, prefill of a decoder")
+    _add_phase(parser, phases)
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="sequences at once (default 1)")
     parser.add_argument("--seq-len", type=int, default=128, metavar="N", help="tokens of a sequence, or of its prompt (default 128)")
     parser.add_argument("--new-tokens", type=int, default=0, metavar="N", help="tokens to generate")
 
 
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """--phase, and the sizes of `add_workload`, each of which may be several."""
+    _add_phase(parser, PHASES)
+    several = "N or several: 1,8,32 or 512:131072:*2 or 64:512:+64"
+    for flag, default, says in (
+        ("batch-size", (1,), "sequences at once (default 1)"),
+        ("seq-len", (128,), "tokens of a sequence, or of its prompt (default 128)"),
+        ("new-tokens", (0,), "tokens to generate"),
+    ):
+        parser.add_argument(f"--{flag}", type=partial(_sizes, flag.replace("-", "_")), default=default, metavar="N,…", help=f"{says}; {several}")
+        several = "several likewise"
+
+
+def _add_phase(parser: argparse.ArgumentParser, phases: tuple[str, ...]) -> None:
+    parser.add_argument("--phase", choices=phases, help="default: encode of an encoder, prefill of a decoder")
+
+
+def _sizes(name: str, text: str) -> tuple[int, ...]:
+    """One whole number, which `Workload` judges, or several sizes."""
+    try:
+        return (int(text),) if len(text) < 20 and "_" not in text else parse_sizes(text, name)
+    except ValueError:
+        pass
+    try:
+        return parse_sizes(text, name)
+    except WorkloadError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def add_numerics(parser: argparse.ArgumentParser) -> None:
-    """--dtype, --kv-dtype, --attention, --optimizer, --recompute."""
+    """--dtype, --kv-dtype, --attention, --optimizer, --recompute, and what a training step or a cache has beside these."""
     parser.add_argument("--dtype", metavar="D", help="of activations and unquantized weights (default: the checkpoint's)")
     parser.add_argument("--kv-dtype", metavar="D", help="of cached keys and values")
     parser.add_argument("--attention", choices=ATTENTIONS, default="sdpa", help="default sdpa")
-    parser.add_argument("--optimizer", metavar="NAME", help=f"of phase train: {', '.join(OPTIMIZER_STATE)} (default adamw)")
+    parser.add_argument("--optimizer", metavar="NAME", help=f"of phase train: {', '.join(OPTIMIZERS)} (default adamw)")
     parser.add_argument("--recompute", choices=RECOMPUTES, default="none", help="of phase train (default none)")
+    for field, (flag, options) in _MORE.items():
+        if field in _WORKLOAD_FIELDS:
+            parser.add_argument(flag, dest=field, default=_WORKLOAD_FIELDS[field].default, **options)
+
+
+_WORKLOAD_FIELDS = {field.name: field for field in fields(Workload)}
+_MORE: dict[str, tuple[str, dict[str, Any]]] = {
+    "target_len": ("--target-len", {"type": int, "metavar": "N", "help": "of an encoder-decoder: tokens of the target (default: the source's)"}),
+    "master_weights": ("--master-weights", {"action": "store_true", "help": "of phase train: a float32 copy of narrower weights, which is updated"}),
+    "lora_rank": ("--lora-rank", {"type": int, "metavar": "R", "help": "of phase train: adapters of this rank are trained, all else is frozen"}),
+    "lora_targets": ("--lora-targets", {"metavar": "NAMES", "help": "modules that get an adapter, such as q_proj,v_proj (default all-linear)"}),
+    "base_bits": ("--base-bits", {"type": int, "choices": BASE_BITS, "help": "with --lora-rank: the frozen linears are quantized to so many bits"}),
+    "cross_entropy": ("--cross-entropy", {"choices": CROSS_ENTROPIES, "help": "of phase train: how the loss is taken (default full)"}),
+    "kept_by": ("--cache", {"choices": CACHE_KEEPERS, "help": "whose cache keeps keys and values (default transformers)"}),
+}  # fmt: skip
+"""Field of `Workload` → its option; one that has no effect is refused by `Workload`."""
 
 
 def workload_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """The workload options that a command has, by the names of `Workload`."""
-    names = ("phase", "batch_size", "seq_len", "new_tokens", "dtype", "kv_dtype", "attention", "optimizer", "recompute")
-    return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+    return {name: getattr(arguments, name) for name in _WORKLOAD_FIELDS if hasattr(arguments, name)}
 
 
 def positive(text: str) -> int:

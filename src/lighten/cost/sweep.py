@@ -46,10 +46,8 @@ def parse_sizes(text: str, name: str) -> tuple[int, ...]:
             )
         first, last, step = int(match["first"]), int(match["last"] or match["first"]), int(match["step"] or 1)
         multiplies = match["kind"] == "*"
-        if first < 1 or last < first or step < 1 + multiplies:
-            raise WorkloadError(
-                f"{name}: {item.strip()} has no sizes; a range goes up from at least 1, by a factor of at least 2 or a step of at least 1."
-            )
+        if not 1 <= first <= last <= FARTHEST or step < 1 + multiplies:
+            raise WorkloadError(f"{name}: {item.strip()} has no sizes; they go up from 1 to 2**40 at most, by *2 or more, or by +1 or more.")
         if not multiplies and len(found) + (last - first) // step >= MOST_POINTS:
             raise WorkloadError(f"{name}: {item.strip()} is more than the {MOST_POINTS:,} points of a sweep.")
         found += _powers(first, last, step) if multiplies else range(first, last + 1, step)
@@ -108,14 +106,33 @@ class Sweep:
         for row in zip(*(column.tolist() for column in columns.values()), strict=True):
             yield dict(zip(columns, row, strict=True))
 
-    def series(self, name: str) -> list[tuple[dict[str, int], list[int], list[int]]]:
-        """A figure against the length, a line for each combination of the other sizes: (these sizes, lengths, values)."""
-        shape = (len(self.axes.batch_size), len(self.axes.seq_len), len(self.axes.new_tokens))
-        values = self.figures[name].reshape(shape)
+    @property
+    def along(self) -> SizeName:
+        """The size that a plot goes along: the length where there are several, else the size of which there are most."""
+        counts = {name: len(getattr(self.axes, name)) for name in SIZE_NAMES}
+        return "seq_len" if counts["seq_len"] > 1 else max(SIZE_NAMES, key=lambda name: counts[name])
+
+    def lines(self, figure: str) -> list[Line]:
+        """A figure along that size, a line for each combination of the other two."""
+        along = SIZE_NAMES.index(self.along)
+        shape = tuple(len(getattr(self.axes, name)) for name in SIZE_NAMES)
+        places = getattr(self.axes, self.along)
+        others = [name for name in SIZE_NAMES if name != self.along]
+        values = np.moveaxis(self.figures[figure].reshape(shape), along, -1)
+        grid = np.ndindex(*values.shape[:-1])
         return [
-            ({"batch_size": batch, "new_tokens": new}, list(self.axes.seq_len), values[i, :, k].tolist())
-            for i, batch in enumerate(self.axes.batch_size) for k, new in enumerate(self.axes.new_tokens)
+            Line(sizes={name: getattr(self.axes, name)[i] for name, i in zip(others, index, strict=True)},
+                 points=tuple(sorted(zip(places, values[index].tolist(), strict=True))))
+            for index in grid
         ]  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """A figure along one size: the other sizes, and (size, value) in order."""
+
+    sizes: Mapping[str, int]
+    points: tuple[tuple[int, int], ...]
 
 
 def sweep(exact: Exact, workload: Workload, axes: Axes) -> Sweep:
@@ -206,12 +223,13 @@ def find_largest(exact: Exact, workload: Workload, name: SizeName, memory: int, 
     return Largest(name=name, value=fits, memory=memory, peak=peak(fits), next_peak=peak(beyond), bound_by="memory")
 
 
-def common_labels(sizes: Sequence[Mapping[str, int]]) -> list[str]:
-    """What tells lines of a plot apart: the sizes that differ between them.
+def line_names(lines: Sequence[Line]) -> list[str]:
+    """What tells lines apart: the sizes that differ between them, or the batch.
 
-    >>> common_labels([{"batch_size": 1, "new_tokens": 0}, {"batch_size": 8, "new_tokens": 0}])
+    >>> line_names([Line(sizes={"batch_size": size, "new_tokens": 0}, points=()) for size in (1, 8)])
     ['batch 1', 'batch 8']
     """
-    words = {"batch_size": "batch {}", "new_tokens": "{} new"}
-    differing = [name for name in words if len({each[name] for each in sizes}) > 1] or ["batch_size"]
-    return [", ".join(words[name].format(each[name]) for name in differing) for each in sizes]
+    words = {"batch_size": "batch {}", "seq_len": "length {}", "new_tokens": "{} new"}
+    names = list(lines[0].sizes)
+    differing = [name for name in names if len({line.sizes[name] for line in lines}) > 1] or names[:1]
+    return [", ".join(words[name].format(line.sizes[name]) for name in differing) for line in lines]
