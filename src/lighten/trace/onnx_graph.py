@@ -24,7 +24,7 @@ from lighten.trace.onnx_weights import (
     Weight,
     find_weights,
     largest_type,
-    node_path,
+    module_paths,
     numbered_blocks,
     parameters_by_component,
     weight_bytes,
@@ -116,6 +116,11 @@ class OnnxGraph:
         """What it is given at each run, by name."""
         return {given.name: given for given in self.file.model.graph.input if given.name not in self.file.tensors}
 
+    @cached_property
+    def paths(self) -> dict[str, str]:
+        """First output of each node → the module that it comes from, as far as it can be told."""
+        return module_paths(self.file.model.graph)
+
     @property
     def has_cache(self) -> bool:
         """Whether cached keys and values are among its inputs."""
@@ -168,7 +173,7 @@ class OnnxGraph:
             weight_bytes=weight_bytes(self.weights), ops=[(op, count) for run, count in runs for op in run.ops],
             memory=max((timeline.breakdown() for timeline in timelines), key=lambda each: each.peak), timelines=timelines,
             causal_is_known=all(run.causal_is_known for run, _ in runs), unknown_ops=unknown,
-            layers=numbered_blocks([*self.file.tensors, *(node_path(node) for node in self.file.model.graph.node)]),
+            layers=numbered_blocks([*self.file.tensors, *self.paths.values()]),
             assumptions=self._assumptions(workload, sum(run.unsized for run, _ in runs)),
         )  # fmt: skip
 
@@ -252,7 +257,7 @@ class OnnxGraph:
         return tuple(found)
 
     def _op(self, node: onnx.NodeProto, counted: Counted, values: Values) -> Op:
-        path = node_path(node)
+        path = self.paths[node.output[0]]
         own = [name for name in node.input if name in self.weights]
         component = component_of(path)
         if component == "other" and own:
@@ -306,7 +311,7 @@ class OnnxGraph:
                 else:
                     unsized += values.shape(name) is None
                     kind = "weights" if constant_alone else "kv_cache" if _PRESENT.search(name) else "activations"
-                    owner[name] = lives.born(_storage(values, name, kind, node_path(node), node.op_type))
+                    owner[name] = lives.born(_storage(values, name, kind, self.paths[node.output[0]], node.op_type))
                     if constant_alone:
                         kept.add(owner[name])
                 if (index := owner[name]) is not None:

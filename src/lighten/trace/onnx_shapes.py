@@ -124,7 +124,7 @@ def _follow(file: OnnxFile, node: onnx.NodeProto, values: Values) -> None:
 
 def _inferred(file: OnnxFile, node: onnx.NodeProto, values: Values) -> dict[str, onnx.TypeProto]:
     """The types of a node's outputs as its operator's own inference tells them; none where it has none or not enough is known."""
-    from onnx import defs, numpy_helper, shape_inference
+    from onnx import checker, defs, numpy_helper, shape_inference
 
     read = [name for name in node.input if name]
     if not defs.has(node.op_type, node.domain):
@@ -137,7 +137,7 @@ def _inferred(file: OnnxFile, node: onnx.NodeProto, values: Values) -> dict[str,
         return shape_inference.infer_node_outputs(
             schema, node, {name: values.types[name] for name in read}, data, opset_imports=list(file.model.opset_import)
         )
-    except (shape_inference.InferenceError, defs.SchemaError, RuntimeError) as error:
+    except (shape_inference.InferenceError, checker.ValidationError, defs.SchemaError, RuntimeError) as error:
         said = str(error).splitlines()[0]
         raise TraceError(f"{file.path}: {node.op_type} {node.name!r} cannot take these sizes ({said}).") from error
 
@@ -212,19 +212,23 @@ def _own_rule(node: onnx.NodeProto, values: Values) -> dict[str, onnx.TypeProto]
         return {}
     shapes = [values.shape(name) if name else None for name in node.input]
     made = rule(node, shapes)
-    types = _OUTPUT_TYPES.get(node.op_type)
     found = {}
     for place, (name, shape) in enumerate(zip(node.output, made, strict=False)):
-        number = types[place] if types else _float_of(node, values)
+        number = _output_type(node, place, values)
         if name:
             found[name] = tensor_type(number, shape)
     return found
 
 
-def _float_of(node: onnx.NodeProto, values: Values) -> int:
-    """The element type of the first input that is of floats, else of the first."""
+def _output_type(node: onnx.NodeProto, place: int, values: Values) -> int:
+    """The element type of an output: that of the codes for operators on codes, else of the first input of floats."""
+    if node.op_type in _CODES_FROM:
+        at = _CODES_FROM[node.op_type]
+        return values.element_type(node.input[at]) if len(node.input) > at and node.input[at] else _FLOAT if node.op_type == "QGemm" else _UINT8
+    if node.op_type == "EmbedLayerNormalization" and place == 1:
+        return _INT32
     numbers = [values.element_type(name) for name in node.input if name]
-    return next((number for number in numbers if number in (1, 10, 11, 16)), numbers[0] if numbers else 0)
+    return next((number for number in numbers if number in _FLOATS), numbers[0] if numbers else 0)
 
 
 def _first(node: onnx.NodeProto, shapes: list[Shape]) -> list[Shape]:
@@ -338,11 +342,12 @@ _RULES: dict[str, Callable[[Any, list[Shape]], list[Shape]]] = {
 }  # fmt: skip
 """Operator → shapes of its outputs from those of its inputs."""
 
-_OUTPUT_TYPES: dict[str, tuple[int, ...]] = {
-    "QGemm": (2,), "QLinearAdd": (2,), "QLinearMul": (2,), "QLinearSigmoid": (2,), "QLinearLeakyRelu": (2,), "QLinearSoftmax": (2,),
-    "QuantizeLinear": (2,), "EmbedLayerNormalization": (1, 6, 1),
+_CODES_FROM = {
+    "QGemm": 8, "QLinearAdd": 0, "QLinearMul": 0, "QLinearSigmoid": 0, "QLinearLeakyRelu": 0, "QLinearSoftmax": 0, "QuantizeLinear": 2,
 }  # fmt: skip
-"""Element types of outputs (uint8 2, int32 6, float32 1) that are not those of the first float input."""
+"""Operator that makes codes → the input of their type: other codes, or their zero point."""
+_FLOAT, _UINT8, _INT32, _FLOATS = 1, 2, 6, (1, 10, 11, 16)
+"""Numbers of TensorProto: float32, uint8, int32; float32, float16, float64 and bfloat16."""
 
 
 def _broadcast(left: Shape, right: Shape) -> Shape:

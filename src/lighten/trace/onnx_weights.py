@@ -22,10 +22,11 @@ GENERIC = re.compile(r"^(val_\d+|onnx::.*|\d+|_?const\w*|constant\w*)$", re.IGNO
 """Names that exporters make up for weights that they transposed or folded."""
 
 CODES_AT = {
-    "DequantizeLinear": 0, "Gather": 0, "GatherBlockQuantized": 0, "MatMulInteger": 1, "ConvInteger": 1, "MatMulNBits": 1, "MatMulBnb4": 1,
-    "QAttention": 1, "DynamicQuantizeMatMul": 1, "MatMulIntegerToFloat": 1, "QLinearMatMul": 3, "QLinearConv": 3, "QGemm": 3,
+    "DequantizeLinear": (0,), "Gather": (0,), "GatherBlockQuantized": (0,), "MatMulInteger": (1,), "ConvInteger": (1,), "MatMulNBits": (1,),
+    "MatMulBnb4": (1,), "QAttention": (1,), "DynamicQuantizeMatMul": (1,), "MatMulIntegerToFloat": (1,), "QLinearMatMul": (3,),
+    "QLinearConv": (3, 8), "QGemm": (3, 6), "QLinearAdd": (0, 3), "QLinearMul": (0, 3),
 }  # fmt: skip
-"""Operator → the input that takes the codes of a quantized weight."""
+"""Operator → the inputs that take the codes of a quantized weight."""
 SCALES_AT = {
     "DequantizeLinear": (1, 2), "QuantizeLinear": (1, 2), "GatherBlockQuantized": (2, 3), "MatMulInteger": (2, 3), "ConvInteger": (2, 3),
     "MatMulNBits": (2, 3), "MatMulBnb4": (2,), "QAttention": (3, 4, 6, 7), "DynamicQuantizeMatMul": (2, 3), "MatMulIntegerToFloat": (2, 3, 4, 5),
@@ -67,6 +68,7 @@ def find_weights(file: OnnxFile) -> dict[str, Weight]:
         for place, name in enumerate(node.input):
             if name in file.tensors:
                 uses.setdefault(name, []).append(_Use(node=node, place=place))
+    paths = module_paths(file.model.graph)
     dynamic = {node.output[1] for node in _nodes(file.model.graph) if node.op_type == "DynamicQuantizeLinear"}
     found: dict[str, Weight] = {}
     places: set[tuple[str, int]] = set()
@@ -76,11 +78,35 @@ def find_weights(file: OnnxFile) -> dict[str, Weight]:
             continue
         if tensor.place is not None:
             places.add(tensor.place)
-        found[name] = Weight(tensor=tensor, parameters=kind, component=_component(name, uses[name]))
+        found[name] = Weight(tensor=tensor, parameters=kind, component=_component(name, uses[name], paths))
     return found
 
 
-def node_path(node: onnx.NodeProto) -> str:
+FAR = 4
+"""Nodes between an integer product and the bias that is added to it: MatMulInteger, Cast, Mul, Reshape, Add."""
+
+
+def module_paths(graph: onnx.GraphProto) -> dict[str, str]:
+    """First output of each node → the module that it comes from; where its exporter noted none, that of the first node that reads it, `FAR` on at most.
+
+    Quantizers put nodes of their own in the place of a product, with no note; the bias that is added to it still has one.
+    """
+    readers: dict[str, onnx.NodeProto] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, node)
+    found: dict[str, tuple[str, int]] = {}
+    for node in reversed(graph.node):
+        path = _noted_path(node)
+        far = 0
+        if not path and (reader := next((readers[name] for name in node.output if name in readers), None)) is not None:
+            path, far = found.get(reader.output[0], ("", 0))
+            far += 1
+        found[node.output[0]] = (path, far) if far <= FAR else ("", 0)
+    return {name: path for name, (path, _) in found.items()}
+
+
+def _noted_path(node: onnx.NodeProto) -> str:
     """The module that a node comes from, as its exporter noted it; empty where it did not.
 
     Source: `pkg.torch.onnx.name_scopes` of torch.onnx's exporter; names such as `/model/layers.0/self_attn/MatMul` of the one before it.
@@ -107,7 +133,7 @@ def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
 def _parameters(tensor: StoredTensor, uses: list[_Use], dynamic: set[str]) -> int | None:
     """How many parameters a constant stands for; 0 for scales; None where it is no weight."""
     for use in uses:
-        if CODES_AT.get(use.node.op_type) == use.place and not tensor.is_float and (use.node.op_type != "Gather" or tensor.type not in _INDICES):
+        if use.place in CODES_AT.get(use.node.op_type, ()) and not tensor.is_float and (use.node.op_type != "Gather" or tensor.type not in _INDICES):
             return _codes(tensor, use.node) if tensor.elements > 1 else None
     if any(use.place in SCALES_AT.get(use.node.op_type, ()) or _is_scale_product(use, dynamic) for use in uses):
         return 0
@@ -133,13 +159,13 @@ def _is_scale_product(use: _Use, dynamic: set[str]) -> bool:
     return use.node.op_type == "Mul" and any(name in dynamic for name in use.node.input)
 
 
-def _component(name: str, uses: list[_Use]) -> str:
+def _component(name: str, uses: list[_Use], paths: Mapping[str, str]) -> str:
     """What a weight belongs to: a table that is looked up, else by the module that reads it or its own name."""
     if any(use.node.op_type in ("Gather", "GatherBlockQuantized", "EmbedLayerNormalization") and use.place in (0, 2, 3, 4) for use in uses):
         return "embedding"
     if not GENERIC.match(name) and (own := component_of(_module(name))) != "other":
         return own
-    return next((found for use in uses if (found := component_of(node_path(use.node))) != "other"), "other")
+    return next((found for use in uses if (found := component_of(paths.get(use.node.output[0], ""))) != "other"), "other")
 
 
 def _module(name: str) -> str:
