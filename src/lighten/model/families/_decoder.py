@@ -240,7 +240,7 @@ class GroupedQuery:
         names: of q, k, v, o and the norms.
         kinds: the rule for `layer_types` where the config has windows by layer; None where `sliding_window` holds for all.
         sinks: a learned score for each head (gpt-oss).
-        gate: name of a linear that gates each value of the output (afmoe).
+        gate: name of a linear that gates each value of the output (afmoe); `gated_queries`: that linear is part of the queries' (Qwen3-Next).
         rotates: (config, layer) → whether it has rotary positions.
     """
 
@@ -257,6 +257,7 @@ class GroupedQuery:
     windowed: bool = True
     sinks: bool = False
     gate: str | None = None
+    gated_queries: bool = False
     rotates: Condition = yes
 
     def parts(self, block: str, config: Config, layer: int) -> list[Part]:
@@ -266,7 +267,8 @@ class GroupedQuery:
         kv_heads, head_dim = kv_heads_of(config), head_dim_of(config)
         q, kv = heads * head_dim, kv_heads * head_dim
         bias, names = flag(config, self.bias), [f"{at}.{name}" for name in self.names]
-        parts: list[Part] = [linear(name, "attention", hidden, width, bias=bias) for name, width in zip(names, (q, kv, kv), strict=False)]
+        widths = (2 * q if self.gated_queries else q, kv, kv)
+        parts: list[Part] = [linear(name, "attention", hidden, width, bias=bias) for name, width in zip(names, widths, strict=False)]
         if self.head_norm and self.head_norm_if(config, layer):
             parts += self._norms(at, heads, kv_heads, head_dim)
         if self.rotates(config, layer):
@@ -280,8 +282,9 @@ class GroupedQuery:
             )
         )  # fmt: skip
         if self.gate:
+            parts.append(linear(f"{at}.{self.gate}", "attention", hidden, q))
+        if self.gate or self.gated_queries:
             parts += [
-                linear(f"{at}.{self.gate}", "attention", hidden, q),
                 elementwise(f"{at}.gate.sigmoid", "attention", q, "sigmoid"),
                 elementwise(f"{at}.gate.multiply", "attention", q, "multiply"),
             ]
@@ -383,6 +386,10 @@ class Mixer(Protocol):
         """Its parts, in a block of that path and number."""
 
 
+LEGACY_KINDS = {"mamba": "linear_attention", "attention": "full_attention"}
+"""Names of kinds that older configs have. Source: transformers, configuration_utils.remap_legacy_layer_types."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ByKind:
     """A mixer for each kind of layer.
@@ -403,6 +410,7 @@ class ByKind:
             ModelError: a kind that the family does not have.
         """
         kind = types(config, self.field, self.rule)[layer]
+        kind = kind if kind in self.mixers else LEGACY_KINDS.get(kind, kind)
         if kind not in self.mixers:
             raise ModelError(f"config.json: {self.field} of a {config.get('model_type')} model knows {', '.join(self.mixers)}; found {kind!r}.")
         return self.mixers[kind].parts(block, config, layer)

@@ -42,6 +42,7 @@ from lighten.model.families._fields import activation
 from lighten.model.spec import Attention, Linear, Part, Table
 
 GATED = Gated()
+FUSED = Gated(names=("input_linear", "output_linear"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,7 +269,7 @@ class Blocks:
 
     Attributes:
         dense: (config, layer) → whether the layer has no experts.
-        dense_width: the field of the plain MLP's width, or what gives it; `mlp`: its matrices.
+        dense_width: the field of the plain MLP's width, or what gives it; `mlp`: its matrices; `dense_at`: its name, where it is not the mixture's.
     """
 
     attention: Mixer = GROUPED
@@ -276,13 +277,14 @@ class Blocks:
     norms: Norms = PRE_NORMS
     dense: Condition = no
     dense_width: str | Callable[[Config], int] = "intermediate_size"
+    dense_at: str | None = None
     mlp: Gated = GATED
 
     def __call__(self, block: str, config: Config, layer: int) -> list[Part]:
         """The parts of one block."""
         if self.dense(config, layer):
             width = size(config, self.dense_width) if isinstance(self.dense_width, str) else self.dense_width(config)
-            feeds = self.mlp.parts(f"{block}.{self.mixture.at}", config, width)
+            feeds = self.mlp.parts(f"{block}.{self.dense_at or self.mixture.at}", config, width)
         else:
             feeds = self.mixture.parts(block, config, layer)
         return self.norms.around(block, config, self.attention.parts(block, config, layer), feeds)
@@ -329,6 +331,9 @@ W123 = ("experts.*.w1", "experts.*.w3", "experts.*.w2")
 N_SHARED = Shared(width=shared_width("n_shared_experts"))
 MIXTRAL = Mixture(at="block_sparse_moe", number="num_local_experts", width="intermediate_size", experts=W123)
 DEEPSEEK_V3 = Mixture(number="n_routed_experts", scores="sigmoid", balance=Balance(), shared=N_SHARED)
+QWEN_MOE = Mixture(
+    shared=Shared(at="shared_expert", width=lambda config: count(config, "shared_expert_intermediate_size"), gate="shared_expert_gate")
+)
 GRANITE = Mixture(
     at="block_sparse_moe", router="router.layer", number="num_local_experts", width="intermediate_size",
     experts=Stacked(names=("input_linear.weight", "output_linear.weight")),
@@ -389,9 +394,7 @@ DECODERS: dict[str, Decoder] = {
         heads=ALL_HEADS,
         block=Blocks(
             attention=GroupedQuery(bias="qkv_bias", out_bias=False, kinds=_qwen2_moe_kind),
-            mixture=Mixture(
-                shared=Shared(at="shared_expert", width=lambda config: count(config, "shared_expert_intermediate_size"), gate="shared_expert_gate")
-            ),
+            mixture=QWEN_MOE,
             dense=sparse_steps,
         ),
     ),
@@ -459,7 +462,7 @@ DECODERS: dict[str, Decoder] = {
                 GRANITE,
                 shared=Shared(
                     at="shared_mlp", width=lambda config: count(config, "shared_intermediate_size"), beside=True,
-                    mlp=Gated(names=("input_linear", "output_linear")),
+                    mlp=FUSED,
                 ),
             )
         ),

@@ -21,6 +21,7 @@ from lighten.model.families._decoder import (
     Decoder,
     Gated,
     GroupedQuery,
+    Mixer,
     Norms,
     always,
     count,
@@ -182,7 +183,7 @@ class GatedRecurrence:
         ]
 
 
-def mamba_block(mixer: SelectiveScan) -> Callable[[str, Config, int], list[Part]]:
+def mamba_block(mixer: Mixer) -> Callable[[str, Config, int], list[Part]]:
     """x + mixer(norm(x))."""
 
     def block(at: str, config: Config, layer: int) -> list[Part]:
@@ -226,7 +227,8 @@ def rwkv_block(at: str, config: Config, layer: int) -> list[Part]:
 
 
 def _jamba_kind(config: Config, layer: int) -> str:
-    return "attention" if layer % size(config, "attn_layer_period") == count(config, "attn_layer_offset") else "mamba"
+    attends = layer % size(config, "attn_layer_period") == count(config, "attn_layer_offset")
+    return "full_attention" if attends else "linear_attention"
 
 
 def _jamba_dense(config: Config, layer: int) -> bool:
@@ -292,11 +294,11 @@ DECODERS: dict[str, Decoder] = {
         block=Blocks(
             attention=ByKind(
                 mixers={
-                    "mamba": SelectiveScan(
+                    "linear_attention": SelectiveScan(
                         at="mamba", width=expanded("mamba_expand"), state="mamba_d_state", kernel="mamba_d_conv", rank="mamba_dt_rank",
                         bias="mamba_proj_bias", conv_bias="mamba_conv_bias", normed="weighted",
                     ),
-                    "attention": GroupedQuery(bias=False, out_bias=False, rotates=no, windowed=False),
+                    "full_attention": GroupedQuery(bias=False, out_bias=False, rotates=no, windowed=False),
                 },
                 rule=_jamba_kind,
                 field="layers_block_type",
