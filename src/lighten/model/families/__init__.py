@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lighten.errors import UnsupportedFamily
-from lighten.model.families import bert, decoders, encoders, experts, llama, pairs, recurrent, speech, vision
+from lighten.model.families import bert, decoders, encoders, experts, llama, pairs, pyramid, recurrent, speech, vision
 from lighten.model.families._config import complete
 from lighten.model.families._family import Family
 from lighten.model.spec import Part
@@ -21,6 +21,7 @@ FAMILIES: dict[str, Family] = {
     **speech.FAMILIES,
     **pairs.FAMILIES,
     **encoders.FAMILIES,
+    **pyramid.FAMILIES,
 }
 """`model_type` → its architectures and the function that gives their parts."""
 
@@ -28,7 +29,7 @@ FAMILIES: dict[str, Family] = {
 def has_formula(config: Mapping[str, Any], architecture: str) -> bool:
     """Whether a formula describes the architecture."""
     family = FAMILIES.get(str(config.get("model_type")))
-    return family is not None and architecture in family.architectures
+    return family is not None and architecture in (*family.architectures, *family.elsewhere)
 
 
 def describe(config: Mapping[str, Any], architecture: str) -> tuple[Part, ...]:
@@ -40,8 +41,8 @@ def describe(config: Mapping[str, Any], architecture: str) -> tuple[Part, ...]:
     """
     family = config.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
-        raise UnsupportedFamily(f"model_type {family!r} has no formula; these have one: {', '.join(FAMILIES)}.")
-    known = FAMILIES[family].architectures
+        raise UnsupportedFamily(f"model_type {family!r} has no formula; these have one: {', '.join(FAMILIES)}.", config=config)
+    known = (*FAMILIES[family].architectures, *FAMILIES[family].elsewhere)
     if architecture not in known:
-        raise UnsupportedFamily(f"{family} architecture {architecture!r} has no formula; these have one: {', '.join(known)}.")
+        raise UnsupportedFamily(f"{family} architecture {architecture!r} has no formula; these have one: {', '.join(known)}.", config=config)
     return FAMILIES[family].describe(complete(config), architecture)

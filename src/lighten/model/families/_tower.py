@@ -170,6 +170,15 @@ def mlp(at: str, shape: Block, rows: Rows) -> list[Part]:
     ]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Buffers(Table):
+    """Tensors that a checkpoint holds and that are no parameters: the running statistics of a BatchNorm, an index of positions."""
+
+    @property
+    def parameters(self) -> int:
+        return 0
+
+
 def linear(name: str, columns: int, outputs: int, bias: bool, component: str, rows: Rows) -> Linear:
     return Linear(name=name, component=component, rows=rows, in_features=columns, out_features=outputs, bias=bias)
 
