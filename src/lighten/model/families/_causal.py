@@ -27,6 +27,11 @@ DROPOUTS = (
 )  # fmt: skip
 
 
+SHAPES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+KINDS = ("ForCausalLM", "LMHeadModel", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "Model")
+"""What the names of classes end with; the first that fits."""
+
+
 def no_windows(config: Config, layers: int) -> Sequence[int | None]:
     """Every layer sees all."""
     return [None] * layers
@@ -60,9 +65,10 @@ class Decoder:
     Attributes:
         stem: what the names of its classes begin with.
         heads: what they end with.
+        elsewhere: its classes in other code than transformers'.
         prefix: path of the decoder in a class with a head; `inner`: in the bare one too (OPT's "decoder.").
         question_prefix: that in its class for question answering, where it is another.
-        positions: its table of learned positions, and how many rows it has beyond them.
+        positions: its table of learned positions, `position_count` the field of how many, `position_offset` the rows that it has beyond them.
         adds_positions: positions are added that are no parameters.
         norm_bias: None: as the kind of norm has.
         attention_norm, mlp_norm: before each branch; None in a parallel block: shared with attention.
@@ -76,6 +82,7 @@ class Decoder:
         rotary: share of a head that is turned by the position (0: no rotary positions); a config may say another.
         rotary_layers: (config, layer, window) → whether a layer has them.
         intermediate: field of the MLP's width (None: no field sets it); `times`: that over hidden_size where no field says it (None: one has to).
+        halved: that field counts the gate and the values together.
         fixed_act: an activation that no field changes.
         act_parameters, act_buffers: scalars of the activation function that are trained, and constants that its checkpoint has beside them.
         bidirectional: attention is not causal.
@@ -87,6 +94,7 @@ class Decoder:
 
     stem: str
     heads: tuple[str, ...]
+    elsewhere: tuple[str, ...] = ()
     prefix: str = "model."
     inner: str = ""
     question_prefix: str | None = None
@@ -94,6 +102,7 @@ class Decoder:
     embedding_norm: str | None = None
     positions: str | None = None
     position_offset: int = 0
+    position_count: str = "max_position_embeddings"
     adds_positions: bool = False
     layers: str = "layers"
     final_norm: str | None = "norm"
@@ -137,6 +146,7 @@ class Decoder:
     transposed: bool = False
     intermediate: str | None = "intermediate_size"
     times: int | None = None
+    halved: bool = False
     act: str = "hidden_act"
     fixed_act: str | None = None
     act_parameters: tuple[str, ...] = ()
@@ -167,7 +177,8 @@ class _Sizes:
         return self.key_value_heads * self.head_dim
 
 
-Traits: TypeAlias = Decoder | Callable[[Config], Decoder]
+Traits: TypeAlias = Decoder | Callable[[Config, str], Decoder]
+"""What a decoder is like: always the same, or by its config and architecture."""
 
 
 def family(traits: Traits, *, of: Decoder | None = None) -> Family:
@@ -176,23 +187,24 @@ def family(traits: Traits, *, of: Decoder | None = None) -> Family:
     if not isinstance(known, Decoder):
         raise TypeError("a family whose traits depend on the config says its classes by another's")
     names = tuple(f"{known.stem}{head}" for head in known.heads)
-    return Family(describe=lambda config, architecture: _describe(traits, config, architecture), architectures=names)
+    return Family(describe=lambda config, architecture: _describe(traits, config, architecture), architectures=names, elsewhere=known.elsewhere)
 
 
 def _describe(traits: Traits, config: Config, architecture: str) -> tuple[Part, ...]:
     family_name = str(config.get("model_type"))
-    t = traits if isinstance(traits, Decoder) else traits(config)
-    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    t = traits if isinstance(traits, Decoder) else traits(config, architecture)
     if t.hidden and config.get(t.hidden) is not None:
         config = {**config, "hidden_size": config[t.hidden]}
-    c = require(config, (*names, t.intermediate) if t.intermediate and not t.times else names, family_name)
+    positions = (t.position_count,) if t.positions is not None else ()
+    ffn = (t.intermediate,) if t.intermediate and not t.times else ()
+    c = require(config, (*SHAPES, *ffn, *positions), family_name)
     check_probabilities(config, [name for name in DROPOUTS if config.get(name) is not None])
     optional(config, "max_position_embeddings")
     for name in t.unsupported:
         if config.get(name):
             raise UnsupportedFamily(f"{family_name} with {name}={config[name]!r} has no formula; without {name} it has.")
     s = _sizes(t, config, c)
-    kind = architecture.removeprefix(t.stem).removeprefix("Text")
+    kind = next(each for each in KINDS if architecture.endswith(each))
     outer = "" if kind == "Model" else t.question_prefix if kind == "ForQuestionAnswering" and t.question_prefix else t.prefix
     base = f"{outer}{t.inner}"
     windows = t.windows(config, c["num_hidden_layers"])
@@ -215,6 +227,8 @@ def _sizes(t: Decoder, config: Config, c: Mapping[str, int]) -> _Sizes:
     if heads % kv_heads:
         raise ModelError(f"config.json: num_attention_heads={heads} is not a multiple of {t.key_value_heads}={kv_heads}.")
     ffn = (optional(config, t.intermediate) if t.intermediate else None) or hidden * (t.times or 1)
+    if t.halved:
+        ffn //= 2
     return _Sizes(hidden=hidden, heads=heads, key_value_heads=kv_heads, head_dim=head_dim, ffn=ffn, rotary=_rotary_width(t, config, head_dim))
 
 
@@ -250,8 +264,7 @@ def _embeddings(t: Decoder, config: Config, c: Mapping[str, int], base: str) -> 
     if width != hidden:
         parts.append(Linear(name=f"{base}project_in", component="embedding", in_features=width, out_features=hidden))
     if t.positions is not None:
-        rows = require(config, ("max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads"), str(config.get("model_type")))
-        count = rows["max_position_embeddings"] + t.position_offset
+        count = c[t.position_count] + t.position_offset
         parts.append(Embedding(name=f"{base}{t.positions}", component="embedding", num_embeddings=count, embedding_dim=hidden, rows="position"))
     if t.positions is not None or t.adds_positions:
         parts.append(_add(f"{base}{t.embedding}.add", "embedding", hidden))

@@ -15,7 +15,7 @@ SHAPES = frozenset({
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "d_model", "d_ff", "d_kv", "num_layers",
     "n_embd", "n_layer", "n_head", "n_layers", "n_heads", "hidden_dim", "dim", "ffn_dim", "encoder_layers", "decoder_layers", "num_heads",
     "encoder_attention_heads", "decoder_attention_heads", "encoder_ffn_dim", "decoder_ffn_dim", "max_position_embeddings", "type_vocab_size",
-    "n_positions",
+    "n_positions", "attention_heads", "dff",
 })  # fmt: skip
 """Fields that a class's default never fills in for a model of one's own: a size that was forgotten is an error, not a guess."""
 

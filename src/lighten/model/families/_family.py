@@ -16,7 +16,9 @@ class Family:
     Attributes:
         describe: gives the parts of (config, architecture) in forward order, with the names that the checkpoint gives its tensors.
         architectures: the classes that it describes.
+        elsewhere: classes of the same `model_type` in other code than transformers', which checkpoints name too.
     """
 
     describe: Callable[[Mapping[str, Any], str], tuple[Part, ...]]
     architectures: tuple[str, ...]
+    elsewhere: tuple[str, ...] = ()

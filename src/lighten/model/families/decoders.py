@@ -5,9 +5,9 @@ Source: the modeling files of transformers 5 (`src/transformers/models/<model_ty
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from lighten.errors import ModelError
+from lighten.errors import ModelError, UnsupportedFamily
 from lighten.model.families._causal import Config, Decoder, QueryNorm, Windows, family, other
 from lighten.model.families._fields import optional
 
@@ -235,10 +235,15 @@ COHERE = Decoder(
     stem="Cohere", heads=GENERATES, norm="layernorm", norm_bias=False, mlp_norm=None, parallel=True, qkv_bias="attention_bias",
     out_bias="attention_bias", query_norm=QueryNorm(span="heads", present="use_qk_norm"),
 )  # fmt: skip
+MPT = other(
+    BLOOM, stem="Mpt", elsewhere=("MPTForCausalLM",), embedding="wte", embedding_norm=None, layers="blocks", final_norm="norm_f",
+    norm_bias=False, attention_norm="norm_1", mlp_norm="norm_2", attention="attn", fused="Wqkv", out="out_proj", qkv_bias=False,
+    out_bias=False, mlp="ffn.", up="up_proj", down="down_proj", mlp_bias=False, hidden=None,
+)  # fmt: skip
 HYPERCLOVAX = other(LLAMA, stem="HyperCLOVAX", heads=GENERATES)
 
 
-def _falcon(config: Config) -> Decoder:
+def _falcon(config: Config, architecture: str) -> Decoder:
     """Falcon's three blocks: 180B and 40B (grouped heads, two norms), 7B (one key head, one norm), RW (bias, no parallel branches)."""
     new, parallel = bool(config.get("new_decoder_architecture")), bool(config.get("parallel_attn"))
     norms = config.get("num_ln_in_parallel_attn") or (2 if new else 1)
@@ -258,7 +263,7 @@ def _falcon(config: Config) -> Decoder:
     )
 
 
-def _opt(config: Config) -> Decoder:
+def _opt(config: Config, architecture: str) -> Decoder:
     """OPT-350m has its norms after the residual additions and none at the end; the others before."""
     before = bool(config.get("do_layer_norm_before"))
     return other(
@@ -268,11 +273,32 @@ def _opt(config: Config) -> Decoder:
     )
 
 
-def _stablelm(config: Config) -> Decoder:
+def _mpt(config: Config, architecture: str) -> Decoder:
+    """MPT: transformers has it with ALiBi and no biases alone; llm-foundry, whose class is MPTForCausalLM, with learned positions and biases too.
+
+    Source: llm-foundry, llmfoundry/models/mpt/modeling_mpt.py; its counts in scripts/train/benchmarking/README.md are in tests/test_decoders.py.
+    """
+    if architecture not in MPT.elsewhere:
+        return MPT
+    attention = config.get("attn_config")
+    attention = attention if isinstance(attention, Mapping) else {}
+    if (kind := attention.get("attn_type", "multihead_attention")) != "multihead_attention" or attention.get("qk_ln"):
+        raise UnsupportedFamily(
+            f"an MPT with attn_type={kind!r}, qk_ln={attention.get('qk_ln')!r} has no formula; multihead_attention without qk_ln has."
+        )
+    biased = not config.get("no_bias")
+    learned = bool(config.get("learned_pos_emb")) and not attention.get("alibi") and not attention.get("rope")
+    return other(
+        MPT, norm_bias=biased, qkv_bias=biased, out_bias=biased, mlp_bias=biased, positions="wpe" if learned else None,
+        position_count="max_seq_len", times=optional(config, "expansion_ratio") or 4,
+    )  # fmt: skip
+
+
+def _stablelm(config: Config, architecture: str) -> Decoder:
     return other(STABLELM, parallel=True, mlp_norm=None) if config.get("use_parallel_residual") else STABLELM
 
 
-def _hyperclovax(config: Config) -> Decoder:
+def _hyperclovax(config: Config, architecture: str) -> Decoder:
     if not config.get("use_post_norm"):
         return HYPERCLOVAX
     return other(HYPERCLOVAX, attention_out_norm="post_norm1", mlp_out_norm="post_norm2")
@@ -295,11 +321,6 @@ GPT_LIKE: dict[str, Decoder] = {
     "codegen": other(GPTJ, stem="CodeGen", heads=GENERATES, fused="qkv_proj"),
     "gpt_neox": NEOX,
     "bloom": BLOOM,
-    "mpt": other(
-        BLOOM, stem="Mpt", embedding="wte", embedding_norm=None, layers="blocks", final_norm="norm_f", norm_bias=False,
-        attention_norm="norm_1", mlp_norm="norm_2", attention="attn", fused="Wqkv", out="out_proj", qkv_bias=False, out_bias=False, mlp="ffn.",
-        up="up_proj", down="down_proj", mlp_bias=False, hidden=None,
-    ),
     "xglm": XGLM,
     "biogpt": other(
         XGLM, stem="BioGpt", heads=CLASSIFIES, prefix="biogpt.", positions="embed_positions", adds_positions=False, head="output_projection",
@@ -340,11 +361,17 @@ GPT_LIKE: dict[str, Decoder] = {
     "gemma3_text": other(
         GEMMA2, stem="Gemma3", heads=(LM, "TextModel", "TextForSequenceClassification"), query_norm=QueryNorm(), windows=_gemma3,
     ),
+    "qwen": Decoder(  # the first, which is not of transformers (Bai et al. 2023, arXiv:2309.16609)
+        stem="QWen", heads=("LMHeadModel",), prefix="transformer.", embedding="wte", layers="h", final_norm="ln_f", attention_norm="ln_1",
+        mlp_norm="ln_2", attention="attn", fused="c_attn", out="c_proj", qkv_bias=True, head_dim="kv_channels", key_value_heads=None,
+        gate="w2", up="w1", down="c_proj", halved=True, fixed_act="silu",
+    ),
     "granite_swa": other(LLAMA, stem="GraniteSWA", heads=GENERATES, windows=all_but_every(4, first=True), sinks="sinks"),
 }  # fmt: skip
 
 FAMILIES = {name: family(traits) for name, traits in (LLAMA_LIKE | GPT_LIKE).items()} | {
     "falcon": family(_falcon, of=FALCON),
+    "mpt": family(_mpt, of=MPT),
     "opt": family(_opt, of=OPT),
     "stablelm": family(_stablelm, of=STABLELM),
     "hyperclovax": family(_hyperclovax, of=HYPERCLOVAX),
