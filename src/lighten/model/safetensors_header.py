@@ -33,14 +33,30 @@ def read_header(path: Path) -> tuple[TensorSpec, ...]:
         raise ModelError(f"{path}: {size} bytes are no safetensors file; it starts with 8 bytes that give the header's length.")
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if length > min(MAX_HEADER_BYTES, size - 8):
-            limit = "the file" if length > size - 8 else f"the format's limit of {MAX_HEADER_BYTES} bytes"
-            raise ModelError(f"{path}: its header claims {length} bytes, more than {limit}; the file is truncated or not safetensors.")
+        check_length(path, length, size)
         raw = file.read(length)
+    return parse_header(path, raw, size)
+
+
+def check_length(path: Path, length: int, size: int) -> None:
+    """Raises:
+    ModelError: a header of `length` bytes, which a file of `size` bytes cannot have.
+    """
+    if length > min(MAX_HEADER_BYTES, size - 8):
+        limit = "the file" if length > size - 8 else f"the format's limit of {MAX_HEADER_BYTES} bytes"
+        raise ModelError(f"{path}: its header claims {length} bytes, more than {limit}; the file is truncated or not safetensors.")
+
+
+def parse_header(path: Path, raw: bytes, size: int) -> tuple[TensorSpec, ...]:
+    """The tensors that the header `raw` of a file of `size` bytes describes.
+
+    Raises:
+        ModelError: not a header, or one that describes a file of another size.
+    """
     tensors, data_bytes = _parse(path, raw)
-    if 8 + length + data_bytes != size:
-        state = "truncated" if size < 8 + length + data_bytes else "longer than its header says"
-        raise ModelError(f"{path}: {state}: its header describes {8 + length + data_bytes} bytes, the file has {size}.")
+    if 8 + len(raw) + data_bytes != size:
+        state = "truncated" if size < 8 + len(raw) + data_bytes else "longer than its header says"
+        raise ModelError(f"{path}: {state}: its header describes {8 + len(raw) + data_bytes} bytes, the file has {size}.")
     return tensors
 
 

@@ -78,7 +78,7 @@ def find_weights(file: OnnxFile) -> dict[str, Weight]:
             continue
         if tensor.place is not None:
             places.add(tensor.place)
-        found[name] = Weight(tensor=tensor, parameters=kind, component=_component(name, uses[name], paths))
+        found[name] = Weight(tensor=tensor, parameters=kind, component=_component(tensor, uses[name], paths))
     return found
 
 
@@ -87,7 +87,7 @@ FAR = 4
 
 
 def module_paths(graph: onnx.GraphProto) -> dict[str, str]:
-    """First output of each node → the module that it comes from; where its exporter noted none, that of the first node that reads it, `FAR` on at most.
+    """First output of each node → the module that it comes from; where its exporter noted none, that of what reads it, `FAR` nodes on at most.
 
     Quantizers put nodes of their own in the place of a product, with no note; the bias that is added to it still has one.
     """
@@ -159,13 +159,15 @@ def _is_scale_product(use: _Use, dynamic: set[str]) -> bool:
     return use.node.op_type == "Mul" and any(name in dynamic for name in use.node.input)
 
 
-def _component(name: str, uses: list[_Use], paths: Mapping[str, str]) -> str:
+def _component(tensor: StoredTensor, uses: list[_Use], paths: Mapping[str, str]) -> str:
     """What a weight belongs to: a table that is looked up, else by the module that reads it or its own name."""
     if any(use.node.op_type in ("Gather", "GatherBlockQuantized", "EmbedLayerNormalization") and use.place in (0, 2, 3, 4) for use in uses):
         return "embedding"
-    if not GENERIC.match(name) and (own := component_of(_module(name))) != "other":
+    own, is_matrix = component_of(_module(tensor.name)), len(tensor.shape) > 1
+    if not GENERIC.match(tensor.name) and own != "other":
         return own
-    return next((found for use in uses if (found := component_of(paths.get(use.node.output[0], ""))) != "other"), "other")
+    near = [component_of(paths.get(use.node.output[0], "")) for use in uses]
+    return next((found for found in near if found not in (("other", "norm") if is_matrix else ("other",))), "other")
 
 
 def _module(name: str) -> str:
