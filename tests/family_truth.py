@@ -72,7 +72,8 @@ def inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str, torch.T
         found["input_ids"] = ids
     if "pixel_values" in takes and getattr(vision, "image_size", None):
         size = vision.image_size if isinstance(vision.image_size, list | tuple) else [vision.image_size] * 2
-        found["pixel_values"] = torch.zeros(batch, getattr(vision, "num_channels", 3), *size)
+        frames = [vision.num_frames] if hasattr(vision, "num_frames") else []
+        found["pixel_values"] = torch.zeros(batch, *frames, getattr(vision, "num_channels", 3), *size)
     if "decoder_input_ids" in takes:
         found["decoder_input_ids"] = ids
     return found

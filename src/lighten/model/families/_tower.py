@@ -225,6 +225,18 @@ def positive(config: Mapping[str, Any], names: Iterable[str], family: str) -> di
     return {name: int(value) for name, value in values.items() if value is not None}
 
 
+def says(config: Mapping[str, Any], value: bool | str) -> bool:
+    """A fact, or what a field of the config says: a switch, or a number that is more than 0. Missing or null: no.
+
+    Raises:
+        ModelError: a field that is neither a switch nor a number.
+    """
+    found = value if isinstance(value, bool) else config.get(value)
+    if found is not None and not isinstance(found, int | float):
+        raise ModelError(f"config.json: {value}={found!r} is neither true, false nor a number.")
+    return found is not None and found > 0
+
+
 def check_layers(count: int) -> None:
     """Raises:
     ModelError: more layers than any model has.

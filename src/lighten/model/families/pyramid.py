@@ -28,6 +28,7 @@ from lighten.model.families._tower import (
     pair,
     positive,
     residual,
+    says,
     table,
 )
 from lighten.model.spec import Conv, Part, Product
@@ -108,10 +109,12 @@ def describe_swin(swin: Swin, family: str, config: Config, architecture: str) ->
     stages, at = lengths(config, ("depths", "num_heads"), family), _prefix(architecture, swin.base)
     check_layers(sum(stages["depths"]))
     image, patch = Cells(*pair(config, "image_size", family)), c["patch_size"]
+    if min(image) < patch:
+        raise ModelError(f"config.json of a {family} model: image_size={config['image_size']} is smaller than patch_size={patch}.")
     cells = image.divided_up(patch)
     known = Cells(image.height // patch, image.width // patch)  # the patches that it has positions for, of the part that is not padded
     shapes: dict[str, tuple[int, ...]] = {"mask_token": (1, 1, c["embed_dim"])} if architecture.endswith("ForMaskedImageModeling") else {}
-    if config.get("use_absolute_embeddings"):
+    if says(config, "use_absolute_embeddings"):
         if swin.second or known != cells:
             raise ModelError(
                 f"config.json of a {family} model: use_absolute_embeddings={config['use_absolute_embeddings']!r} cannot be added to the patches of "
@@ -139,7 +142,7 @@ def describe_swin(swin: Swin, family: str, config: Config, architecture: str) ->
 
 
 def _swin_block(swin: Swin, config: Config, family: str, hidden: int, heads: int) -> Block:
-    bias = bool(config.get("qkv_bias"))
+    bias = says(config, "qkv_bias")
     names = replace(BERT_NAMES, attention_norm="layernorm_before", mlp_norm="layernorm_after")
     return Block(
         hidden=hidden, ffn=int(_ratio(config, "mlp_ratio", family) * hidden), heads=heads, kv_heads=heads, head_dim=divided(hidden, heads),
@@ -230,7 +233,7 @@ def describe_convnext(second: bool, family: str, config: Config, architecture: s
         _conv(f"{at}embeddings.patch_embeddings", cells, c["num_channels"], columns, c["patch_size"]),
         layernorm(f"{at}embeddings.layernorm", columns, cells.rows),
     ]
-    scaled = not second and config.get("layer_scale_init_value", 0) > 0
+    scaled = not second and says(config, "layer_scale_init_value")
     act = str(config.get("hidden_act", "gelu"))
     for stage, (hidden, depth) in enumerate(zip(stages["hidden_sizes"], stages["depths"], strict=True)):
         name = f"{at}encoder.stages.{stage}"
@@ -318,7 +321,7 @@ def describe_pvt(pvt: PvtNames, family: str, config: Config, architecture: str) 
             side = image if stage == 0 else Cells(*(size // 2 ** (stage + 1) for size in image))
             parts += _pvt_positions(f"{at}encoder.patch_embeddings.{stage}", Cells(*(size // patch for size in side)), hidden, cells, token=token)
         shape = _pvt_block(pvt, config, hidden, stages["num_attention_heads"][stage], stages["mlp_ratios"][stage])
-        reduced = _reduction(stages[pvt.ratios][stage], cells, linear_attention=second and bool(config.get("linear_attention")))
+        reduced = _reduction(stages[pvt.ratios][stage], cells, linear_attention=second and says(config, "linear_attention"))
         for layer in range(stages["depths"][stage]):
             parts += _pvt_layer(f"{at}{pvt.block.format(stage)}.{layer}", pvt, shape, cells, reduced, token)
         if second:
@@ -337,7 +340,7 @@ def _pvt_positions(at: str, known: Cells, hidden: int, cells: Cells, *, token: b
 
 
 def _pvt_block(pvt: PvtNames, config: Config, hidden: int, heads: int, ratio: int) -> Block:
-    bias = bool(config.get("qkv_bias", True))
+    bias = says(config, "qkv_bias")
     return Block(
         hidden=hidden, ffn=hidden * ratio, heads=heads, kv_heads=heads, head_dim=divided(hidden, heads), names=pvt.names,
         act=str(config.get("hidden_act", "gelu")), q_bias=bias, k_bias=bias, v_bias=bias,

@@ -26,6 +26,7 @@ from lighten.model.families._tower import (
     linear,
     pair,
     positive,
+    says,
     table,
 )
 from lighten.model.spec import Attention, Conv, Part
@@ -96,13 +97,6 @@ class Grid:
         return self.height * self.width
 
 
-def _says(config: Config, value: bool | str) -> bool:
-    if isinstance(value, bool):
-        return value
-    found = config.get(value)
-    return found > 0 if isinstance(found, int | float) and not isinstance(found, bool) else bool(found)
-
-
 def grid_of(config: Config, family: str) -> tuple[int, int]:
     """Patches of the image, down and across.
 
@@ -142,9 +136,9 @@ def describe_vit(vit: Vit, family: str, config: Config, architecture: str) -> tu
         *_relative(vit, config, grid, shape, layer),
         *blocks(layer, config["num_hidden_layers"], shape, rows),
     ]
-    if vit.relative and _says(config, vit.relative[1]):
+    if vit.relative and says(config, vit.relative[1]):
         parts = _with_relative(parts, grid, shape, layer)
-    if vit.norm and not (vit.norm_unless and _says(config, vit.norm_unless)):
+    if vit.norm and not (vit.norm_unless and says(config, vit.norm_unless)):
         parts.append(layernorm(f"{prefix}{vit.norm}", shape.hidden, rows))
     return (*parts, *vit.heads[architecture](vit, config, grid))
 
@@ -157,17 +151,17 @@ def _count(config: Config, name: str) -> int:
 
 
 def _block(vit: Vit, config: Config, family: str) -> Block:
-    q, k, v = (_says(config, each) for each in vit.bias)
+    q, k, v = (says(config, each) for each in vit.bias)
     traits: dict[str, Any] = {
-        "q_bias": q, "k_bias": k, "v_bias": v, "out_bias": _says(config, vit.out_bias), "mlp_bias": _says(config, vit.mlp_bias),
-        "scaled": _says(config, vit.scaled), "gated": _says(config, vit.gated), "rotary": vit.rotary, "names": vit.names,
+        "q_bias": q, "k_bias": k, "v_bias": v, "out_bias": says(config, vit.out_bias), "mlp_bias": says(config, vit.mlp_bias),
+        "scaled": says(config, vit.scaled), "gated": says(config, vit.gated), "rotary": vit.rotary, "names": vit.names,
     }  # fmt: skip
     if vit.mlp_ratio:
         hidden, ratio = positive(config, ("hidden_size",), family)["hidden_size"], config.get(vit.mlp_ratio)
         if not isinstance(ratio, int | float) or isinstance(ratio, bool) or not 0 < ratio < 1000:
             raise ModelError(f"config.json of a {family} model: {vit.mlp_ratio}={ratio!r} is not a ratio of the MLP's width to hidden_size.")
         traits["ffn"] = int(hidden * ratio)
-    if vit.swiglu and _says(config, vit.swiglu):
+    if vit.swiglu and says(config, vit.swiglu):
         traits["ffn"] = (int(traits["ffn"] * 2 / 3) + 7) // 8 * 8
         traits["packed"] = True
         traits["act"] = "silu"
@@ -180,7 +174,7 @@ def _embeddings(vit: Vit, config: Config, architecture: str, grid: Grid, extra: 
     shapes: dict[str, tuple[int, ...]] = {name: (1, count, hidden) for name, count in extra.items()}
     if vit.mask_when(config, architecture):
         shapes["mask_token"] = (*vit.mask_shape, hidden)
-    learned = _says(config, vit.positions)
+    learned = says(config, vit.positions)
     if learned:
         with_positions = sum(count for name, count in extra.items() if name in vit.positioned)
         shapes["position_embeddings"] = (1, grid.patches + with_positions, hidden)
@@ -195,7 +189,7 @@ def _relative_table(name: str, grid: Grid, heads: int) -> Part:
 
 
 def _relative(vit: Vit, config: Config, grid: Grid, shape: Block, layer: str) -> list[Part]:
-    if not (vit.relative and _says(config, vit.relative[0])):
+    if not (vit.relative and says(config, vit.relative[0])):
         return []
     return [_relative_table(f"{layer.split('.layer.')[0]}.relative_position_bias", grid, shape.heads)]
 
@@ -216,7 +210,7 @@ def _none(vit: Vit, config: Config, grid: Grid) -> list[Part]:
     return []
 
 
-def _pooler(vit: Vit, config: Config, grid: Grid) -> list[Part]:
+def pooler(vit: Vit, config: Config, grid: Grid) -> list[Part]:
     size = optional(config, "pooler_output_size") or grid.hidden
     return [
         linear(f"{grid.prefix}pooler.dense", grid.hidden, size, True, "pooler", "sequence"),
@@ -259,7 +253,7 @@ def _reconstruction(vit: Vit, config: Config, grid: Grid) -> list[Part]:
     inner = {**config, **{name.removeprefix("decoder_"): sizes[name] for name in own}}
     patch = pair(config, "patch_size", vit.base)
     hidden, rows = sizes["decoder_hidden_size"], grid.patches + 1
-    shape = block_of(inner, vit.base, **dict.fromkeys(("q_bias", "k_bias", "v_bias"), _says(config, "qkv_bias")))
+    shape = block_of(inner, vit.base, **dict.fromkeys(("q_bias", "k_bias", "v_bias"), says(config, "qkv_bias")))
     return [
         linear("decoder.decoder_embed", grid.hidden, hidden, True, "head", grid.rows),
         table("decoder", {"mask_token": (1, 1, hidden), "decoder_pos_embed": (1, rows, hidden)}),
@@ -291,7 +285,7 @@ def _mid_positions(vit: Vit, config: Config, grid: Grid) -> list[Part]:
 
 
 def _yolos_pooled(vit: Vit, config: Config, grid: Grid) -> list[Part]:
-    return [*_mid_positions(vit, config, grid), *_pooler(vit, config, grid)]
+    return [*_mid_positions(vit, config, grid), *pooler(vit, config, grid)]
 
 
 def _yolos_detector(vit: Vit, config: Config, grid: Grid) -> list[Part]:
@@ -318,12 +312,12 @@ DINO = {"scaled": True, "swiglu": "use_swiglu_ffn", "mlp_ratio": "mlp_ratio", "m
 VITS: dict[str, Vit] = {
     "vit": Vit(
         base="vit", mask_when=_masked,
-        heads={"ViTModel": _pooler, "ViTForImageClassification": _classifier, "ViTForMaskedImageModeling": _pixels},
+        heads={"ViTModel": pooler, "ViTForImageClassification": _classifier, "ViTForMaskedImageModeling": _pixels},
     ),
     "deit": Vit(
         base="deit", mask_when=_masked, tokens={"cls_token": 1, "distillation_token": 1},
         heads={
-            "DeiTModel": _pooler, "DeiTForImageClassification": _classifier, "DeiTForMaskedImageModeling": _pixels,
+            "DeiTModel": pooler, "DeiTForImageClassification": _classifier, "DeiTForMaskedImageModeling": _pixels,
             "DeiTForImageClassificationWithTeacher": partial(_classifier, names=("cls_classifier", "distillation_classifier")),
         },
     ),
