@@ -100,6 +100,11 @@ def test_four_bits_are_the_bytes_of_bitsandbytes_tensors(shape, expected):
     assert quantized_bytes(one_linear(*shape), "bfloat16", 4) == expected
 
 
+def test_without_double_quantization_the_maxima_are_float32():
+    # the same library, compress_statistics=False: 16384 + 4 * 512 + 64
+    assert quantized_bytes(one_linear(256, 128), "bfloat16", 4, double_quant=False) == 18_496
+
+
 def test_double_quantization_costs_what_the_paper_says():
     # arXiv:2305.14314, section 3: 0.127 bits a parameter for the constants, beside 4 bits for the parameter
     bits = 8 * quantized_bytes(one_linear(16384, 16384), "bfloat16", 4) / 16384**2

@@ -22,8 +22,9 @@ NF4_BLOCK = 64
 """Values that share an absolute maximum. Source: QLoRA, section 3, "double quantization"; `quantize_4bit` of bitsandbytes/functional.py."""
 ABSMAX_BLOCK = 256
 """Absolute maxima, kept in 8 bits each, that share a float32. Source: as `NF4_BLOCK`."""
-NF4_FIXED_BYTES = 4 * (1 + 16 + 256)
-"""Of each weight: the mean of its maxima, the 16 values of NF4 and the 256 of the maxima's code, all float32. Source: `QuantState` there."""
+NF4_CODE_BYTES = 4 * 16
+NF4_FIXED_BYTES = NF4_CODE_BYTES + 4 * (1 + 256)
+"""Of each weight: the 16 values of NF4; the mean of its maxima and the 256 values of their code, all float32. Source: `QuantState` there."""
 ADAPTER_DTYPE = "float32"
 """Type of adapters on a 16-bit model. Source: `autocast_adapter_dtype=True`, the default of PEFT's `get_peft_model`."""
 
@@ -84,7 +85,7 @@ def adapter_dtype(dtype: str) -> str:
     return ADAPTER_DTYPE if DTYPE_BITS[dtype] <= 16 else dtype
 
 
-def frozen_bytes(spec: ModelSpec, dtype: str, base_bits: int | None) -> int:
+def frozen_bytes(spec: ModelSpec, dtype: str, base_bits: int | None, *, double_quant: bool = True) -> int:
     """Bytes of the frozen model under its adapters.
 
     Its linears but the last of the head take `base_bits`; embeddings, that last one, routers, norms, biases and experts, which
@@ -103,15 +104,18 @@ def frozen_bytes(spec: ModelSpec, dtype: str, base_bits: int | None) -> int:
     kept = {_output(spec), *_routers(spec)}
     total = 0
     for part in spec.parts:
-        narrow = isinstance(part, Linear) and part.experts == 1 and part.name not in kept
-        total += quantized_bytes(part, dtype, base_bits) if narrow and isinstance(part, Linear) else _plain_bytes(part, dtype)
+        if isinstance(part, Linear) and part.experts == 1 and part.name not in kept:
+            total += quantized_bytes(part, dtype, base_bits, double_quant=double_quant)
+        else:
+            total += _plain_bytes(part, dtype)
     return total
 
 
-def quantized_bytes(part: Linear, dtype: str, base_bits: int) -> int:
+def quantized_bytes(part: Linear, dtype: str, base_bits: int, *, double_quant: bool = True) -> int:
     """Bytes of one linear with its weight in 4 or 8 bits, its bias in `dtype`.
 
         4: ⌈n / 2⌉ + ⌈n / 64⌉ + 4 · ⌈⌈n / 64⌉ / 256⌉ + 1092     NF4, its absolute maxima in 8 bits with their own in float32
+           ⌈n / 2⌉ + 4 · ⌈n / 64⌉ + 64                          without `double_quant`: the maxima in float32
         8: n + 4 · out_features                                  LLM.int8(), a float32 for each row
 
     Source: `quantize_4bit(compress_statistics=True)` and `int8_vectorwise_quant` of bitsandbytes 0.50, whose tensors' bytes were read.
@@ -125,7 +129,8 @@ def quantized_bytes(part: Linear, dtype: str, base_bits: int) -> int:
             total += count + 4 * part.out_features
         else:
             maxima = math.ceil(count / NF4_BLOCK)
-            total += math.ceil(count / 2) + maxima + 4 * math.ceil(maxima / ABSMAX_BLOCK) + NF4_FIXED_BYTES
+            twice = maxima + 4 * math.ceil(maxima / ABSMAX_BLOCK) + NF4_FIXED_BYTES
+            total += math.ceil(count / 2) + (twice if double_quant else 4 * maxima + NF4_CODE_BYTES)
     return total
 
 
