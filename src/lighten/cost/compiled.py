@@ -28,6 +28,7 @@ from lighten.cost.memory import MemoryBreakdown, workload_memory
 from lighten.cost.operators import Forward, Op, forward_operators
 from lighten.cost.training import step_counts
 from lighten.cost.workload import Workload
+from lighten.errors import WorkloadError
 from lighten.model.spec import Attention, ModelSpec
 
 Axis: TypeAlias = Literal["seq_len", "new_tokens"]
@@ -42,6 +43,8 @@ DIRECT = 48
 """Points at most that are computed one by one: fewer than what fitting computes."""
 BUDGET = 3000
 """Direct computations after which no more pieces are looked for; what is not covered by then is computed directly."""
+WIDER = 4
+"""Points that are asked for one by one are covered up to so many times their largest size."""
 ROWS = 3
 """Batch sizes (or lengths) at most that are each fitted as a row of its own: a polynomial in two sizes needs as many rows to be checked."""
 SAFE = 2**62
@@ -239,7 +242,7 @@ class Costs:
         shape, b, n = b.shape, b.ravel(), n.ravel()
         distinct = set(zip(b.tolist(), n.tolist(), strict=True))
         if len(distinct) > DIRECT:
-            self._cover(sorted({size[0] for size in distinct}), sorted({size[1] for size in distinct}))
+            self._cover(_boxes(sorted({size[0] for size in distinct}), sorted({size[1] for size in distinct})))
         else:
             for size in distinct:
                 self._direct(size)
@@ -269,8 +272,18 @@ class Costs:
         self._missed.add(size)
         if len(self._missed) > DIRECT:
             missed, self._missed = self._missed, set()
-            self._cover(sorted({b for b, _ in missed}), sorted({n for _, n in missed}))
+            batches, lengths = (self._widened(sizes, index) for index, sizes in enumerate(zip(*missed, strict=True)))
+            self._cover(_whole(batches, lengths))
         return dict(self._direct(size))
+
+    def _widened(self, sizes: Iterable[int], index: int) -> list[int]:
+        """The sizes in order, and the largest times `WIDER` where the model takes it: the next to be asked for is likely to be larger."""
+        found = sorted(set(sizes))
+        try:
+            self._direct((1, WIDER * found[-1]) if index else (WIDER * found[-1], 1))
+        except WorkloadError:
+            return found
+        return [*found, WIDER * found[-1]]
 
     def _direct(self, size: Size) -> dict[str, int]:
         if size not in self._known:
@@ -281,25 +294,30 @@ class Costs:
                 self._surfaces = [_Surface(self._direct, group, largest="peak" in group) for group in groups if group]
         return self._known[size]
 
-    def _cover(self, batches: Sequence[int], lengths: Sequence[int]) -> None:
-        self._direct((batches[0], lengths[0]))
-        for surface in self._surfaces:
-            for box in _boxes(batches, lengths):
+    def _cover(self, boxes: Iterable[_Box]) -> None:
+        for box in boxes:
+            self._direct((box.b0, box.l0))
+            for surface in self._surfaces:
                 surface.cover(box)
 
 
 def _boxes(batches: Sequence[int], lengths: Sequence[int]) -> Iterator[_Box]:
-    """Boxes that hold all pairs: a batch of one and a length of one apart, for which many operators are others; few rows one by one."""
-    if len(batches) == 1 or len(lengths) == 1 or len(batches) > ROWS < len(lengths):
-        for b0, b1 in _one_apart(batches):
-            for l0, l1 in _one_apart(lengths):
-                yield _Box(b0=b0, b1=b1, l0=l0, l1=l1)
-    elif len(batches) <= ROWS:
+    """Boxes that hold all pairs; few rows one by one."""
+    if len(batches) <= ROWS:
         for batch in batches:
-            yield from _boxes([batch], lengths)
-    else:
+            yield from _whole([batch], lengths)
+    elif len(lengths) <= ROWS:
         for length in lengths:
-            yield from _boxes(batches, [length])
+            yield from _whole(batches, [length])
+    else:
+        yield from _whole(batches, lengths)
+
+
+def _whole(batches: Sequence[int], lengths: Sequence[int]) -> Iterator[_Box]:
+    """Boxes from the first to the last: a batch of one and a length of one apart, for which many operators are others."""
+    for b0, b1 in _one_apart(batches):
+        for l0, l1 in _one_apart(lengths):
+            yield _Box(b0=b0, b1=b1, l0=l0, l1=l1)
 
 
 def _one_apart(sizes: Sequence[int]) -> list[tuple[int, int]]:
