@@ -18,6 +18,8 @@ EXPERTS: dict[str, Any] = TINY | {"num_experts": 4, "num_experts_per_tok": 2}
 
 ERNIE: dict[str, Any] = TINY | {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 20}
 
+INDEXED: dict[str, Any] = LATENT | {"index_n_heads": 3, "index_head_dim": 16}
+
 CASES: dict[str, list[dict[str, Any]]] = {
     "mixtral": [LOCAL, LOCAL | {"head_dim": 16, "tie_word_embeddings": True, "sliding_window": 8, "num_experts_per_tok": 1}],
     "qwen2_moe": [
@@ -86,6 +88,16 @@ CASES: dict[str, list[dict[str, Any]]] = {
         LOCAL | {"moe_intermediate_size": 20, "head_dim": 8},
         LOCAL | {"moe_intermediate_size": 20, "head_dim": 8, "attention_bias": True, "mlp_bias": True, "mlp_layer_types": ["sparse", "dense"]},
     ],
+    "granitemoe_swa": [
+        LOCAL,
+        LOCAL | {"attention_bias": True, "tie_word_embeddings": True, "sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]},
+    ],
+    "deepseek_v32": [
+        INDEXED | {"mlp_layer_types": ["dense", "sparse"]},
+        INDEXED | {"mlp_layer_types": ["sparse", "sparse"], "attention_bias": True, "n_shared_experts": 2, "tie_word_embeddings": True},
+    ],
+    "axk1": [LATENT, LATENT | {"mlp_layer_types": ["sparse", "dense"], "n_shared_experts": 2, "attention_bias": True}],
+    "minicpm3": [LATENT, LATENT | {"q_lora_rank": None, "attention_bias": True, "tie_word_embeddings": False}],
     "youtu": [LATENT, LATENT | {"q_lora_rank": None, "attention_bias": True, "tie_word_embeddings": False}],
     "granitemoe": [LOCAL, LOCAL | {"attention_bias": True, "tie_word_embeddings": True}],
 }  # fmt: skip

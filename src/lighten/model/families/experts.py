@@ -12,6 +12,7 @@ from lighten.errors import ModelError
 from lighten.model.families._decoder import (
     ANSWERS,
     CLASSES,
+    FIELDS,
     LM,
     TOKENS,
     Condition,
@@ -39,7 +40,7 @@ from lighten.model.families._decoder import (
 )
 from lighten.model.families._family import Family
 from lighten.model.families._fields import activation
-from lighten.model.spec import Attention, Linear, Part, Table
+from lighten.model.spec import Attention, Linear, Part, Product, Table
 
 GATED = Gated()
 FUSED = Gated(names=("input_linear", "output_linear"))
@@ -227,24 +228,34 @@ class Mixture:
 
 @dataclass(frozen=True, kw_only=True)
 class Latent:
-    """Attention whose keys and values are projected up from one latent vector a token, DeepSeek-V2's MLA (arXiv:2405.04434, section 2.1)."""
+    """Attention whose keys and values are projected up from one latent vector a token, DeepSeek-V2's MLA (arXiv:2405.04434, section 2.1).
+
+    Attributes:
+        at: its name in the block.
+        indexed: an indexer scores all keys and the best are attended to (DeepSeek-V3.2, arXiv:2512.02556, section 2.1). Transformers computes the
+            scores of the others too and masks them, and so they are counted.
+    """
 
     at: str = "self_attn"
+    indexed: bool = False
 
     def parts(self, block: str, config: Config, layer: int) -> list[Part]:
         """Queries (by way of a latent of their own where `q_lora_rank` is set), the latent, keys and values from it, attention, output."""
         at, hidden, heads = f"{block}.{self.at}", size(config, "hidden_size"), size(config, "num_attention_heads")
         nope, rope, value, latent = (size(config, name) for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank"))
         bias = flag(config, "attention_bias")
+        index = self._indexer(f"{at}.indexer", config, hidden) if self.indexed else []
+        indexed = size(config, "index_head_dim") if self.indexed else 0
         return [
             *self._queries(at, config, hidden, heads * (nope + rope), bias),
             linear(f"{at}.kv_a_proj_with_mqa", "attention", hidden, latent + rope, bias=bias),
             norm(f"{at}.kv_a_layernorm", latent),
             rotary(f"{at}.rotary", heads + 1, rope),  # one key of positions for all heads
             linear(f"{at}.kv_b_proj", "attention", latent, heads * (nope + value)),
+            *index,
             Attention(
                 name=at, component="attention", causal=True, num_attention_heads=heads, num_key_value_heads=heads, head_dim=nope + rope,
-                v_head_dim=value, latent_dim=latent + rope,
+                v_head_dim=value, latent_dim=latent + rope + indexed,
             ),
             linear(f"{at}.o_proj", "attention", heads * value, hidden, bias=bias),
         ]  # fmt: skip
@@ -259,6 +270,18 @@ class Latent:
             linear(f"{at}.q_b_proj", "attention", rank, outputs),
         ]
 
+    def _indexer(self, at: str, config: Config, hidden: int) -> list[Part]:
+        heads, width, rank = (size(config, name) for name in ("index_n_heads", "index_head_dim", "q_lora_rank"))
+        return [
+            linear(f"{at}.wq_b", "attention", rank, heads * width),
+            linear(f"{at}.wk", "attention", hidden, width),
+            norm(f"{at}.k_norm", width, "layernorm"),
+            rotary(f"{at}.rotary", heads + 1, size(config, "qk_rope_head_dim")),
+            linear(f"{at}.weights_proj", "attention", hidden, heads),
+            Product(name=f"{at}.scores", component="attention", m="query", k=width, n="key", products=heads),
+            Product(name=f"{at}.sum", component="attention", m="query", k=heads, n="key"),
+        ]
+
 
 GROUPED, PRE_NORMS, PLAIN = GroupedQuery(), Norms(), Mixture()
 
@@ -268,6 +291,7 @@ class Blocks:
     """The blocks of a decoder with mixtures: attention, then experts, or a plain gated MLP in the layers that `dense` names.
 
     Attributes:
+        norms: of a block; `dense_norms`: of one without experts, where they are others.
         dense: (config, layer) → whether the layer has no experts.
         dense_width: the field of the plain MLP's width, or what gives it; `mlp`: its matrices; `dense_at`: its name, where it is not the mixture's.
     """
@@ -275,6 +299,7 @@ class Blocks:
     attention: Mixer = GROUPED
     mixture: Mixture = PLAIN
     norms: Norms = PRE_NORMS
+    dense_norms: Norms | None = None
     dense: Condition = no
     dense_width: str | Callable[[Config], int] = "intermediate_size"
     dense_at: str | None = None
@@ -283,11 +308,12 @@ class Blocks:
     def __call__(self, block: str, config: Config, layer: int) -> list[Part]:
         """The parts of one block."""
         if self.dense(config, layer):
+            norms = self.dense_norms or self.norms
             width = size(config, self.dense_width) if isinstance(self.dense_width, str) else self.dense_width(config)
             feeds = self.mlp.parts(f"{block}.{self.dense_at or self.mixture.at}", config, width)
         else:
-            feeds = self.mixture.parts(block, config, layer)
-        return self.norms.around(block, config, self.attention.parts(block, config, layer), feeds)
+            norms, feeds = self.norms, self.mixture.parts(block, config, layer)
+        return norms.around(block, config, self.attention.parts(block, config, layer), feeds)
 
 
 def first_dense(config: Config, layer: int) -> bool:
@@ -325,6 +351,7 @@ def shared_width(number: str, width: str = "moe_intermediate_size") -> Callable[
 
 
 FIRST_DENSE: Rule = lambda config, layer: "sparse" if layer else "dense"  # noqa: E731 - a value of the table below
+NO_DENSE = tuple(name for name in FIELDS if name != "intermediate_size")
 ALL_HEADS = (LM, CLASSES, TOKENS, ANSWERS)
 W123 = ("experts.*.w1", "experts.*.w3", "experts.*.w2")
 """Mixtral's names of gate, up and down."""
@@ -374,6 +401,15 @@ def _ernie_dense(config: Config, layer: int) -> bool:
     last = config.get("moe_layer_end_index")
     last = size(config, "num_hidden_layers") - 1 if last in (None, -1) else count(config, "moe_layer_end_index")
     return (layer + 1) % interval != 0 or not first <= layer <= last
+
+
+def _first_k_kind(config: Config, layer: int) -> str:
+    return "dense" if first_dense(config, layer) else "sparse"
+
+
+def _axk1_kind(config: Config, layer: int) -> str:
+    first, step = count(config, "first_k_dense_replace", 1), count(config, "moe_layer_freq", 1) or 1
+    return "sparse" if layer >= first and layer % step == 0 else "dense"
 
 
 def _exaone_kind(config: Config, layer: int) -> str:
@@ -524,7 +560,7 @@ DECODERS: dict[str, Decoder] = {
             dense=lambda config, layer: layer < count(config, "num_dense_layers"),
         ),
     ),
-    "solar_open": Decoder(stem="SolarOpen", block=Blocks(attention=GroupedQuery(out_bias=False), mixture=DEEPSEEK_V3)),
+    "solar_open": Decoder(stem="SolarOpen", fields=NO_DENSE, block=Blocks(attention=GroupedQuery(out_bias=False), mixture=DEEPSEEK_V3)),
     "exaone_moe": Decoder(
         stem="ExaoneMoe",
         block=Blocks(
@@ -532,7 +568,7 @@ DECODERS: dict[str, Decoder] = {
             mixture=Mixture(
                 scores="sigmoid", balance=Balance(name="e_score_correction_bias"), shared=Shared(width=shared_width("num_shared_experts"))
             ),
-            dense=listed_dense(lambda config, layer: "dense" if layer < count(config, "first_k_dense_replace") else "sparse"),
+            dense=listed_dense(_first_k_kind),
         ),
     ),
     "hunyuan_v1_moe": Decoder(
@@ -564,6 +600,29 @@ DECODERS: dict[str, Decoder] = {
             mlp=Gated(bias="mlp_bias"),
         ),
     ),
+    "granitemoe_swa": Decoder(
+        stem="GraniteMoeSWA",
+        block=Blocks(
+            attention=GroupedQuery(sinks=True, kinds=lambda config, layer: "sliding_attention" if layer % 4 else "full_attention"),
+            mixture=Mixture(
+                at="block_sparse_moe", router="router", number="num_local_experts", width="intermediate_size",
+                experts=Stacked(names=("experts.gate_up_proj", "experts.down_proj")),
+            ),
+        ),
+    ),
+    "deepseek_v32": Decoder(
+        stem="DeepseekV32",
+        block=Blocks(attention=Latent(indexed=True), mixture=DEEPSEEK_V3, dense=listed_dense(_first_k_kind)),
+    ),
+    "axk1": Decoder(
+        stem="AXK1",
+        heads=(LM, CLASSES, TOKENS),
+        block=Blocks(
+            attention=Latent(), mixture=DEEPSEEK_V3, dense=listed_dense(_axk1_kind), norms=Norms(after_mlp="post_mlp_layernorm"),
+            dense_norms=PRE_NORMS,
+        ),
+    ),
+    "minicpm3": Decoder(stem="MiniCPM3", heads=(LM, CLASSES), block=Blocks(attention=Latent(), dense=yes)),
     "youtu": Decoder(stem="Youtu", block=Blocks(attention=Latent(), dense=yes)),
 }  # fmt: skip
 
