@@ -24,7 +24,8 @@ from lighten.cli.main import main
 from lighten.cost import compiled
 from lighten.cost.compiled import Costs, compile_costs, crossover_seq_len, exact_costs, with_sizes, workload_flops
 from lighten.cost.operators import Forward, forward_operators
-from lighten.cost.sweep import Axes, find_largest, line_names, parse_sizes, sweep
+from lighten.cost.sizes import Axes, parse_sizes
+from lighten.cost.sweep import find_largest, line_names, sweep
 from lighten.cost.workload import Workload
 from lighten.errors import WorkloadError
 from lighten.model import ModelSpec, read_spec

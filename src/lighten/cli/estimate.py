@@ -8,7 +8,7 @@ from typing import Any
 
 from lighten import verbs
 from lighten.cli.options import add_json, add_numerics, add_sizes, print_json, workload_of
-from lighten.cost.sweep import SIZE_NAMES, Axes
+from lighten.cost.sizes import SIZE_NAMES, Axes
 from lighten.recipe.estimate import Estimate
 from lighten.units import format_bytes, format_count, format_seconds
 

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from lighten.cost.optimizer_state import OPTIMIZERS
-from lighten.cost.sweep import parse_sizes
+from lighten.cost.sizes import parse_sizes
 from lighten.cost.workload import ATTENTIONS, BASE_BITS, CACHE_KEEPERS, CROSS_ENTROPIES, PHASES, RECOMPUTES, Workload
 from lighten.errors import WorkloadError
 

@@ -14,7 +14,8 @@ from typing import Any
 from lighten.cli.estimate import estimate_at, estimate_text
 from lighten.cli.options import print_json
 from lighten.cost.compiled import Exact, crossover_seq_len, known_parts
-from lighten.cost.sweep import SIZE_NAMES, Axes, Largest, SizeName, Sweep, find_largest, sweep
+from lighten.cost.sizes import SIZE_NAMES, Axes, SizeName
+from lighten.cost.sweep import Largest, Sweep, find_largest, sweep
 from lighten.errors import OutputError, WorkloadError
 from lighten.model.spec import ModelSpec
 from lighten.recipe.estimate import Estimate, estimate
