@@ -15,6 +15,9 @@ LightenError                 one line, exit code 2
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class LightenError(Exception):
     """A user's mistake: the command line prints its text in one line and exits with 2."""
@@ -25,7 +28,11 @@ class ModelError(LightenError):
 
 
 class UnsupportedFamily(ModelError):
-    """The model's architecture has no description here."""
+    """The model's architecture has no description here; `config` is what was read of it, for those who can follow it instead."""
+
+    def __init__(self, text: str, *, config: Mapping[str, Any] | None = None) -> None:
+        super().__init__(text)
+        self.config = config
 
 
 class TraceError(LightenError):

@@ -8,15 +8,18 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from lighten.cost.workload import Phase, Workload, check_workload
 from lighten.device.find import find_device
-from lighten.errors import DeviceError, ModelError, TextError, WorkloadError
+from lighten.errors import DeviceError, ModelError, RecipeError, TextError, WorkloadError
 from lighten.model import ModelSpec, read_spec
 from lighten.recipe import Recipe, apply_recipe, read_recipe
 from lighten.recipe.estimate import Estimate
 from lighten.recipe.predict import compute_dtype
+from lighten.trace.open import open_live, open_model
+from lighten.trace.program import Followed
+from lighten.trace.summary import Summary
 from lighten.units import parse_dtype
 
 if TYPE_CHECKING:
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from lighten.formats.artifact import Artifact
 
 Log = Callable[[str], None]
+Method = Literal["auto", "formula", "trace"]
 TIMEOUT_S = 900.0
 
 
@@ -52,26 +56,89 @@ def make_workload(spec: ModelSpec, *, phase: Phase | None = None, dtype: str | N
     return workload
 
 
-def estimate(model: str | Path, *, recipe: str | None = None, device: str | None = None, **workload: Any) -> Estimate:
+def estimate(
+    model: Any, *, recipe: str | None = None, device: str | None = None, method: Method = "auto", inputs: Any = None,
+    trust_remote_code: bool = False, **workload: Any,
+) -> Estimate:  # fmt: skip
     """What a model costs: parameters, FLOPs, memory, and with `device` the time. No weight is loaded.
 
     Args:
-        model: a folder in Hugging Face format, or a hub id.
-        recipe: a recipe's text or file, read on the model's spec.
+        model: a folder in Hugging Face format, a config.json, a .safetensors, .gguf, .onnx or .keras file, a hub id, `pkg.module:factory`,
+            or a live torch module or Keras model.
+        recipe: a recipe's text or file, read on the model's spec; it needs the formula.
         device: `this`, the machine that `lighten probe` measured.
-        workload: phase, batch_size, seq_len, new_tokens, dtype, kv_dtype, attention, optimizer, recompute.
+        method: formula; trace (the model is followed on tensors without memory, which needs torch); or auto: the formula where there is one.
+        inputs: of a live module: an example of what its forward takes.
+        trust_remote_code: run code that the model's folder brings.
+        workload: phase, batch_size, seq_len, new_tokens, dtype, kv_dtype, attention, optimizer, recompute, …: the fields of `Workload`.
 
     Raises:
         LightenError: whatever of this cannot be read or does not fit together.
     """
     from lighten.recipe.estimate import estimate as estimate_spec
+    from lighten.recipe.estimate import estimate_followed
 
-    spec = read_spec(model)
+    if method not in get_args(Method):
+        raise WorkloadError(f"method {method!r} is not known; known: {', '.join(get_args(Method))}.")
+    profile = find_device(device) if device else None
+    found = _opened(model, method, inputs, trust_remote_code=trust_remote_code)
+    if not isinstance(found, ModelSpec):
+        if recipe:
+            raise RecipeError(f"a recipe is read on a formula's spec; {found.name} is followed ({found.architecture}), so it takes no recipe.")
+        return estimate_followed(found, followed_workload(found, **workload), device=device, profile=profile)
     said = read_recipe(recipe) if recipe else Recipe()
     asked_dtype = workload.pop("dtype", None)
-    dtype = asked_dtype or compute_dtype(said, apply_recipe(said, spec))
-    profile = find_device(device) if device else None
-    return estimate_spec(spec, make_workload(spec, dtype=dtype, **workload), recipe=said, device=device, profile=profile)
+    dtype = asked_dtype or compute_dtype(said, apply_recipe(said, found))
+    return estimate_spec(found, make_workload(found, dtype=dtype, **workload), recipe=said, device=device, profile=profile)
+
+
+def _opened(model: Any, method: Method, inputs: Any, *, trust_remote_code: bool) -> ModelSpec | Followed:
+    """The spec of a model, or what follows it: by `method`, and where there is no formula."""
+    if not isinstance(model, str | Path):
+        if method == "formula":
+            raise WorkloadError("method=formula reads a config; a live model is followed: method=trace or auto.")
+        return open_live(model, inputs)
+    if inputs is not None:
+        raise WorkloadError("inputs have no effect: they go with a live module.")
+    return open_model(model, method=method, trust_remote_code=trust_remote_code)
+
+
+def followed_workload(found: Followed, *, phase: Phase | None = None, dtype: str | None = None, **asked: Any) -> Workload:
+    """A workload of a followed model: its first phase and its own type where nothing is asked, its only length where it has but one.
+
+    Raises:
+        WorkloadError: impossible, or without effect.
+    """
+    if asked.get("new_tokens") and phase is None and "generate" in found.phases:
+        phase = "generate"
+    phase = phase or cast(Phase, found.phases[0])
+    if phase not in found.phases:
+        raise WorkloadError(f"{found.name}: phase {phase} does not fit {found.architecture}; its phases: {', '.join(found.phases)}.")
+    if phase == "train":
+        asked["optimizer"] = asked.get("optimizer") or "adamw"
+    if phase in ("decode", "generate"):
+        asked["new_tokens"] = asked.get("new_tokens") or (1 if phase == "decode" else 32)
+    sizes = {"batch_size": getattr(found, "batch_size", 1), "seq_len": found.fixed_len or getattr(found, "seq_len", 128)}
+    for name, own in sizes.items():
+        asked[name] = asked.get(name) or own
+    if found.fixed_len is not None and asked["seq_len"] != found.fixed_len:
+        raise WorkloadError(f"seq_len={asked['seq_len']} has no effect: {found.name} has inputs of one size, {found.fixed_len} positions.")
+    return Workload(phase=phase, dtype=parse_dtype(dtype) if dtype else found.dtype, **asked)
+
+
+def summary(model: Any, inputs: Any = None, *, depth: int = 3) -> Summary:
+    """Parameters, FLOPs and bytes of a live torch module or Keras model by submodule; `print` shows the table.
+
+    Args:
+        inputs: an example of what its forward takes: a tensor, positional arguments or keyword arguments.
+        depth: levels of submodules that have a row of their own.
+
+    Raises:
+        TraceError: it fails on tensors without memory.
+    """
+    from lighten.trace.open import summarize_live
+
+    return summarize_live(model, inputs, depth=depth)
 
 
 def compress(model: str | Path, recipe: str, out: str | Path, *, text: str | Path | None = None, log: Log = silent) -> Artifact:

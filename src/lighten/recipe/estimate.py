@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lighten.cost.memory import MemoryBreakdown, workload_memory
@@ -16,6 +16,8 @@ from lighten.errors import DeviceError, WorkloadError
 from lighten.model.spec import Embedding, Linear, ModelSpec
 from lighten.recipe.predict import apply_recipe, artifact_bytes, compute_dtype, loaded_weight_bytes
 from lighten.recipe.recipe import Recipe
+from lighten.trace.cache import follow_once
+from lighten.trace.program import Facts, Followed, Program
 from lighten.units import dtype_bytes
 
 
@@ -24,16 +26,20 @@ class Estimate:
     """The answer of `lighten estimate`; `as_json` gives the contract's form.
 
     Attributes:
+        spec: the model as the recipe leaves it, or what is known of one that was followed.
+        method: formula or trace.
+        labels: figure → how it was found: exact, extrapolated, formula or calibrated.
+        program: what following the model gave; None by formula.
         flops: by component: matrix products, the same without masked scores, and everything.
         time: None without a device.
         size_bytes: of the artifact on disk.
         process_bytes: peak resident size of a process that runs it; None where the device's probe does not tell.
     """
 
-    spec: ModelSpec
+    spec: ModelSpec | Facts
     workload: Workload
     matmul: dict[str, int]
-    matmul_causal: int
+    matmul_causal: int | None
     total_flops: int
     memory: MemoryBreakdown
     size_bytes: int
@@ -44,6 +50,9 @@ class Estimate:
     free_bytes: int | None
     assumptions: tuple[str, ...]
     warnings: tuple[str, ...]
+    method: str = "formula"
+    labels: Mapping[str, str] = field(default_factory=dict)
+    program: Program | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The document of `lighten estimate --json`."""
@@ -55,9 +64,9 @@ class Estimate:
                 "dtype": workload.dtype, "kv_dtype": workload.kv_dtype or (workload.dtype if spec.is_decoder else None),
                 "attention": workload.attention, "optimizer": workload.optimizer, "recompute": workload.recompute,
             },
-            "method": "formula",
+            "method": self.method, "labels": dict(self.labels),
             "parameters": {
-                "total": spec.total_parameters, "active": spec.total_parameters, "trainable": spec.total_parameters,
+                "total": spec.total_parameters, "active": spec.active_parameters, "trainable": self.trainable_parameters,
                 "embedding": by_component.get("embedding", 0), "by_component": by_component,
             },
             "flops": {
@@ -69,6 +78,11 @@ class Estimate:
             "fits": [] if self.device is None else [{"device": self.device, "count": 1, "free": self.free_bytes}],
             "assumptions": list(self.assumptions), "warnings": list(self.warnings),
         }  # fmt: skip
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Parameters that a training step changes."""
+        return self.spec.trainable_parameters if isinstance(self.spec, Facts) else self.spec.total_parameters
 
     def _time_json(self) -> dict[str, Any] | None:
         if self.time is None:
@@ -101,7 +115,7 @@ def estimate(
             matmul[op.component] = matmul.get(op.component, 0) + count * op.matmul_flops // 2
     memory = workload_memory(changed, workload)
     engine = _engine(recipe, changed, profile) if profile else None
-    time = _time(passes, changed, workload, engine, profile) if engine and profile else None
+    time = _time(passes, changed.total_parameters, workload, engine, profile) if engine and profile else None
     process = (
         predict_peak_memory(loaded_weight_bytes(recipe, changed), memory.activations + memory.temporary + memory.kv_cache, engine) if engine else None
     )
@@ -112,7 +126,47 @@ def estimate(
         total_flops=sum(count * op.flops for op, count in ops) // 2, memory=memory, size_bytes=artifact_bytes(recipe, changed), device=device,
         time=time, mfu=sum(matmul.values()) / time.seconds / peak_flops_per_s(engine) if engine and time else None, process_bytes=process,
         free_bytes=machine_bytes - needed if machine_bytes is not None else None,
-        assumptions=_assumptions(workload, recipe, device), warnings=_warnings(machine_bytes, needed),
+        assumptions=(*_assumptions(workload, recipe, device), *changed.notes), warnings=_warnings(machine_bytes, needed), labels=FORMULA_LABELS,
+    )  # fmt: skip
+
+
+FORMULA_LABELS = {"parameters": "exact", "flops": "formula", "memory": "formula", "time": "calibrated"}
+
+
+def estimate_followed(followed: Followed, workload: Workload, *, device: str | None = None, profile: Profile | None = None) -> Estimate:
+    """Parameters, FLOPs and memory of a workload on a model that is followed operator by operator, and on a measured device its time.
+
+    Raises:
+        WorkloadError, TraceError, DeviceError: what is asked does not fit the model or the device.
+    """
+    program = follow_once(followed, workload)
+    facts = Facts(
+        name=followed.name, family=followed.family, architecture=followed.architecture, source=followed.source, dtype=followed.dtype,
+        layers=program.layers, by_component=program.parameters, trainable_parameters=program.trainable_parameters,
+        active_parameters=program.active_parameters, is_decoder="generate" in followed.phases,
+    )  # fmt: skip
+    matmul: dict[str, int] = {}
+    for op, count in program.ops:
+        if op.matmul_flops:
+            matmul[op.component] = matmul.get(op.component, 0) + count * op.matmul_flops
+    engine = _engine_of(f"torch/{workload.dtype}", profile) if profile else None
+    time = None
+    if engine and profile:
+        passes = [([op for op, count in program.ops if ".backward." not in op.name for _ in range(count)], 2)]
+        time = _time(passes, program.total_parameters, workload, engine, profile)
+    machine_bytes = profile.machine.memory_bytes if profile else None
+    needed = program.memory.peak
+    said = [line for line in _assumptions(workload, Recipe(), device) if program.causal_is_known or "matmul_causal" not in line]
+    if not program.causal_is_known:
+        said.append("a multiply-add is 2 FLOPs; how much of attention is masked cannot be told from eager products, so matmul_causal is not known")
+    unknown = ", ".join(f"{name} ({count} times)" for name, count in program.unknown_ops.items())
+    warnings = (*_warnings(machine_bytes, needed), *((f"FLOPs not known, counted as 0: {unknown}",) if unknown else ()))
+    return Estimate(
+        spec=facts, workload=workload, matmul=matmul, matmul_causal=program.matmul_causal,
+        total_flops=sum(count * op.flops for op, count in program.ops), memory=program.memory, size_bytes=program.weight_bytes, device=device,
+        time=time, mfu=sum(matmul.values()) / time.seconds / peak_flops_per_s(engine) if engine and time else None, process_bytes=None,
+        free_bytes=machine_bytes - needed if machine_bytes is not None else None, assumptions=(*said, *program.assumptions), warnings=warnings,
+        method="trace", labels=dict.fromkeys(("parameters", "flops", "memory"), program.label) | {"time": "calibrated"}, program=program,
     )  # fmt: skip
 
 
@@ -146,7 +200,10 @@ def peak_flops_per_s(engine: EngineProfile) -> float:
 
 
 def _engine(recipe: Recipe, spec: ModelSpec, profile: Profile) -> EngineProfile:
-    name = engine_name(recipe, spec)
+    return _engine_of(engine_name(recipe, spec), profile)
+
+
+def _engine_of(name: str, profile: Profile) -> EngineProfile:
     if name in profile.failures:
         raise DeviceError(f"engine {name} could not be measured: {profile.failures[name]}")
     if name not in profile.engines:
@@ -154,7 +211,7 @@ def _engine(recipe: Recipe, spec: ModelSpec, profile: Profile) -> EngineProfile:
     return profile.engines[name]
 
 
-def _time(passes: Sequence[tuple[list[Op], int]], spec: ModelSpec, workload: Workload, engine: EngineProfile, profile: Profile) -> TimePrediction:
+def _time(passes: Sequence[tuple[list[Op], int]], parameters: int, workload: Workload, engine: EngineProfile, profile: Profile) -> TimePrediction:
     predictions = [(predict_time(ops, engine, profile), count / 2) for ops, count in passes]
     factor, more = 1.0, 0.0
     if workload.phase == "train":
@@ -162,7 +219,7 @@ def _time(passes: Sequence[tuple[list[Op], int]], spec: ModelSpec, workload: Wor
             raise DeviceError(f"phase train is timed on engine torch/float32, not on {engine.name}.")
         factor = 1 + BACKWARD + (workload.recompute == "full")
         # the optimizer reads gradient, weight and state and writes weight and state, at the bandwidth of sets that no cache holds
-        moved = (3 + 2 * OPTIMIZER_STATE[str(workload.optimizer)]) * spec.total_parameters * dtype_bytes(workload.dtype)
+        moved = (3 + 2 * OPTIMIZER_STATE[str(workload.optimizer)]) * parameters * dtype_bytes(workload.dtype)
         more = moved / profile.bandwidth[-1].copy_bytes_per_s
     longest = max(predictions, key=lambda found: found[0].seconds * found[1])[0]
 

@@ -11,7 +11,7 @@ _RULES = (
     ("attention", r"attn|attention|(^|\.)(query|key|value|q_proj|k_proj|v_proj|o_proj|qkv)(\.|$)"),
     (
         "mlp",
-        r"mlp|ffn|feed_forward|feedforward|experts|intermediate|(^|\.)(fc\d?|dense_h_to_4h|dense_4h_to_h|output|DenseReluDense|block_sparse_moe)(\.|$)",
+        r"mlp|ffn|feed_forward|feedforward|experts|intermediate|(^|\.)(fc\d?|dense(_\d+)?|dense_h_to_4h|dense_4h_to_h|output|DenseReluDense|block_sparse_moe)(\.|$)",
     ),
     ("embedding", r"embed|(^|\.)(wte|wpe|shared|patch)"),
 )
@@ -23,6 +23,7 @@ def component_of(path: str) -> str:
     >>> component_of("model.layers.3.self_attn.q_proj"), component_of("model.layers.3.input_layernorm"), component_of("conv1")
     ('attention', 'norm', 'other')
     """
+    path = path.replace("/", ".").removeprefix("_torch_params.")
     leaf = path.rpartition(".")[2]
     for component, rule in _RULES:
         if re.search(rule, leaf if component == "norm" else path):

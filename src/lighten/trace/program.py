@@ -118,6 +118,32 @@ class Program:
         return sum(op.causal_flops * count for op, count in self.ops) if self.causal_is_known else None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What an estimate says of a model that was followed: the same words as `ModelSpec`'s."""
+
+    name: str
+    family: str
+    architecture: str
+    source: str
+    dtype: str
+    layers: int
+    by_component: Mapping[str, int]
+    trainable_parameters: int
+    active_parameters: int | None
+    is_decoder: bool
+    fixed_len: int | None = None
+    max_positions: int | None = None
+
+    def parameters(self) -> dict[str, int]:
+        """Parameters by component."""
+        return dict(self.by_component)
+
+    @property
+    def total_parameters(self) -> int:
+        return sum(self.by_component.values())
+
+
 class Followed(Protocol):
     """A model that can be followed: an ONNX graph, a Keras model, a torch module, a transformers class under fake tensors.
 
@@ -129,15 +155,32 @@ class Followed(Protocol):
         fixed_len: the one length of its input, where that is not free.
     """
 
-    name: str
-    family: str
-    architecture: str
-    source: str
-    dtype: str
-    phases: tuple[str, ...]
-    fingerprint: str | None
-    breaks: tuple[int, ...]
-    fixed_len: int | None
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def family(self) -> str: ...
+
+    @property
+    def architecture(self) -> str: ...
+
+    @property
+    def source(self) -> str: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def phases(self) -> tuple[str, ...]: ...
+
+    @property
+    def fingerprint(self) -> str | None: ...
+
+    @property
+    def breaks(self) -> tuple[int, ...]: ...
+
+    @property
+    def fixed_len(self) -> int | None: ...
 
     def follow(self, workload: Workload) -> Program:
         """The model's program in a workload.

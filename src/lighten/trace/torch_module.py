@@ -82,7 +82,7 @@ class TorchModule:
             return made
         mode = _get_current_dispatch_mode_stack()[0]
         assert isinstance(mode, FakeTensorMode)
-        with FakeCopyMode(mode):  # type: ignore[no-untyped-call]
+        with FakeCopyMode(mode):
             return copy.deepcopy(self._module)
 
     def _inputs(self, _module: torch.nn.Module, workload: Workload) -> Batch:

@@ -44,6 +44,7 @@ class Run:
         infer: a forward pass without gradients.
         step: (module, context, batch_size) → the arguments of a decoding step after so many tokens, or None where it cannot generate.
         checkpoint: switches recomputation on.
+        modules: tells the watch which module runs.
     """
 
     build: Callable[[], torch.nn.Module]
@@ -52,6 +53,7 @@ class Run:
     infer: Callable[[torch.nn.Module, Batch, Workload], Any]
     step: Callable[[torch.nn.Module, int, Workload], Batch] | None = None
     checkpoint: Callable[[torch.nn.Module], None] | None = None
+    modules: Callable[[Watch], contextlib.AbstractContextManager[None]] = Watch.modules
 
 
 @contextlib.contextmanager
@@ -248,7 +250,7 @@ class _Follower:
         gc.collect()
         gc.disable()  # a cycle that is collected at some later moment would make the peak depend on it
         try:
-            with watch.modules():
+            with self.run.modules(watch):
                 watch.hold(self.module.parameters(), "weights", "parameter")
                 watch.hold(self.module.buffers(), "weights", "buffer")
                 watch.hold(_tensors(inputs), "activations", "input")
@@ -341,7 +343,7 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 def _parameters_by_component(module: torch.nn.Module) -> dict[str, int]:
     counts: dict[str, int] = {}
     for name, parameter in module.named_parameters():
-        component = component_of(name.rpartition(".")[0])
+        component = component_of(name.replace("/", ".").rpartition(".")[0])  # Keras writes layer/weight
         counts[component] = counts.get(component, 0) + parameter.numel()
     return counts
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -10,6 +13,7 @@ from lighten.cost.workload import Workload
 from lighten.trace.program import Program
 from lighten.trace.summary import Row, Summary
 from lighten.trace.torch_module import Inputs, TorchModule
+from lighten.units import dtype_bytes
 
 
 def summarize(module: torch.nn.Module, inputs: Inputs, *, depth: int = 3) -> Summary:
@@ -23,7 +27,7 @@ def summarize(module: torch.nn.Module, inputs: Inputs, *, depth: int = 3) -> Sum
     followed = TorchModule(module, inputs)
     batch, length = followed.batch_size, followed.seq_len
     program = followed.follow(Workload(phase="encode", batch_size=batch, seq_len=length, dtype=_dtype(followed.dtype)))
-    flops, made = _by_path(program)
+    found = by_path(program)
     rows, counted = [], set[int]()
     for name, each in module.named_modules():
         level = 0 if not name else name.count(".") + 1
@@ -33,13 +37,8 @@ def summarize(module: torch.nn.Module, inputs: Inputs, *, depth: int = 3) -> Sum
         if level == depth or not list(each.children()):  # shown without what is inside it: a tied parameter is counted in the first
             own = {key: p for key, p in own.items() if key not in counted}
             counted |= own.keys()
-        rows.append(
-            Row(
-                name=name.rpartition(".")[2] or followed.name, kind=type(each).__name__, depth=level,
-                parameters=sum(p.numel() for p in own.values()), parameter_bytes=sum(p.numel() * p.element_size() for p in own.values()),
-                flops=_inside(flops, name), output_bytes=_inside(made, name),
-            )
-        )  # fmt: skip
+        weights = [(p.shape, str(p.dtype).removeprefix("torch.")) for p in own.values()]
+        rows.append(row_of(name, each, level, weights, found, name=name.rpartition(".")[2] or followed.name))
     return Summary(rows=tuple(rows), batch_size=batch, seq_len=length, unknown_ops=tuple(program.unknown_ops))
 
 
@@ -47,7 +46,7 @@ def _dtype(name: str) -> str:
     return name if name in ("float32", "float16", "bfloat16", "float64") else "float32"
 
 
-def _by_path(program: Program) -> tuple[dict[str, int], dict[str, int]]:
+def by_path(program: Program) -> tuple[dict[str, int], dict[str, int]]:
     """FLOPs and bytes made, by the path of the module that ran the operator."""
     flops: dict[str, int] = defaultdict(int)
     for op, count in program.ops:
@@ -58,6 +57,18 @@ def _by_path(program: Program) -> tuple[dict[str, int], dict[str, int]]:
             if storage.kind == "activations" and storage.operator != "input":
                 made[storage.module] += storage.bytes
     return flops, made
+
+
+def row_of(
+    path: str, module: Any, depth: int, weights: Sequence[tuple[Sequence[int], str]], found: tuple[dict[str, int], dict[str, int]], *, name: str
+) -> Row:  # fmt: skip
+    """The row of one submodule: `weights` by shape and type, `found` what `by_path` gave."""
+    flops, made = found
+    sizes = [(math.prod(shape), dtype_bytes(dtype)) for shape, dtype in weights]
+    return Row(
+        name=name, kind=type(module).__name__, depth=depth, parameters=sum(count for count, _ in sizes),
+        parameter_bytes=round(sum(count * size for count, size in sizes)), flops=_inside(flops, path), output_bytes=_inside(made, path),
+    )  # fmt: skip
 
 
 def _inside(by_path: dict[str, int], name: str) -> int:

@@ -105,6 +105,15 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             entered.remove()
             left.remove()
 
+    @contextlib.contextmanager
+    def inside(self, name: str) -> Iterator[None]:
+        """A module of this name runs."""
+        self._stack.append(name)
+        try:
+            yield
+        finally:
+            self._stack.pop()
+
     def _enter(self, module: torch.nn.Module, _inputs: Any) -> None:
         self._stack.append(self._names.get(id(module), self._stack[-1] if self._stack else ""))
 
