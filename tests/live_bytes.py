@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -13,7 +14,7 @@ import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import DynamicCache, EncoderDecoderCache, PretrainedConfig, PreTrainedModel
 
 from lighten.cost.workload import Workload
 
@@ -24,6 +25,7 @@ OPTIMIZERS = {
     "sgd-momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
     "adagrad": torch.optim.Adagrad,
     "rmsprop": torch.optim.RMSprop,
+    "adafactor": torch.optim.Adafactor,
 }
 """The optimizers of `OPTIMIZER_STATE` that torch has, with their own defaults."""
 
@@ -99,69 +101,132 @@ def track(config: PretrainedConfig, workload: Workload, *, fake: bool = True) ->
     live = LiveBytes()
     dtype = getattr(torch, workload.dtype)
     with _tensors(fake), _default_dtype(dtype):
-        config._attn_implementation = "eager" if workload.attention == "eager" else "sdpa"
-        model = getattr(transformers, config.architectures[0])(config)
-        ids = torch.zeros(workload.batch_size, 1 if workload.phase == "decode" else workload.seq_len, dtype=torch.long)
+        made = getattr(transformers, config.architectures[0])
+        for each in (config, *(value for value in vars(config).values() if isinstance(value, PretrainedConfig))):
+            each._attn_implementation = "sdpa" if workload.attention != "eager" and made._supports_sdpa else "eager"
+        model = made(config)
         with live:
             live.watch(model.parameters(), "parameter")
             live.watch(model.buffers(), "buffer")
-            live.watch([ids], "ids")
             if workload.phase == "train":
-                _train(model, ids, workload, live)
+                _train(model, workload, live)
             else:
                 model.eval()
                 with torch.no_grad():
-                    _infer(model, ids, workload, live)
+                    _infer(model, workload, live)
     return live
 
 
-def _train(model: PreTrainedModel, ids: torch.Tensor, workload: Workload, live: LiveBytes) -> None:
+def sources(model: PreTrainedModel, workload: Workload, tokens: int) -> dict[str, torch.Tensor]:
+    """What goes into a model: token ids, an image or a recording's frames of the model's own size, or several of them."""
+    config, takes = model.config, inspect.signature(model.forward).parameters
+    made: dict[str, torch.Tensor] = {}
+    if "input_features" in takes:
+        made["input_features"] = torch.zeros(workload.batch_size, config.num_mel_bins, 2 * config.max_source_positions)
+    elif "input_ids" in takes:
+        made["input_ids"] = torch.zeros(workload.batch_size, tokens, dtype=torch.long)
+    if "pixel_values" in takes:
+        vision = getattr(config, "vision_config", config)
+        made["pixel_values"] = torch.zeros(workload.batch_size, vision.num_channels, vision.image_size, vision.image_size)
+    return made
+
+
+def _train(model: PreTrainedModel, workload: Workload, live: LiveBytes) -> None:
     model.train()
     if workload.recompute == "full":
         model.activation_checkpointing_enable()
     optimizer = OPTIMIZERS[workload.optimizer or ""](model.parameters())
-    options = {"use_cache": False} if model.config.model_type == "llama" else {}
+    given: dict[str, Any] = dict(sources(model, workload, workload.seq_len))
+    given |= _targets(model, workload, given)
+    live.watch([value for value in given.values() if isinstance(value, torch.Tensor)], "inputs")
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        given["use_cache"] = False
     for _ in range(2):
         live.start_over()
-        if hasattr(model, "loss_function") and model.config.architectures[0] not in ("BertModel", "LlamaModel"):
-            labels = ids[:, 0] if "SequenceClassification" in model.config.architectures[0] else ids
-            loss = model(ids, labels=labels, **options).loss
-        else:
-            loss = model(ids, **options).last_hidden_state.mean()
+        made = model(**given)
+        loss = made.loss if "labels" in given or "return_loss" in given else made.last_hidden_state.mean()
+        del made
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         del loss
 
 
-def _infer(model: PreTrainedModel, ids: torch.Tensor, workload: Workload, live: LiveBytes) -> None:
-    if workload.phase == "encode":
-        model(ids)
+def _targets(model: PreTrainedModel, workload: Workload, given: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Labels, or what else makes the model's own loss; the decoder's input where it has none."""
+    takes, architecture = inspect.signature(model.forward).parameters, model.config.architectures[0]
+    target = torch.zeros(workload.batch_size, getattr(workload, "target_len", None) or workload.seq_len, dtype=torch.long)
+    if "return_loss" in takes:
+        return {"return_loss": True}
+    if "labels" not in takes:
+        return {"decoder_input_ids": target} if model.config.is_encoder_decoder else {}
+    if model.config.is_encoder_decoder:
+        return {"labels": target}
+    if "input_ids" not in given:
+        return {"labels": target[:, 0]}
+    return {"labels": given["input_ids"][:, 0] if "SequenceClassification" in architecture else given["input_ids"]}
+
+
+def _infer(model: PreTrainedModel, workload: Workload, live: LiveBytes) -> None:
+    if model.config.is_encoder_decoder:
+        _translate(model, workload, live)
         return
-    if workload.phase == "prefill":
-        model(ids, use_cache=False)
+    ids = sources(model, workload, 1 if workload.phase == "decode" else workload.seq_len)
+    live.watch(ids.values(), "ids")
+    if workload.phase in ("encode", "prefill"):
+        model(**ids, **({"use_cache": False} if workload.phase == "prefill" else {}))
         return
-    cache = DynamicCache(config=model.config)
+    given = ids["input_ids"]
+    cache, name = DynamicCache(config=model.config), "cache_params" if model.config.model_type == "mamba" else "past_key_values"
     last = {"logits_to_keep": 1} if hasattr(model, "lm_head") else {}
     if workload.phase == "generate":
-        model(ids, past_key_values=cache, use_cache=True, **last)
+        model(given, use_cache=True, **{name: cache}, **last)
         if workload.new_tokens == 1:
             return
         between = workload.new_tokens - 2
     else:
         between = workload.seq_len + workload.new_tokens - 1
-    if between:
-        _fill(cache, model.config, workload, between)
+        if name == "cache_params":  # its state has one size, however many tokens it stands for
+            model(given, use_cache=True, **{name: cache}, **last)
+    if between and name != "cache_params":
+        if between > 1:
+            _fill(cache, model.config, workload, between - 1)
+        model(given[:, :1], use_cache=True, **{name: cache}, **last)  # after which a window's layers have no more than the window
     if workload.phase == "decode":
         live.start_over()
-    model(ids[:, :1], past_key_values=cache, use_cache=True, **last)
+    model(given[:, :1], use_cache=True, **{name: cache}, **last)
+
+
+def _translate(model: PreTrainedModel, workload: Workload, live: LiveBytes) -> None:
+    """Encode a source and give the first token; then the last of the tokens, with the cache and the encoder's output at hand."""
+    given = sources(model, workload, workload.seq_len)
+    prompt = workload.seq_len if "input_features" in given else 1
+    first = torch.zeros(workload.batch_size, prompt, dtype=torch.long)
+    live.watch([*given.values(), first], "ids")
+    if workload.phase == "prefill":
+        model(**given, decoder_input_ids=first, use_cache=False)
+        return
+    cache = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
+    encoded = model.get_encoder()(*given.values())
+    model(encoder_outputs=encoded, decoder_input_ids=first, past_key_values=cache, use_cache=True)
+    between = workload.new_tokens - (2 if workload.phase == "generate" or prompt == 1 else 1)
+    if between < 0:
+        return
+    if between:
+        _fill(cache.self_attention_cache, model.config, workload, between)
+    if workload.phase == "decode":
+        live.start_over()
+    model(encoder_outputs=encoded, decoder_input_ids=first[:, :1], past_key_values=cache, use_cache=True)
 
 
 def _fill(cache: DynamicCache, config: PretrainedConfig, workload: Workload, tokens: int) -> None:
     """Put `tokens` more tokens into each layer's cache."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    for layer in range(config.num_hidden_layers):
-        shape = (workload.batch_size, config.num_key_value_heads, tokens, head_dim)
+    whole = config.num_attention_heads
+    width = getattr(config, "d_kv", None) or getattr(config, "head_dim", None) or config.hidden_size // whole
+    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "decoder_attention_heads", None) or whole
+    layers = getattr(config, "decoder_layers", None) or getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
+    for layer in range(layers):
+        shape = (workload.batch_size, heads, tokens, width)
         cache.update(torch.zeros(shape), torch.zeros(shape), layer)
 
 

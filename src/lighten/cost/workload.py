@@ -41,7 +41,7 @@ class Workload:
             computes it), decode (`new_tokens` steps after a context of `seq_len`), generate (prefill with logits at the last position,
             then decode), train (forward, backward and optimizer step).
         batch_size: sequences at once.
-        seq_len: tokens of each sequence, or of its prompt.
+        seq_len: tokens of each sequence, or of its prompt; of an encoder-decoder's source, where that has no fixed size; positions of an image.
         new_tokens: tokens that each sequence generates; 0 outside decode and generate.
         dtype: type of activations and of unquantized weights.
         kv_dtype: type of cached keys and values.
@@ -54,6 +54,7 @@ class Workload:
         base_bits: the frozen linears are quantized to 4 bits (QLoRA's NF4, arXiv:2305.14314) or 8 (LLM.int8(), arXiv:2208.07339).
         cross_entropy: how a training step takes the loss of its logits: all at once, by chunks of rows, or fused with the head's product.
         kept_by: whose cache keeps keys and values in phases decode and generate.
+        target_len: tokens that an encoder-decoder is trained to give; None: as many as its source has.
     """
 
     phase: Phase
@@ -71,6 +72,7 @@ class Workload:
     base_bits: int | None = None
     cross_entropy: CrossEntropy = "full"
     kept_by: KeptBy = "transformers"
+    target_len: int | None = None
 
     def __post_init__(self) -> None:
         choices = (
@@ -82,6 +84,8 @@ class Workload:
         for name in ("batch_size", "seq_len"):
             if getattr(self, name) < 1:
                 raise WorkloadError(f"{name}={getattr(self, name)} is not positive.")
+        if self.target_len is not None and (self.target_len < 1 or self.phase != "train"):
+            raise WorkloadError(f"target_len={self.target_len} with phase={self.phase}: phase train alone takes a positive one.")
         if self.new_tokens < 0:
             raise WorkloadError(f"new_tokens={self.new_tokens} is negative.")
         if self.dtype not in DTYPE_BITS or (self.kv_dtype or self.dtype) not in DTYPE_BITS:
@@ -129,14 +133,30 @@ class Workload:
         return self.batch_size * (self.new_tokens or self.seq_len)
 
 
+def has_free_source(spec: ModelSpec) -> bool:
+    """Whether it is an encoder-decoder whose source is of tokens, in any number; false where the source has one size, as frames do."""
+    return spec.is_encoder_decoder and any(part.rows == "source" for part in spec.parts)
+
+
 def check_workload(spec: ModelSpec, workload: Workload) -> None:
     """Raises:
-    WorkloadError: the phase does not fit the model, or the length exceeds its positions.
+    WorkloadError: the phase does not fit the model, or the length is not one that it has.
     """
-    if workload.phase in ("prefill", "decode", "generate") and not spec.is_decoder:
-        raise WorkloadError(f"{spec.name} is an encoder; phase {workload.phase} needs a decoder. Phases of an encoder: encode, train.")
-    if workload.phase == "encode" and spec.is_decoder:
-        raise WorkloadError(f"{spec.name} is a decoder; phase encode needs an encoder. Phases of a decoder: prefill, decode, generate, train.")
-    longest = workload.seq_len + workload.new_tokens
+    _check_phase(spec, workload)
+    if spec.fixed_len is not None and workload.seq_len != spec.fixed_len:
+        raise WorkloadError(f"seq_len={workload.seq_len}: {spec.name} takes an image of one size, {spec.fixed_len} positions; leave seq_len out.")
+    if workload.target_len is not None and not has_free_source(spec):
+        raise WorkloadError(f"target_len={workload.target_len} has no effect: {spec.name} has no source of tokens; use seq_len.")
+    free = has_free_source(spec)
+    longest = max(workload.seq_len, workload.target_len or 0, workload.new_tokens) if free else workload.seq_len + workload.new_tokens
     if spec.max_positions is not None and longest > spec.max_positions:
         raise WorkloadError(f"{longest} positions asked for; {spec.name} has max_position_embeddings={spec.max_positions}.")
+
+
+def _check_phase(spec: ModelSpec, workload: Workload) -> None:
+    decoding, generates = workload.phase in ("prefill", "decode", "generate"), spec.is_decoder or spec.is_encoder_decoder
+    if decoding and not generates:
+        raise WorkloadError(f"{spec.name} is an encoder; phase {workload.phase} needs a decoder. Phases of an encoder: encode, train.")
+    if workload.phase == "encode" and generates:
+        kind = "a decoder" if spec.is_decoder else "an encoder-decoder"
+        raise WorkloadError(f"{spec.name} is {kind}; phase encode needs an encoder. Phases of {kind}: prefill, decode, generate, train.")
