@@ -39,6 +39,9 @@ from lighten.model.families._fields import activation, optional
 from lighten.model.families.experts import Balance, Blocks, Mixture
 from lighten.model.spec import Conv, Linear, Part, Product, Scan, Table
 
+MOST_EXPANDED = 10_000
+"""A factor that no model's width has reached; those that are known are below 10."""
+
 
 def causal_conv(name: str, channels: int, kernel: int, *, bias: bool) -> list[Part]:
     """A convolution of each channel over the last `kernel` positions, padded on both sides and cut to the positions' number."""
@@ -51,20 +54,21 @@ def causal_conv(name: str, channels: int, kernel: int, *, bias: bool) -> list[Pa
     return parts
 
 
-def expanded(factor: str) -> Callable[[Config], int]:
-    """hidden_size times a factor of the config, rounded down.
+def factor(config: Config, field: str) -> float:
+    """A field that is a positive number.
 
     Raises:
-        ModelError: no positive number.
+        ModelError: it is none.
     """
+    value = config.get(field)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < MOST_EXPANDED:
+        raise ModelError(f"config.json: {field}={value!r} is not a positive number, such as 2.")
+    return value
 
-    def width(config: Config) -> int:
-        value = config.get(factor)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value * size(config, "hidden_size") >= 1:
-            raise ModelError(f"config.json: {factor}={value!r} is not a positive number.")
-        return int(value * size(config, "hidden_size"))
 
-    return width
+def expanded(field: str) -> Callable[[Config], int]:
+    """hidden_size times a factor of the config, rounded down, and at least 1."""
+    return lambda config: max(1, int(factor(config, field) * size(config, "hidden_size")))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,12 +249,11 @@ def _lfm2_width(config: Config) -> int:
     width = size(config, "intermediate_size")
     if not flag(config, "block_auto_adjust_ff_dim"):
         return width
-    width, factor, multiple = 2 * width // 3, config.get("block_ffn_dim_multiplier"), size(config, "block_multiple_of")
-    if factor is None:
+    width = 2 * width // 3
+    if config.get("block_ffn_dim_multiplier") is None:
         return width
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or factor <= 0:
-        raise ModelError(f"config.json: block_ffn_dim_multiplier={factor!r} is not a positive number.")
-    return multiple * math.ceil(int(factor * width) / multiple)
+    multiple = size(config, "block_multiple_of")
+    return multiple * math.ceil(int(factor(config, "block_ffn_dim_multiplier") * width) / multiple)
 
 
 def _griffin_kind(config: Config, layer: int) -> str:
