@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lighten.errors import UnsupportedFamily
-from lighten.model.families import bert, decoders, encoders, experts, llama, pairs, pyramid, recurrent, speech, video, vision
+from lighten.model.families import bert, blip, decoders, encoders, experts, llama, pairs, pyramid, recurrent, seq2seq, speech, video, vision
 from lighten.model.families._config import complete
 from lighten.model.families._family import Family
 from lighten.model.spec import Part
@@ -21,8 +21,10 @@ FAMILIES: dict[str, Family] = {
     **speech.FAMILIES,
     **pairs.FAMILIES,
     **encoders.FAMILIES,
+    **seq2seq.FAMILIES,
     **pyramid.FAMILIES,
     **video.FAMILIES,
+    **blip.FAMILIES,
 }
 """`model_type` → its architectures and the function that gives their parts."""
 

@@ -16,13 +16,14 @@ from lighten.model.spec import Attention, Elementwise, Embedding, Linear, Norm, 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockNames:
-    """Names of a block's modules below the block's own."""
+    """Names of a block's modules below the block's own; `qkv` where query, key and value are one matrix."""
 
     attention: str = "attention.attention"
     q: str = "attention.attention.query"
     k: str = "attention.attention.key"
     v: str = "attention.attention.value"
     out: str = "attention.output.dense"
+    qkv: str | None = None
     attention_norm: str = "layernorm_before"
     up: str = "intermediate.dense"
     gate: str = "mlp.gate_proj"
@@ -54,6 +55,7 @@ class Block:
         scaled: each residual branch is multiplied by a learned vector (LayerScale; Touvron et al. 2021, arXiv:2103.17239).
         norm_first: the norms stand before attention and MLP; else after their residual additions.
         rotary: queries and keys are rotated by their positions.
+        source_hidden: width of the rows that keys and values are projected from, where it is not its own.
     """
 
     hidden: int
@@ -73,6 +75,7 @@ class Block:
     norm_first: bool = True
     norm_bias: bool = True
     rotary: bool = False
+    source_hidden: int | None = None
     causal: bool = False
     names: BlockNames = field(default_factory=BlockNames)
 
@@ -136,10 +139,18 @@ def attention(at: str, shape: Block, rows: Rows, *, keys: Size | None = None, ke
     """Projections and attention, to the own sequence or to `keys` of another one, which are projected for `key_rows`."""
     names, hidden, kv = shape.names, shape.hidden, shape.kv_heads * shape.head_dim
     seen: Size = keys if keys is not None else rows if isinstance(rows, int) else "source" if rows == "source" else "key"
+    projections: list[Part]
+    if names.qkv is not None:
+        projections = [linear(f"{at}.{names.qkv}", hidden, shape.inner + 2 * kv, shape.q_bias, "attention", rows)]
+    else:
+        of_keys, source = rows if key_rows is None else key_rows, shape.source_hidden or hidden
+        projections = [
+            linear(f"{at}.{names.q}", hidden, shape.inner, shape.q_bias, "attention", rows),
+            linear(f"{at}.{names.k}", source, kv, shape.k_bias, "attention", of_keys),
+            linear(f"{at}.{names.v}", source, kv, shape.v_bias, "attention", of_keys),
+        ]
     return [
-        linear(f"{at}.{names.q}", hidden, shape.inner, shape.q_bias, "attention", rows),
-        linear(f"{at}.{names.k}", hidden, kv, shape.k_bias, "attention", rows if key_rows is None else key_rows),
-        linear(f"{at}.{names.v}", hidden, kv, shape.v_bias, "attention", rows if key_rows is None else key_rows),
+        *projections,
         *([elementwise(f"{at}.{names.attention}.rotary", shape.inner + kv, "rotary", "attention", rows, flops=3)] if shape.rotary else []),
         Attention(
             name=f"{at}.{names.attention}", component="attention", causal=shape.causal and keys is None, rows=rows, keys=seen,
