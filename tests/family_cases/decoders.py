@@ -32,6 +32,7 @@ OPT = IDS | {
 
 CASES: dict[str, list[dict[str, Any]]] = {
     "llama": [GROUPED | TIED, WIDE | BIASED | {"mlp_bias": True}, BASE | LABELS | {"hidden_act": "gelu"}],
+    "iquestcoder": [GROUPED],
     "internlm3": [GROUPED, WIDE | BIASED | {"mlp_bias": True}],
     "mistral": [GROUPED | {"sliding_window": 8}, WIDE | TIED | {"sliding_window": None}],
     "ministral": [GROUPED | SLIDING | {"head_dim": 8}, WIDE | TIED],
@@ -65,6 +66,15 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "gptj": [GPT | {"rotary_dim": 4}, GPT | TIED | {"rotary_dim": 8, "n_inner": 24}],
     "codegen": [GPT | {"rotary_dim": 4}, GPT | TIED | {"n_inner": 24, "rotary_dim": 8}],
     "gpt_neox": [BASE, BASE | TIED | {"use_parallel_residual": False, "attention_bias": False, "rotary_pct": 0.5}],
+    "gpt_neox_japanese": [
+        BASE | {"intermediate_multiple_size": 2, "hidden_size": 32}, BASE | UNTIED | {"hidden_act": "relu", "num_hidden_layers": 3},
+    ],
+    "modernbert-decoder": [
+        BASE | {"num_hidden_layers": 4, "local_attention": 16, "cls_token_id": 1, "sep_token_id": 2},
+        BASE | UNTIED | BIASED | LABELS | {
+            "mlp_bias": True, "norm_bias": True, "classifier_bias": True, "decoder_bias": False, "cls_token_id": 1, "sep_token_id": 2,
+        },
+    ],
     "bloom": [BLOOM, BLOOM | UNTIED | {"apply_residual_connection_post_layernorm": True}],
     "mpt": [MPT, MPT | UNTIED],
     "qwen": [],  # not of transformers: its published counts are in tests/test_decoders.py

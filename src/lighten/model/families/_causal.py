@@ -75,6 +75,7 @@ class Decoder:
         attention_out_norm, mlp_out_norm: of a branch's output, before the residual addition.
         inner_norms: of the values before the projections back: attention's, the MLP's.
         norm_after_add: the norms stand after the residual additions, not before the branches.
+        first_norm: the first block has one before attention.
         parallel: both branches read the same input.
         query, key, value, out: projections; `fused`: one for the first three.
         head_dim: the field that may set a head's width; None: always hidden_size / num_attention_heads.
@@ -89,6 +90,8 @@ class Decoder:
         word_width: field of the embedding's width where it may differ from hidden_size.
         hidden: an older field that sets hidden_size.
         sinks: a table with one number a head, which takes part in its softmax.
+        last_bias: a bias of the last block's attention alone.
+        transform: before its head for tokens, and before that for sequences: a linear, an activation and a norm under that name.
         unsupported: fields that make another model of it, which is not described.
     """
 
@@ -107,12 +110,13 @@ class Decoder:
     layers: str = "layers"
     final_norm: str | None = "norm"
     head: str = "lm_head"
-    head_bias: bool = False
+    head_bias: Flag = False
     sequence_head: str = "score"
+    sequence_bias: Flag = False
     token_head: str = "score"
     question_labels: int | None = 2
     norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
-    norm_bias: bool | None = None
+    norm_bias: Flag | None = None
     norm_affine: Flag = True
     attention_norm: str | None = "input_layernorm"
     attention_out_norm: str | None = None
@@ -120,6 +124,7 @@ class Decoder:
     mlp_out_norm: str | None = None
     inner_norms: tuple[str, str] | None = None
     norm_after_add: bool = False
+    first_norm: bool = True
     parallel: Flag = False
     attention: str = "self_attn"
     query: str = "q_proj"
@@ -154,6 +159,8 @@ class Decoder:
     word_width: str | None = None
     hidden: str | None = None
     sinks: str | None = None
+    last_bias: str | None = None
+    transform: tuple[str, str] | None = None
     unsupported: tuple[str, ...] = ()
 
 
@@ -250,7 +257,8 @@ def _true(flag: Flag, config: Config) -> bool:
 
 
 def _norm(name: str, t: Decoder, config: Config, size: int, **more: Any) -> Norm:
-    return Norm(name=name, component="norm", size=size, kind=t.norm, **({"bias": t.norm_bias, "affine": _true(t.norm_affine, config)} | more))
+    bias = None if t.norm_bias is None else _true(t.norm_bias, config)
+    return Norm(name=name, component="norm", size=size, kind=t.norm, **({"bias": bias, "affine": _true(t.norm_affine, config)} | more))
 
 
 def _add(name: str, component: str, size: int) -> Elementwise:
@@ -284,7 +292,8 @@ def _block(at: str, t: Decoder, s: _Sizes, config: Config, layer: int, window: i
         return [*norm(t.attention_norm), *attention, *norm(t.mlp_norm), *mlp, first, second]
     if t.norm_after_add:
         return [*attention, first, *norm(t.attention_norm), *mlp, second, *norm(t.mlp_norm)]
-    return [*norm(t.attention_norm), *attention, first, *norm(t.mlp_norm), *mlp, second]
+    before = norm(t.attention_norm) if layer or t.first_norm else []
+    return [*before, *attention, first, *norm(t.mlp_norm), *mlp, second]
 
 
 def _attention(at: str, t: Decoder, s: _Sizes, config: Config, layer: int, window: int | None) -> list[Part]:
@@ -302,6 +311,7 @@ def _attention(at: str, t: Decoder, s: _Sizes, config: Config, layer: int, windo
     if turned and t.rotary_layers(config, layer, window):  # x·cos + rotate(x)·sin
         rotary = [Elementwise(name=f"{at}.rotary", component="attention", size=turned, kind="rotary", flops_per_element=3)]
     norms = _query_norms(at, t, s, config)
+    last = f"{at}.{t.last_bias}" if t.last_bias and layer == config["num_hidden_layers"] - 1 else None
     sinks = [Table(name=f"{at}.{t.sinks}", component="attention", shapes={f"{at}.{t.sinks}": (s.heads,)})] if t.sinks else []
     return [
         *(linear(name, s.hidden, width, t.qkv_bias) for name, width in names),
@@ -313,6 +323,7 @@ def _attention(at: str, t: Decoder, s: _Sizes, config: Config, layer: int, windo
         ),
         *([_norm(f"{at}.{t.inner_norms[0]}", t, config, s.query_width)] if t.inner_norms else []),
         linear(t.out, s.query_width, s.hidden, t.out_bias),
+        *([Table(name=last, component="attention", shapes={last: (s.hidden,)})] if last else []),
     ]  # fmt: skip
 
 
@@ -382,17 +393,34 @@ def _head(t: Decoder, config: Config, c: Mapping[str, int], base: str, kind: str
     projection: list[Part] = []
     if width != c["hidden_size"]:
         projection = [Linear(name=f"{base}project_out", component="head", in_features=c["hidden_size"], out_features=width)]
+    if t.transform and kind != "Model":
+        projection = _transform(t.transform[kind == "ForSequenceClassification"], t, config, width)
     if kind in ("ForCausalLM", "LMHeadModel"):
         tied = f"{base}{t.embedding}" if config.get("tie_word_embeddings") else None
-        head = Linear(name=t.head, component="head", in_features=width, out_features=c["vocab_size"], bias=t.head_bias, tied_to=tied, rows="logits")
+        head = Linear(
+            name=t.head,
+            component="head",
+            in_features=width,
+            out_features=c["vocab_size"],
+            bias=_true(t.head_bias, config),
+            tied_to=tied,
+            rows="logits",
+        )
         cap = [Elementwise(name=f"{t.head}.softcap", component="head", size=c["vocab_size"], kind="tanh", flops_per_element=3, rows="logits")]
         return [*projection, head, *(cap if config.get("final_logit_softcapping") else [])]
     if kind == "Model":
         return projection
     names = {"ForSequenceClassification": t.sequence_head, "ForTokenClassification": t.token_head, "ForQuestionAnswering": "qa_outputs"}
     labels = t.question_labels if kind == "ForQuestionAnswering" and t.question_labels else label_count(config)
-    head = Linear(name=names[kind], component="head", in_features=width, out_features=labels, bias=kind != "ForSequenceClassification")
+    biased = _true(t.sequence_bias, config) if kind == "ForSequenceClassification" else True
+    head = Linear(name=names[kind], component="head", in_features=width, out_features=labels, bias=biased)
     return [*projection, head]
+
+
+def _transform(name: str, t: Decoder, config: Config, width: int) -> list[Part]:
+    dense = Linear(name=f"{name}.dense", component="head", in_features=width, out_features=width, bias=_true(t.sequence_bias, config))
+    act = activation(f"{name}.act", str(config.get("classifier_activation")), width)
+    return [dense, replace(act, component="head"), replace(_norm(f"{name}.norm", t, config, width), component="head")]
 
 
 def other(base: Decoder, **changes: Any) -> Decoder:

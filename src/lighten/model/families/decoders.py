@@ -99,6 +99,12 @@ def _gemma3(config: Config, layers: int) -> Sequence[int | None]:
     return [None if window is None else 2 * (window // 2) + 1 for window in found]
 
 
+def _modernbert(config: Config, layers: int) -> Sequence[int | None]:
+    """ModernBERT's decoder has half of `local_attention`, for it looks one way alone."""
+    half = {**config, "sliding_window": (optional(config, "local_attention") or 0) // 2 or None}
+    return all_but_every(3, first=True, fields=("global_attn_every_n_layers",))(half, layers)
+
+
 # ---- rotary positions in some layers ----
 
 
@@ -145,6 +151,7 @@ GLM = Decoder(stem="Glm", heads=CLASSIFIES, qkv_bias="attention_bias", gate_up="
 LLAMA_LIKE: dict[str, Decoder] = {
     "llama": LLAMA,
     "internlm3": LLAMA,
+    "iquestcoder": LLAMA,
     "mistral": MISTRAL,
     "ministral": other(MISTRAL, stem="Ministral", question_prefix="transformer.", windows=by_layer_types(everywhere)),
     "ministral3": other(MISTRAL, stem="Ministral3"),
@@ -216,6 +223,10 @@ NEOX = Decoder(
     qkv_bias="attention_bias", out_bias="attention_bias", head_dim=None, key_value_heads=None, rotary=0.25, gate=None, up="dense_h_to_4h",
     down="dense_4h_to_h", mlp_bias=True,
 )  # fmt: skip
+NEOX_JAPANESE = other(
+    NEOX, stem="GPTNeoXJapanese", heads=GENERATES, prefix="gpt_neox_japanese.", parallel=False, qkv_bias=False, out_bias=False, mlp_bias=False,
+    intermediate=None, rotary=1, last_bias="dense_bias",
+)  # fmt: skip
 OPT = Decoder(
     stem="OPT", heads=(*GENERATES, SEQUENCE, QUESTION), inner="decoder.", positions="embed_positions", position_offset=2,
     final_norm="final_layer_norm", norm="layernorm", norm_affine="layer_norm_elementwise_affine", attention_norm="self_attn_layer_norm",
@@ -261,6 +272,10 @@ def _falcon(config: Config, architecture: str) -> Decoder:
         rotary=0 if config.get("alibi") else 1,
         key_value_heads="num_kv_heads" if new else None,
     )
+
+
+def _neox_japanese(config: Config, architecture: str) -> Decoder:
+    return other(NEOX_JAPANESE, times=optional(config, "intermediate_multiple_size") or 4)
 
 
 def _opt(config: Config, architecture: str) -> Decoder:
@@ -366,12 +381,20 @@ GPT_LIKE: dict[str, Decoder] = {
         mlp_norm="ln_2", attention="attn", fused="c_attn", out="c_proj", qkv_bias=True, head_dim="kv_channels", key_value_heads=None,
         gate="w2", up="w1", down="c_proj", halved=True, fixed_act="silu",
     ),
+    "modernbert-decoder": Decoder(
+        stem="ModernBertDecoder", heads=(*GENERATES, SEQUENCE), embedding="embeddings.tok_embeddings", embedding_norm="embeddings.norm",
+        final_norm="final_norm", head="decoder", head_bias="decoder_bias", sequence_head="classifier", sequence_bias="classifier_bias",
+        norm="layernorm", norm_bias="norm_bias", attention_norm="attn_norm", mlp_norm="mlp_norm", first_norm=False, attention="attn", out="Wo",
+        qkv_bias="attention_bias", out_bias="attention_bias", head_dim=None, key_value_heads=None, gate_up="Wi", down="Wo", mlp_bias="mlp_bias",
+        act="hidden_activation", windows=_modernbert, transform=("lm_head", "head"),
+    ),
     "granite_swa": other(LLAMA, stem="GraniteSWA", heads=GENERATES, windows=all_but_every(4, first=True), sinks="sinks"),
 }  # fmt: skip
 
 FAMILIES = {name: family(traits) for name, traits in (LLAMA_LIKE | GPT_LIKE).items()} | {
     "falcon": family(_falcon, of=FALCON),
     "mpt": family(_mpt, of=MPT),
+    "gpt_neox_japanese": family(_neox_japanese, of=NEOX_JAPANESE),
     "opt": family(_opt, of=OPT),
     "stablelm": family(_stablelm, of=STABLELM),
     "hyperclovax": family(_hyperclovax, of=HYPERCLOVAX),
