@@ -97,6 +97,11 @@ CASES: dict[str, list[dict[str, Any]]] = {
         INDEXED | {"mlp_layer_types": ["sparse", "sparse"], "attention_bias": True, "n_shared_experts": 2, "tie_word_embeddings": True},
     ],
     "axk1": [LATENT, LATENT | {"mlp_layer_types": ["sparse", "dense"], "n_shared_experts": 2, "attention_bias": True}],
+    "mimo_v2_flash": [
+        ROUTED | {"v_head_dim": 10, "sliding_window": 8},
+        ROUTED | {"v_head_dim": 6, "sliding_window": 8, "num_key_value_heads": 1, "attention_bias": True, "mlp_layer_types": ["sparse", "sparse"],
+                  "layer_types": ["sliding_attention", "full_attention"], "tie_word_embeddings": True},
+    ],
     "minicpm3": [LATENT, LATENT | {"q_lora_rank": None, "attention_bias": True, "tie_word_embeddings": False}],
     "youtu": [LATENT, LATENT | {"q_lora_rank": None, "attention_bias": True, "tie_word_embeddings": False}],
     "granitemoe": [LOCAL, LOCAL | {"attention_bias": True, "tie_word_embeddings": True}],

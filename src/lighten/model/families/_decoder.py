@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 from lighten.errors import ModelError
 from lighten.model.families._family import Family
-from lighten.model.families._fields import MOST_LAYERS, activation, check_probabilities, optional
+from lighten.model.families._fields import MOST_LAYERS, activation, check_probabilities, label_count, optional
 from lighten.model.spec import Attention, Elementwise, Embedding, Linear, Norm, Part, Table
 
 Config: TypeAlias = Mapping[str, Any]
@@ -87,22 +87,10 @@ def task_head(head: str, config: Config) -> list[Part]:
     """A task's head, over every token: transformers takes a sequence's class from its last one after the product."""
     hidden = size(config, "hidden_size")
     if head == CLASSES:
-        return [linear("score", "head", hidden, labels(config))]
+        return [linear("score", "head", hidden, label_count(config))]
     if head == TOKENS:
-        return [linear("score", "head", hidden, labels(config), bias=bool(config.get("token_classification_bias", True)))]
+        return [linear("score", "head", hidden, label_count(config), bias=bool(config.get("token_classification_bias", True)))]
     return [linear("qa_outputs", "head", hidden, 2, bias=True)] if head == ANSWERS else []
-
-
-def labels(config: Config) -> int:
-    """Classes of a task head: `num_labels`, or as many as `id2label` names, or transformers' two.
-
-    Raises:
-        ModelError: an `id2label` that is no table.
-    """
-    names = config.get("id2label") or {}
-    if not isinstance(names, Mapping):
-        raise ModelError("config.json: id2label is not a table of numbers and names.")
-    return optional(config, "num_labels") or len(names) or 2
 
 
 def linear(name: str, component: str, columns: int, outputs: int, *, bias: bool = False, **more: Any) -> Linear:

@@ -28,11 +28,14 @@ from lighten.model.families._decoder import (
     elementwise,
     every,
     flag,
+    head_dim_of,
+    kv_heads_of,
     linear,
     no,
     norm,
     numbers,
     rotary,
+    rotary_dim,
     size,
     types,
     when,
@@ -281,6 +284,44 @@ class Latent:
             Product(name=f"{at}.scores", component="attention", m="query", k=width, n="key", products=heads),
             Product(name=f"{at}.sum", component="attention", m="query", k=heads, n="key"),
         ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WideWindows:
+    """MiMo-V2's attention: layers with a window have twice the heads of keys and values, and a learned score for each head; values have a width
+    of their own.
+
+    Attributes:
+        kinds: the rule for `layer_types`.
+    """
+
+    at: str = "self_attn"
+    kinds: Rule
+
+    def parts(self, block: str, config: Config, layer: int) -> list[Part]:
+        """Projections, attention, the projection of its output.
+
+        Raises:
+            ModelError: heads of keys that do not divide those of queries.
+        """
+        at, hidden, heads = f"{block}.{self.at}", size(config, "hidden_size"), size(config, "num_attention_heads")
+        slides = types(config, "layer_types", self.kinds)[layer] == "sliding_attention"
+        head_dim, value, kv = head_dim_of(config), size(config, "v_head_dim"), kv_heads_of(config) * (2 if slides else 1)
+        if heads % kv:
+            raise ModelError(f"config.json: num_attention_heads={heads} is not a multiple of the {kv} heads of keys of a layer with a window.")
+        bias, sinks = flag(config, "attention_bias"), {f"{at}.attention_sink_bias": (heads,)}
+        return [
+            linear(f"{at}.q_proj", "attention", hidden, heads * head_dim, bias=bias),
+            linear(f"{at}.k_proj", "attention", hidden, kv * head_dim, bias=bias),
+            linear(f"{at}.v_proj", "attention", hidden, kv * value, bias=bias),
+            rotary(f"{at}.rotary", heads + kv, rotary_dim(config, head_dim)),
+            *([Table(name=f"{at}.sinks", component="attention", shapes=sinks)] if slides else []),
+            Attention(
+                name=at, component="attention", causal=True, num_attention_heads=heads, num_key_value_heads=kv, head_dim=head_dim,
+                v_head_dim=value, window=size(config, "sliding_window") if slides else None,
+            ),
+            linear(f"{at}.o_proj", "attention", heads * value, hidden),
+        ]  # fmt: skip
 
 
 GROUPED, PRE_NORMS, PLAIN = GroupedQuery(), Norms(), Mixture()
@@ -620,6 +661,14 @@ DECODERS: dict[str, Decoder] = {
         block=Blocks(
             attention=Latent(), mixture=DEEPSEEK_V3, dense=listed_dense(_axk1_kind), norms=Norms(after_mlp="post_mlp_layernorm"),
             dense_norms=PRE_NORMS,
+        ),
+    ),
+    "mimo_v2_flash": Decoder(
+        stem="MiMoV2Flash",
+        block=Blocks(
+            attention=WideWindows(kinds=lambda config, layer: "sliding_attention" if layer and (layer + 1) % 6 else "full_attention"),
+            mixture=replace(DEEPSEEK_V3, shared=None),
+            dense=listed_dense(FIRST_DENSE),
         ),
     ),
     "minicpm3": Decoder(stem="MiniCPM3", heads=(LM, CLASSES), block=Blocks(attention=Latent(), dense=yes)),
