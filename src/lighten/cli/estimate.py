@@ -8,22 +8,28 @@ from typing import Any
 
 from lighten import verbs
 from lighten.cli.options import add_json, add_numerics, add_sizes, print_json, workload_of
-from lighten.cost.sizes import SIZE_NAMES, Axes
+from lighten.cost.sizes import SIZE_NAMES
 from lighten.recipe.estimate import Estimate
 from lighten.units import format_bytes, format_count, format_seconds
 
+METHODS = ("auto", "formula", "trace")
 EXAMPLE = """lighten estimate .models/minilm --batch-size 32 --seq-len 128 --device this
   lighten estimate .models/minilm --phase train --batch-size 1,8,32 --seq-len 16:512:*2 --plot minilm.html
   lighten estimate .models/minilm --phase train --max batch-size --memory 8GB"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a folder in Hugging Face format, or a hub id")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a folder in Hugging Face format, a config.json, .safetensors, .gguf, .onnx or .keras file, a hub id, or package.module:factory",
+    )
     add_sizes(parser)
     add_numerics(parser)
     parser.add_argument("--device", metavar="NAME", help="this: the machine that `lighten probe` measured")
     parser.add_argument("--recipe", metavar="TEXT|FILE", help="what the model becomes first, such as 'quantize(rtn, bits=4, group_size=64)'")
-    parser.add_argument("--method", choices=("auto", "formula"), default="auto", help="default auto: the formula where the family has one")
+    parser.add_argument("--method", choices=METHODS, default="auto", help="default auto: the formula where there is one, else by following the model")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the code that a model's folder brings, to follow it")
     parser.add_argument("--max", choices=[name.replace("_", "-") for name in SIZE_NAMES], help="find the largest that fits into --memory")
     parser.add_argument("--memory", metavar="SIZE", help="such as 24GB or 24GiB: what --max fills; marks what fits in a sweep and a plot")
     parser.add_argument("--csv", metavar="FILE", help="write the points of a sweep")
@@ -32,20 +38,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    sizes = {name: getattr(arguments, name) for name in SIZE_NAMES}
+    sizes = {name: values for name in SIZE_NAMES if (values := getattr(arguments, name)) is not None}
     if arguments.max or arguments.memory or arguments.csv or arguments.plot or any(len(each) > 1 for each in sizes.values()):
         from lighten.cli.sizes import run_largest, run_sweep
 
-        return run_largest(arguments, sizes) if arguments.max else run_sweep(arguments, Axes(**sizes))
+        return run_largest(arguments, sizes) if arguments.max else run_sweep(arguments, sizes)
     found = estimate_at(arguments, {name: each[0] for name, each in sizes.items()})
     print_json(found.as_json()) if arguments.json else print(estimate_text(found))
     return 0
 
 
 def estimate_at(arguments: argparse.Namespace, sizes: dict[str, int]) -> Estimate:
-    """The estimate that the options ask for, at one size."""
-    words: dict[str, Any] = workload_of(arguments) | sizes
-    return verbs.estimate(arguments.model, recipe=arguments.recipe, device=arguments.device, **words)
+    """The estimate that the options ask for, at one size; a size that is not given is the model's own."""
+    words: dict[str, Any] = {name: value for name, value in workload_of(arguments).items() if name not in SIZE_NAMES} | sizes
+    return verbs.estimate(
+        arguments.model,
+        recipe=arguments.recipe,
+        device=arguments.device,
+        method=arguments.method,
+        trust_remote_code=arguments.trust_remote_code,
+        **words,
+    )
 
 
 def estimate_text(found: Estimate) -> str:

@@ -27,12 +27,12 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
     """--phase, and the sizes of `add_workload`, each of which may be several."""
     _add_phase(parser, PHASES)
     several = "N or several: 1,8,32 or 512:131072:*2 or 64:512:+64"
-    for flag, default, says in (
-        ("batch-size", (1,), "sequences at once (default 1)"),
-        ("seq-len", (128,), "tokens of a sequence, or of its prompt (default 128)"),
-        ("new-tokens", (0,), "tokens to generate"),
+    for flag, says in (
+        ("batch-size", "sequences at once (default 1)"),
+        ("seq-len", "tokens of a sequence, or of its prompt (default 128, or the model's own)"),
+        ("new-tokens", "tokens to generate"),
     ):
-        parser.add_argument(f"--{flag}", type=partial(_sizes, flag.replace("-", "_")), default=default, metavar="N,…", help=f"{says}; {several}")
+        parser.add_argument(f"--{flag}", type=partial(_sizes, flag.replace("-", "_")), metavar="N,…", help=f"{says}; {several}")
         several = "several likewise"
 
 

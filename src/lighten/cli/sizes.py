@@ -6,17 +6,21 @@ import argparse
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from lighten.cli.estimate import estimate_at, estimate_text
-from lighten.cli.options import print_json
-from lighten.cost.compiled import Exact, crossover_seq_len, known_parts
+from lighten.cli.options import print_json, progress
+from lighten.cost.compiled import Exact, Figures, crossover_seq_len, known_parts
 from lighten.cost.sizes import SIZE_NAMES, Axes, SizeName
-from lighten.cost.sweep import Largest, Sweep, find_largest, sweep
-from lighten.errors import OutputError, WorkloadError
+from lighten.cost.sweep import FiguresAt, Largest, Sweep, find_largest, sweep, sweep_by
+from lighten.cost.workload import Workload
+from lighten.errors import OutputError, TraceError, WorkloadError
 from lighten.model.spec import ModelSpec
 from lighten.recipe.estimate import Estimate, estimate
 from lighten.units import SIZE_UNITS, format_bytes, format_count, format_seconds, parse_quantity
@@ -27,7 +31,11 @@ TABLE_ROWS = 200
 PLOT_LENGTHS = (16, 131072)
 """Without a range of its own, a plot goes by doubling from the first of these to the model's positions, or to the second."""
 
+FOLLOWED = 12
+"""Points of a followed model that are followed one by one: about as many as fitting follows."""
+
 Point = dict[str, Any]
+Sizes = dict[str, tuple[int, ...]]
 
 
 def figures(found: Estimate) -> dict[str, int]:
@@ -50,38 +58,70 @@ def crossover(found: Estimate) -> int | None:
     return crossover_seq_len(found.spec) if isinstance(found.spec, ModelSpec) else None
 
 
-def run_sweep(arguments: argparse.Namespace, axes: Axes) -> int:
-    if axes.points == 1 and arguments.csv:
+def run_sweep(arguments: argparse.Namespace, sizes: Sizes) -> int:
+    many = any(len(values) > 1 for values in sizes.values())
+    if not many and arguments.csv:
         raise WorkloadError("--csv has no effect at one size; give several, such as --seq-len 128:4096:*2.")
-    if axes.points == 1 and arguments.memory and not arguments.plot:
+    if not many and arguments.memory and not arguments.plot:
         raise WorkloadError("--memory has no effect at one size without --max or --plot.")
     plot = plot_path(arguments.plot) if arguments.plot else None
     memory = memory_bytes(arguments.memory) if arguments.memory else None
-    found = estimate_at(arguments, {"batch_size": axes.batch_size[0], "seq_len": axes.seq_len[0], "new_tokens": axes.new_tokens[0]})
-    if axes.points > 1:
-        axes = replace(axes, new_tokens=axes.new_tokens if axes.new_tokens != (0,) else (found.workload.new_tokens,))
-        _check_last(arguments, axes)
-        swept = sweep(at_sizes(found, arguments), found.workload, axes)
+    asked = Axes(**sizes)
+    found = estimate_at(arguments, {name: values[0] for name, values in sizes.items()})
+    own: Sizes = {name: (getattr(found.workload, name),) for name in SIZE_NAMES if name not in sizes}
+    axes = replace(asked, **own)
+    if many:
+        _check_last(arguments, sizes)
+        swept, label = sweep_model(arguments, found, axes)
         points = list(_points(arguments, swept, memory))
         if arguments.csv:
             write_text(Path(arguments.csv), csv_text(points))
-        _print_sweep(arguments, found, swept, points, memory)
+        _print_sweep(arguments, found, swept, points, memory, label)
     else:
-        swept = sweep(at_sizes(found, arguments), found.workload, replace(axes, seq_len=plot_lengths(found), new_tokens=(found.workload.new_tokens,)))
+        swept, _ = sweep_model(arguments, found, replace(axes, seq_len=plot_lengths(found)))
         print_json(found.as_json()) if arguments.json else print(estimate_text(found))
     if plot:
         from lighten.report.sweep_page import Pictured, sweep_picture
 
-        pictured = Pictured(
-            estimate=found, sweep=swept, crossover=crossover(found), timeline=found.program.timeline if found.program else None, memory=memory
-        )
+        timeline = found.program.timeline if found.program else None
+        pictured = Pictured(estimate=found, sweep=swept, crossover=crossover(found), memory=memory, timeline=timeline)
         write_text(plot, sweep_picture(pictured, kind=plot.suffix))
     return 0
 
 
-def _check_last(arguments: argparse.Namespace, axes: Axes) -> None:
-    """The largest sizes are refused before the first are computed."""
-    estimate_at(arguments, {"batch_size": axes.batch_size[-1], "seq_len": max(axes.seq_len), "new_tokens": max(axes.new_tokens)})
+def sweep_model(arguments: argparse.Namespace, found: Estimate, axes: Axes) -> tuple[Sweep, str]:
+    """The figures at every point, and how they were found: as those of one point, or extrapolated from a model followed at a few sizes."""
+    label = found.labels.get("memory", found.method)
+    if isinstance(found.spec, ModelSpec) or axes.points <= FOLLOWED:
+        return sweep(at_sizes(found, arguments), found.workload, axes), label
+    try:
+        return sweep_by(_followed_figures(arguments, axes), found.workload, axes), "extrapolated"
+    except TraceError as error:
+        progress(f"{error} Each size is followed by itself.")
+        return sweep(at_sizes(found, arguments), found.workload, axes), label
+
+
+def _followed_figures(arguments: argparse.Namespace, axes: Axes) -> FiguresAt:
+    from lighten.trace.fit import fit
+    from lighten.trace.open import open_model
+
+    followed = open_model(arguments.model, method=arguments.method, trust_remote_code=arguments.trust_remote_code)
+    assert not isinstance(followed, ModelSpec)
+    model = followed
+
+    def figures_at(workload: Workload, batch: NDArray[Any], length: NDArray[Any]) -> Figures:
+        ends = ((min(sizes), max(sizes)) for sizes in (axes.batch_size, axes.seq_len))
+        fitted = fit(model, workload, batches=next(ends), lengths=next(ends))
+        shape = np.broadcast_shapes(batch.shape, length.shape)
+        found = {name: values.reshape(shape) for name, values in fitted.at(batch, length).items() if "/" not in name}
+        return {"flops": found.pop("total_flops"), **found}
+
+    return figures_at
+
+
+def _check_last(arguments: argparse.Namespace, sizes: Sizes) -> None:
+    """A length that the model does not take is refused before the others are computed; to follow a model there takes no longer than elsewhere."""
+    estimate_at(arguments, {name: max(values) for name, values in sizes.items()})
 
 
 def _points(arguments: argparse.Namespace, swept: Sweep, memory: int | None) -> Iterator[Point]:
@@ -92,24 +132,24 @@ def _points(arguments: argparse.Namespace, swept: Sweep, memory: int | None) -> 
         yield {**point, **more}
 
 
-def sweep_document(found: Estimate, swept: Sweep, points: list[Point], memory: int | None) -> dict[str, Any]:
+def sweep_document(found: Estimate, swept: Sweep, points: list[Point], memory: int | None, label: str) -> dict[str, Any]:
     """The document of a sweep with --json."""
     one = found.as_json()
     return {
         "model": one["model"], "workload": {name: value for name, value in one["workload"].items() if name not in swept.sizes},
-        "method": one["method"],
+        "method": one["method"], "labels": one["labels"] | {"flops": label, "memory": label} if label == "extrapolated" else one["labels"],
         "parameters": one["parameters"], "memory_bytes": memory, "crossover_seq_len": crossover(found), "points": points,
         "assumptions": one["assumptions"], "warnings": one["warnings"],
     }  # fmt: skip
 
 
-def _print_sweep(arguments: argparse.Namespace, found: Estimate, swept: Sweep, points: list[Point], memory: int | None) -> None:
+def _print_sweep(arguments: argparse.Namespace, found: Estimate, swept: Sweep, points: list[Point], memory: int | None, label: str) -> None:
     if not arguments.json:
         print(sweep_text(found, swept, points, memory))
     elif len(points) <= TABLE_ROWS:
-        print_json(sweep_document(found, swept, points, memory))
+        print_json(sweep_document(found, swept, points, memory, label))
     else:
-        print(json.dumps(sweep_document(found, swept, points, memory), allow_nan=False))
+        print(json.dumps(sweep_document(found, swept, points, memory, label), allow_nan=False))
 
 
 def sweep_text(found: Estimate, swept: Sweep, points: list[Point], memory: int | None) -> str:
@@ -154,7 +194,7 @@ def csv_text(points: list[Point]) -> str:
     return said.getvalue()
 
 
-def run_largest(arguments: argparse.Namespace, sizes: Mapping[str, tuple[int, ...]]) -> int:
+def run_largest(arguments: argparse.Namespace, sizes: Sizes) -> int:
     name: SizeName = arguments.max.replace("-", "_")
     if not arguments.memory:
         raise WorkloadError(f"--max {arguments.max} needs --memory, such as --memory 24GB.")
@@ -163,7 +203,7 @@ def run_largest(arguments: argparse.Namespace, sizes: Mapping[str, tuple[int, ..
         raise WorkloadError(f"--max finds one size; {', '.join(several) or '--csv or --plot'} asks for many: leave one of them out.")
     memory = memory_bytes(arguments.memory)
     asked = {each: values[0] for each, values in sizes.items()}
-    found = estimate_at(arguments, asked | ({"new_tokens": asked["new_tokens"] or 1} if name == "new_tokens" else {name: 1}))
+    found = estimate_at(arguments, asked | {name: 1})
     largest = find_largest(at_sizes(found, arguments), found.workload, name, memory, most=_most(found, name))
     found = estimate_at(arguments, asked | {name: largest.value})
     if arguments.json:

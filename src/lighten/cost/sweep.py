@@ -6,14 +6,14 @@ that is followed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lighten.cost.compiled import Axis, Costs, Exact
+from lighten.cost.compiled import Axis, Costs, Exact, Figures
 from lighten.cost.sizes import FARTHEST, SIZE_NAMES, Axes, SizeName
 from lighten.cost.workload import Workload
 from lighten.errors import WorkloadError
@@ -70,6 +70,10 @@ class Line:
     points: tuple[tuple[int, int], ...]
 
 
+FiguresAt: TypeAlias = Callable[[Workload, NDArray[Any], NDArray[Any]], Figures]
+"""Figures of a workload at batches [b, 1] and lengths [1, n]: arrays [b, n]."""
+
+
 def sweep(exact: Exact, workload: Workload, axes: Axes) -> Sweep:
     """The figures of a workload at every point, each equal to `exact` there.
 
@@ -80,15 +84,18 @@ def sweep(exact: Exact, workload: Workload, axes: Axes) -> Sweep:
         WorkloadError: a size that the model does not take.
     """
     axis: Axis = "new_tokens" if len(axes.new_tokens) > len(axes.seq_len) else "seq_len"
+    return sweep_by(lambda asked, batch, length: Costs(exact, asked, axis=axis).at(batch, length), workload, axes, axis=axis)
+
+
+def sweep_by(figures_at: FiguresAt, workload: Workload, axes: Axes, *, axis: Axis = "seq_len") -> Sweep:
+    """The figures of a workload at every point, from what gives them for all batches and all lengths of an axis at once."""
     others, lengths = (axes.seq_len, axes.new_tokens) if axis == "new_tokens" else (axes.new_tokens, axes.seq_len)
-    other: SizeName = "seq_len" if axis == "new_tokens" else "new_tokens"
     batch, length = np.array(axes.batch_size)[:, None], np.array(lengths)[None, :]
-    columns: list[dict[str, NDArray[Any]]] = []
-    for size in others:
-        base = replace(workload, seq_len=size) if other == "seq_len" else replace(workload, new_tokens=size)
-        columns.append(Costs(exact, base, axis=axis).at(batch, length))
+    columns = [
+        figures_at(replace(workload, seq_len=size) if axis == "new_tokens" else replace(workload, new_tokens=size), batch, length) for size in others
+    ]
     names = dict.fromkeys(name for column in columns for name in column)
-    where = 1 if other == "seq_len" else 2  # [batch, seq_len, new_tokens]
+    where = 1 if axis == "new_tokens" else 2  # [batch, seq_len, new_tokens]
     zeros = np.zeros((len(axes.batch_size), len(lengths)), dtype=np.int64)
     figures = {name: np.stack([column.get(name, zeros) for column in columns], axis=where).ravel() for name in names}
     grids = np.meshgrid(axes.batch_size, axes.seq_len, axes.new_tokens, indexing="ij")
