@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lighten.errors import UnsupportedFamily
-from lighten.model.families import bert, blip, decoders, encoders, experts, llama, pairs, pyramid, recurrent, seq2seq, speech, video, vision
+from lighten.model.families import bert, blip, decoders, encoders, experts, imagegpt, llama, pairs, pyramid, recurrent, seq2seq, speech, video, vision
 from lighten.model.families._config import complete
 from lighten.model.families._family import Family
 from lighten.model.spec import Part
@@ -25,6 +25,7 @@ FAMILIES: dict[str, Family] = {
     **pyramid.FAMILIES,
     **video.FAMILIES,
     **blip.FAMILIES,
+    **imagegpt.FAMILIES,
 }
 """`model_type` → its architectures and the function that gives their parts."""
 
