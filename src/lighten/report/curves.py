@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,8 @@ from lighten.report.svg import ADVANCE, LINE, Axis, Box, boxes_along, document, 
 
 MOST_LINES = 6
 """Lines at most in one plot: more cannot be told apart by colour."""
+NARROWEST = 1.5
+"""Ratio of the ends of an axis, at least."""
 MOST_DOTS = 32
 """Points at most of a line that are marked."""
 
@@ -109,8 +112,9 @@ def _mark(curves: Curves, x: Axis, frame: Box, avoid: list[Box]) -> str:
 
 def _log_axis(values: Sequence[float], origin: float, length: float, *, room: float) -> Axis:
     low, high = min(values), max(values)
-    if low == high:
-        low, high = low / 1.5, high * 1.5
+    if high < low * NARROWEST:  # else a change of nothing fills the plot, and all its ticks say the same
+        middle = math.sqrt(low * high)
+        low, high = middle / math.sqrt(NARROWEST), middle * math.sqrt(NARROWEST)
     spread = (high / low) ** room
     return Axis(start=low / spread, end=high * spread, origin=origin, length=length, log=True)
 

@@ -129,16 +129,26 @@ def _head(pictured: Pictured) -> str:
         ("parameters", format_count(found.spec.total_parameters), f"{found.spec.total_parameters:,}"),
         ("at " + say_size(asked), format_count(found.total_flops) + "FLOP", f"{sum(found.matmul.values()):,} in matrix products"),
         ("memory there", format_bytes(found.memory.peak), f"{found.memory.peak:,} bytes at the peak"),
-        (
-            "attention's square", "never leads" if pictured.crossover is None else f"from {pictured.crossover:,}",
-            "length from which it takes more FLOPs than other products" if pictured.crossover is not None else "at no length most FLOPs",
-        ),
+        _last_tile(pictured),
     ]  # fmt: skip
     boxes = "".join(f'<div class="tile"><h2>{_text(a)}</h2><p class="big">{_text(b)}</p><p>{_text(c)}</p></div>\n' for a, b, c in tiles)
     return (
         f'<header>\n<p class="eyebrow">{_text(found.spec.architecture)} · {_text(", ".join(said))}</p>\n<h1>{escape(_headline(pictured))}</h1>\n'
         f'<div class="tiles">\n{boxes}</div>\n</header>\n'
     )
+
+
+def _last_tile(pictured: Pictured) -> tuple[str, str, str]:
+    """Where attention leads; how the figures were found, where that is not known."""
+    if not isinstance(pictured.estimate.spec, ModelSpec):
+        return (
+            "how found",
+            pictured.estimate.method,
+            ", ".join(f"{name} {label}" for name, label in pictured.estimate.labels.items() if name != "time"),
+        )
+    if pictured.crossover is None:
+        return "attention's square", "never leads", "at no length most FLOPs"
+    return "attention's square", f"from {pictured.crossover:,}", "length from which it takes more FLOPs than other products"
 
 
 def say_size(workload: Workload) -> str:
@@ -211,8 +221,13 @@ def flop_shares(estimate: Estimate) -> Shares:
         return _forward_shares(estimate.spec, estimate.workload)
     found: dict[str, dict[str, int]] = {}
     for op, count in estimate.program.ops:
-        _count(found, op.component, _product_name(op), op.matmul_flops * count)
+        _count(found, op.component, _module_of(op), op.matmul_flops * count)
     return found
+
+
+def _module_of(op: Op) -> str:
+    """The kind of module of a followed operator, whose name is its module's, `backward` in the backward pass, and its own."""
+    return module_kind(op.name.rpartition(".")[0].removesuffix(".backward") or op.name)
 
 
 def _forward_shares(spec: ModelSpec, workload: Workload) -> Shares:
