@@ -29,6 +29,7 @@ import pytest
 
 from lighten.choose import candidates, constraints
 from lighten.cli.main import COMMANDS, main
+from lighten.cli.sizes import POINT_FIELDS
 from lighten.device.profile import Calibration, EngineProfile, Profile
 from lighten.model.families import FAMILIES
 from lighten.recipe import RUNTIMES, STEPS, parse_recipe
@@ -287,6 +288,9 @@ def literal_keys(module: str, function: str) -> set[str]:
 
 COMMANDS_MD = ROOT / "docs" / "commands.md"
 DOCUMENTS: dict[str, Callable[[], set[str]]] = {
+    "Fields of a sweep": lambda: literal_keys("cli/sizes.py", "sweep_document"),
+    "Fields of a point": lambda: set(POINT_FIELDS),
+    "Fields of max": lambda: literal_keys("cost/sweep.py", "as_json"),
     "Fields of measure": lambda: literal_keys("judge/measure.py", "as_json") | {"recipe", "predicted", "ratio"},
     "Fields of predicted": lambda: literal_keys("choose/trial.py", "predict"),
     "Fields of choice.json": lambda: literal_keys("choose/search.py", "_answer"),

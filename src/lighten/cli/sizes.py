@@ -25,6 +25,11 @@ from lighten.model.spec import ModelSpec
 from lighten.recipe.estimate import Estimate, estimate
 from lighten.units import SIZE_UNITS, format_bytes, format_count, format_seconds, parse_quantity
 
+POINT_FIELDS = (
+    "batch_size", "seq_len", "new_tokens", "flops", "matmul", "matmul_causal", "peak", "weights", "gradients", "optimizer", "activations", "kv_cache",
+    "temporary", "overhead", "fits", "seconds",
+)  # fmt: skip
+"""What a point of a sweep says, in --json and in --csv."""
 PARTS = ("weights", "gradients", "optimizer", "activations", "kv_cache", "temporary")
 TABLE_ROWS = 200
 """Rows at most that are printed for people; the others are in --csv and --json."""
@@ -129,7 +134,8 @@ def _points(arguments: argparse.Namespace, swept: Sweep, memory: int | None) -> 
         sizes = {name: point[name] for name in ("batch_size", "seq_len", "new_tokens")}
         time = estimate_at(arguments, sizes).time if arguments.device else None
         more: Point = {"fits": None if memory is None else point["peak"] <= memory, "seconds": time.seconds if time else None}
-        yield {**point, **more}
+        merged = point | more
+        yield {name: merged.get(name) for name in POINT_FIELDS}
 
 
 def sweep_document(found: Estimate, swept: Sweep, points: list[Point], memory: int | None, label: str) -> dict[str, Any]:
