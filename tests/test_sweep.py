@@ -83,6 +83,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "mixtral": {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
     "llama": LLAMA,
     "bert": BERT,
+    "t5": {"vocab_size": 320, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
 }
 TRAIN = {"phase": "train", "optimizer": "adamw"}
 CASES = [
@@ -98,6 +99,9 @@ CASES = [
     ("mistral", "MistralForCausalLM", {"phase": "generate", "new_tokens": 30}),
     ("mistral", "MistralForCausalLM", {"phase": "prefill"}),
     ("mixtral", "MixtralForCausalLM", {"phase": "prefill"}),
+    ("t5", "T5ForConditionalGeneration", {"phase": "prefill"}),
+    ("t5", "T5ForConditionalGeneration", {**TRAIN, "target_len": 12}),
+    ("t5", "T5ForConditionalGeneration", {"phase": "generate", "new_tokens": 9}),
 ]
 
 

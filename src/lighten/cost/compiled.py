@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from lighten.cost.memory import MemoryBreakdown, workload_memory
 from lighten.cost.operators import Forward, Op, forward_operators
+from lighten.cost.passes import first_forward, step_forward, steps_after_first, training_forward
 from lighten.cost.training import step_counts
 from lighten.cost.workload import Workload
 from lighten.errors import WorkloadError
@@ -68,19 +69,19 @@ def known_parts(memory: MemoryBreakdown) -> dict[str, int]:
 
 def workload_flops(spec: ModelSpec, workload: Workload) -> dict[str, int]:
     """FLOPs of the whole workload: one pass, one training step, or all new tokens, each step with its own context."""
-    batch, length = workload.batch_size, workload.seq_len
-    times = step_counts(spec, workload.recompute) if workload.phase == "train" else {}
+    training = workload.phase == "train"
+    times = step_counts(spec, workload.recompute) if training else {}
     found = dict.fromkeys(("total_flops", "matmul", "matmul_causal"), 0)
+
+    def flops_of(forward: Forward) -> dict[str, int]:
+        return _pass_flops(forward_operators(spec, forward, workload.dtype), times)
+
     if workload.phase != "decode":
-        last = workload.phase == "generate"
-        whole = Forward(batch_size=batch, query_len=length, key_len=length, last_logits_only=last)
-        _add(found, _pass_flops(forward_operators(spec, whole, workload.dtype), times))
-    steps = workload.new_tokens - (workload.phase == "generate")  # the prefill of a generation gives its first token
-
-    def step(context: int) -> dict[str, int]:
-        return _pass_flops(forward_operators(spec, Forward(batch_size=batch, query_len=1, key_len=context), workload.dtype), times)
-
-    for run in _linear_runs(step, length + 1, length + steps, _windows(spec)):
+        _add(found, flops_of(training_forward(spec, workload) if training else first_forward(spec, workload)))
+    steps = steps_after_first(workload)
+    context = step_forward(spec, workload, 0).key_len
+    borders = [window - context for window in _windows(spec)]
+    for run in _linear_runs(lambda step: flops_of(step_forward(spec, workload, step)), 1, steps, borders):
         _add(found, run)
     return found
 
