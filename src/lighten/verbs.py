@@ -37,14 +37,16 @@ def silent(line: str) -> None:
 
 
 def make_workload(spec: ModelSpec, *, phase: Phase | None = None, dtype: str | None = None, **asked: Any) -> Workload:
-    """A workload with what fits the model where nothing was asked: an encoder encodes; a decoder generates where `new_tokens` are asked
-    for, else prefills; AdamW trains; the type is that of the checkpoint.
+    """A workload with what fits the model where nothing was asked: an encoder encodes; a decoder, and an encoder-decoder, generates where
+    `new_tokens` are asked for, else prefills; AdamW trains; the type is that of the checkpoint; an image has its model's positions.
 
     Raises:
         WorkloadError: impossible, or more than the model's positions.
     """
     if phase is None:
-        phase = ("generate" if asked.get("new_tokens") else "prefill") if spec.is_decoder else "encode"
+        phase = ("generate" if asked.get("new_tokens") else "prefill") if spec.is_decoder or spec.is_encoder_decoder else "encode"
+    if spec.fixed_len is not None and asked.get("seq_len") is None:
+        asked["seq_len"] = spec.fixed_len
     if phase == "train":
         asked["optimizer"] = asked.get("optimizer") or "adamw"
     if phase in ("decode", "generate"):

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lighten.cost.memory import MemoryBreakdown, workload_memory
-from lighten.cost.operators import Forward, Op, forward_operators
+from lighten.cost.operators import Op, forward_operators
+from lighten.cost.passes import first_forward, step_forward, steps_after_first, training_forward
 from lighten.cost.training import BACKWARD, step_counts
 from lighten.cost.workload import OPTIMIZER_STATE, Workload, check_workload
 from lighten.device.profile import EngineProfile, Profile
@@ -176,15 +177,13 @@ def forward_passes(spec: ModelSpec, workload: Workload) -> list[tuple[list[Op], 
     FLOPs and bytes of a decoding step are linear in its context, so the first and the last step, each counted half as often as there are
     steps, give the exact sum; twice the number keeps it whole.
     """
-    batch, length, dtype = workload.batch_size, workload.seq_len, workload.dtype
     passes: list[tuple[list[Op], int]] = []
-    if workload.phase in ("encode", "prefill", "train", "generate"):
-        last = workload.phase == "generate"
-        passes.append((forward_operators(spec, Forward(batch_size=batch, query_len=length, key_len=length, last_logits_only=last), dtype), 2))
-    steps = workload.new_tokens - (workload.phase == "generate")  # the prefill of a generation gives its first token
-    if steps > 0:
-        ends = (Forward(batch_size=batch, query_len=1, key_len=length + step) for step in (1, steps))
-        passes.extend((forward_operators(spec, forward, dtype), steps) for forward in ends)
+    if workload.phase != "decode":
+        first = training_forward(spec, workload) if workload.phase == "train" else first_forward(spec, workload)
+        passes.append((forward_operators(spec, first, workload.dtype), 2))
+    if steps := steps_after_first(workload):
+        ends = (step_forward(spec, workload, step) for step in (1, steps))
+        passes.extend((forward_operators(spec, forward, workload.dtype), steps) for forward in ends)
     return passes
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lighten.cost.operators import Forward
 from lighten.cost.replay.kernels import FLOAT32, Kernels
-from lighten.cost.replay.layout import Sublayer, chains, has_rotary, linears
+from lighten.cost.replay.layout import Sublayer, chains, has_rotary, linears, reads_source
 from lighten.cost.replay.tape import Storage, Tensor
 from lighten.cost.workload import Workload
 from lighten.model.spec import Attention, Elementwise, Linear, ModelSpec, Norm, Part
@@ -78,17 +78,17 @@ class Attentions(Kernels):
         strided = (not apart or rotary, not apart or rotary, not apart)
         heads = part.num_attention_heads, part.num_key_value_heads, part.num_key_value_heads
         found = chains(sub.before)
-        if part.is_cross and not self.forward.encodes:
+        if reads_source(part) and not self.forward.encodes:
             q = self.heads(self.sequence(found[0], x), heads[0], strided=strided[0], queries=True)
             return [q, q, q]  # its keys and values stand in the cache
         if len(found) == 3:
-            inputs = (x, memory or x, memory or x) if part.is_cross else (x, x, x)
+            inputs = (x, memory or x, memory or x) if reads_source(part) else (x, x, x)
             states = [
                 self.heads(self.sequence(chain, source), count, strided=gradient, queries=i == 0)
                 for i, (chain, source, count, gradient) in enumerate(zip(found, inputs, heads, strided, strict=True))
             ]
         else:
-            states = self.unpacked(part, found, x, memory if part.is_cross else None)
+            states = self.unpacked(part, found, x, memory if reads_source(part) else None)
         if rotary:
             states[:2] = self.rotate(states[0]), self.rotate(states[1])
         return states
@@ -118,7 +118,7 @@ class Attentions(Kernels):
         """The cache with the new keys and values: a copy, after which the old one goes. A source's are stored once."""
         element = dtype_bytes(self.workload.kv_dtype or self.workload.dtype)
         keys, values = self.cache.pop(part.name)
-        if not part.is_cross or self.forward.encodes:
+        if not reads_source(part) or self.forward.encodes:
             each = self.batch * length * part.num_key_value_heads
             keys = self.hold(each * part.head_dim * element, "kv_cache")
             values = self.hold(each * part.value_dim * element, "kv_cache")

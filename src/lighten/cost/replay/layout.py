@@ -180,6 +180,11 @@ def _outputs(chain: Sequence[Part]) -> int:
     return next(part.out_features for part in reversed(chain) if isinstance(part, Linear))
 
 
+def reads_source(part: Attention) -> bool:
+    """Whether its keys and values come from another stream."""
+    return part.is_cross and part.keys != part.rows
+
+
 def linears(parts: Iterable[Part]) -> list[Linear]:
     return [part for part in parts if isinstance(part, Linear)]
 

@@ -9,7 +9,7 @@ from lighten.cost.operators import Forward, rows_of
 from lighten.cost.replay.blocks import Blocks
 from lighten.cost.replay.habits import habits
 from lighten.cost.replay.kernels import FLOAT32, INT64
-from lighten.cost.replay.layout import Stream, has_rotary, linears, streams
+from lighten.cost.replay.layout import Stream, has_rotary, linears, reads_source, streams
 from lighten.cost.replay.tape import Tensor, weights_of
 from lighten.cost.workload import Workload
 from lighten.model.spec import Attention, Conv, Elementwise, Embedding, Linear, ModelSpec, Norm, Part, Scan, Table
@@ -61,9 +61,9 @@ class Model(Blocks):
         """Keys and values of so many positions, no more than a window's, and those of a source; a recurrence's states."""
         element = dtype_bytes(self.workload.kv_dtype or self.workload.dtype)
         for part in self.spec.parts:
-            if isinstance(part, Attention) and part.cached and (part.causal or part.is_cross):
+            if isinstance(part, Attention) and part.cached and (part.causal or reads_source(part)):
                 length = min(positions, part.window or positions)
-                if part.is_cross:
+                if reads_source(part):
                     length = 0 if self.forward.encodes else self.keys_of(part)
                 each = self.batch * length * part.num_key_value_heads * element
                 self.cache[part.name] = self.hold(each * part.head_dim, "kv_cache"), self.hold(each * part.value_dim, "kv_cache")
@@ -86,7 +86,7 @@ class Model(Blocks):
     def run(self) -> list[tuple[Stream, Tensor]]:
         """The streams, each with its last hidden state; an encoder that a decoder reads is none of its own."""
         memory, ends = None, []
-        reads = [any(isinstance(part, Attention) and part.is_cross for part in stream.parts) for stream in self.streams]
+        reads = [any(isinstance(part, Attention) and reads_source(part) for part in stream.parts) for stream in self.streams]
         for i, stream in enumerate(self.streams):
             feeds = any(reads[i + 1 :])
             if feeds and not self.forward.encodes:
@@ -114,7 +114,7 @@ class Model(Blocks):
         embedded = self.embed(stream)
         self.shared = self.position_tables(stream)
         x = embedded  # which a variable holds to the end
-        given = [memory] if memory is not None and any(isinstance(part, Attention) and part.is_cross for part in stream.parts) else []
+        given = [memory] if memory is not None and any(isinstance(part, Attention) and reads_source(part) for part in stream.parts) else []
         for parts in stream.blocks:
             run = self.block(parts)
             x = self.checkpoint(run, x, *given) if self.workload.recompute == "full" else run(x, *given)
@@ -141,8 +141,8 @@ class Model(Blocks):
         if x is not None and isinstance(late[0] if late else None, Elementwise):
             late.clear()  # the activations of convolutions
         table = next((part for part in stream.before if isinstance(part, Table)), None)
-        if x is None and not found:
-            found.append(self.record(rows * _width(stream), part=_shared_table(self.spec)))
+        if x is None and not any(part.rows in ("token", "source") for part in tables):  # it reads its encoder's table
+            found.insert(0, self.record(rows * _width(stream), part=_shared_table(self.spec)))
         if x is not None:
             x = self.with_tokens(x, table, rows * _width(stream))
         elif self.habits.scaled_embedding:
@@ -195,9 +195,9 @@ class Model(Blocks):
         )
         source = None
         for part in own:
-            if part.is_cross and source is None:
+            if reads_source(part) and source is None:
                 source = self.tensor(part.num_attention_heads * self.queries * self.keys_of(part))
-            found[part.name] = source if part.is_cross and source is not None else mine
+            found[part.name] = source if reads_source(part) and source is not None else mine
         return found
 
     def headed(self, stream: Stream, hidden: Tensor) -> Tensor:

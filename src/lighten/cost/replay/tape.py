@@ -102,6 +102,7 @@ class Tape:
     def __init__(self, dtype: str, *, training: bool) -> None:
         self.ledger = Ledger()
         self.gradients: dict[str, Storage] = {}
+        self.summed: set[str] = set()
         self.element = dtype_bytes(dtype)
         self.training = self.recording = training
         self.nodes: list[_Node] = []
@@ -174,20 +175,22 @@ class Tape:
         gradients = [edge.gradient for edge in node.outs]
         for edge in node.outs:
             edge.gradient = None
-        scratch, second = self.hold(node.scratch, "temporary"), []
+        scratch = self.hold(node.scratch, "temporary")
+        second: list[tuple[str, Storage]] = []  # of tables that are tied: a sum of two is a new tensor
         for name, shape in node.weights.items():
-            made = [self.hold(math.prod(shape) * self.element, "gradients")]
+            made = self.hold(math.prod(shape) * self.element, "gradients")
             if name in self.gradients:
-                second += made
+                second.append((name, made))
             else:
-                self.gradients[name] = made.pop()
+                self.gradients[name] = made
         passed = [gradients[0] if size is None else self.hold(size, "temporary") for _, size in node.inputs]
         node.saved = ()
         del scratch, gradients
         for (edge, _), new in zip(node.inputs, passed, strict=True):
             assert new is not None
             edge.add(new)
-        _sums = [self.hold(table.size, "gradients") for table in second]  # of a tied table's two gradients: not in place
+        _sums = [self.hold(table.size, "gradients") for name, table in second if name not in self.summed]  # a third one is added in place
+        self.summed.update(name for name, _ in second)
 
     def _recompute(self, node: _Node) -> None:
         """Replay up to the last operator that saves something, as torch.utils.checkpoint does; nothing after that is counted."""
