@@ -286,14 +286,19 @@ def lengths(config: Mapping[str, Any], names: Iterable[str], family: str) -> dic
     Raises:
         ModelError: one that is not, or lists of different lengths.
     """
-    found = {name: config.get(name) for name in names}
-    for name, value in found.items():
-        if not isinstance(value, list | tuple) or not value or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in value):
-            raise ModelError(f"config.json of a {family} model: {name}={value!r} is not a list of positive whole numbers.")
-    lists = {name: [int(each) for each in value] for name, value in found.items() if value is not None}
+    values = {name: config.get(name) for name in names}
+    wrong = [name for name, value in values.items() if not _is_list_of_counts(value)]
+    if wrong:
+        found = ", ".join(f"{name}={config[name]!r}" if name in config else f"{name} is missing" for name in wrong)
+        raise ModelError(f"config.json of a {family} model needs lists of positive whole numbers; found: {found}.")
+    lists = {name: [int(each) for each in value] for name, value in values.items() if value is not None}
     if len({len(value) for value in lists.values()}) > 1:
         raise ModelError(f"config.json of a {family} model: {', '.join(lists)} must be equally long; found: {list(lists.values())}.")
     return lists
+
+
+def _is_list_of_counts(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in value)
 
 
 def labels_of(config: Mapping[str, Any]) -> int:
