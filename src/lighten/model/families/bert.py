@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from lighten.errors import ModelError
+from lighten.errors import ModelError, UnsupportedFamily
 from lighten.model.families._family import Family
 from lighten.model.families._fields import activation, check_probabilities, optional, require
 from lighten.model.spec import Attention, Elementwise, Embedding, Linear, Norm, Part
 
-HEADS = ("BertForMaskedLM", "BertForSequenceClassification", "BertForTokenClassification", "BertForQuestionAnswering")
+HEADS = (
+    "BertForMaskedLM", "BertForSequenceClassification", "BertForTokenClassification", "BertForQuestionAnswering", "BertLMHeadModel",
+)  # fmt: skip
 ARCHITECTURES = ("BertModel", *HEADS)
+NEXT_SENTENCE = ("BertForPreTraining", "BertForNextSentencePrediction")
+"""Heads that say whether one sentence follows another."""
 FIELDS = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings", "type_vocab_size",
 )  # fmt: skip
@@ -21,6 +26,8 @@ def describe(config: Mapping[str, Any], architecture: str) -> tuple[Part, ...]:
     """Parts of a BERT encoder, with pooler and head where the architecture has them."""
     c = require(config, FIELDS, "bert")
     check_probabilities(config, ("hidden_dropout_prob", "attention_probs_dropout_prob"))
+    if config.get("add_cross_attention"):
+        raise UnsupportedFamily("bert with add_cross_attention=True has no formula; it can be traced.")
     hidden = c["hidden_size"]
     prefix = "" if architecture == "BertModel" else "bert."
     parts: list[Part] = [
@@ -31,7 +38,7 @@ def describe(config: Mapping[str, Any], architecture: str) -> tuple[Part, ...]:
         Norm(name=f"{prefix}embeddings.LayerNorm", component="norm", size=hidden, kind="layernorm"),
     ]
     for layer in range(c["num_hidden_layers"]):
-        parts += _layer(f"{prefix}encoder.layer.{layer}", c, str(config.get("hidden_act", "gelu")))
+        parts += _layer(f"{prefix}encoder.layer.{layer}", c, str(config.get("hidden_act", "gelu")), causal=bool(config.get("is_decoder")))
     return (*parts, *_head(architecture, prefix, c, config))
 
 
@@ -43,12 +50,12 @@ def _linear(name: str, component: str, columns: int, outputs: int, **more: Any) 
     return Linear(name=name, component=component, in_features=columns, out_features=outputs, bias=True, **more)
 
 
-def _layer(at: str, c: Mapping[str, int], act: str) -> list[Part]:
+def _layer(at: str, c: Mapping[str, int], act: str, *, causal: bool) -> list[Part]:
     hidden, ffn, heads = c["hidden_size"], c["intermediate_size"], c["num_attention_heads"]
     return [
         *(_linear(f"{at}.attention.self.{name}", "attention", hidden, hidden) for name in ("query", "key", "value")),
         Attention(
-            name=f"{at}.attention.self", component="attention", causal=False,
+            name=f"{at}.attention.self", component="attention", causal=causal,
             num_attention_heads=heads, num_key_value_heads=heads, head_dim=hidden // heads,
         ),
         _linear(f"{at}.attention.output.dense", "attention", hidden, hidden),
@@ -64,26 +71,35 @@ def _layer(at: str, c: Mapping[str, int], act: str) -> list[Part]:
 
 def _head(architecture: str, prefix: str, c: Mapping[str, int], config: Mapping[str, Any]) -> list[Part]:
     hidden, labels = c["hidden_size"], _labels(config)
-    if architecture in ("BertModel", "BertForSequenceClassification"):
-        parts: list[Part] = [
-            _linear(f"{prefix}pooler.dense", "pooler", hidden, hidden, rows="sequence"),
-            Elementwise(name=f"{prefix}pooler.activation", component="pooler", size=hidden, kind="tanh", flops_per_element=1, rows="sequence"),
-        ]
-        if architecture == "BertForSequenceClassification":
-            parts.append(_linear("classifier", "head", hidden, labels, rows="sequence"))
-        return parts
-    if architecture == "BertForMaskedLM":
-        return [
-            _linear("cls.predictions.transform.dense", "head", hidden, hidden),
-            activation("cls.predictions.transform.transform_act_fn", str(config.get("hidden_act", "gelu")), hidden),
-            Norm(name="cls.predictions.transform.LayerNorm", component="head", size=hidden, kind="layernorm"),
-            _MaskedLMDecoder(
-                name="cls.predictions.decoder", component="head", in_features=hidden, out_features=c["vocab_size"], bias=True,
-                tied_to="bert.embeddings.word_embeddings" if config.get("tie_word_embeddings", True) else None,
-            ),
-        ]  # fmt: skip
-    name = "classifier" if architecture == "BertForTokenClassification" else "qa_outputs"
-    return [_linear(name, "head", hidden, labels)]
+    pooler: list[Part] = [
+        _linear(f"{prefix}pooler.dense", "pooler", hidden, hidden, rows="sequence"),
+        Elementwise(name=f"{prefix}pooler.activation", component="pooler", size=hidden, kind="tanh", flops_per_element=1, rows="sequence"),
+    ]
+    next_sentence = _linear("cls.seq_relationship", "head", hidden, 2, rows="sequence")
+    heads: dict[str, list[Part]] = {
+        "BertModel": pooler,
+        "BertForSequenceClassification": [*pooler, _linear("classifier", "head", hidden, labels, rows="sequence")],
+        "BertForNextSentencePrediction": [*pooler, next_sentence],
+        "BertForPreTraining": [*pooler, *_masked_lm(c, config), next_sentence],
+        "BertForMaskedLM": _masked_lm(c, config),
+        "BertLMHeadModel": [replace(part, rows="logits") for part in _masked_lm(c, config)],
+        "BertForTokenClassification": [_linear("classifier", "head", hidden, labels)],
+        "BertForQuestionAnswering": [_linear("qa_outputs", "head", hidden, labels)],
+    }
+    return heads[architecture]
+
+
+def _masked_lm(c: Mapping[str, int], config: Mapping[str, Any]) -> list[Part]:
+    hidden = c["hidden_size"]
+    return [
+        _linear("cls.predictions.transform.dense", "head", hidden, hidden),
+        activation("cls.predictions.transform.transform_act_fn", str(config.get("hidden_act", "gelu")), hidden),
+        Norm(name="cls.predictions.transform.LayerNorm", component="head", size=hidden, kind="layernorm"),
+        _MaskedLMDecoder(
+            name="cls.predictions.decoder", component="head", in_features=hidden, out_features=c["vocab_size"], bias=True,
+            tied_to="bert.embeddings.word_embeddings" if config.get("tie_word_embeddings", True) else None,
+        ),
+    ]  # fmt: skip
 
 
 class _MaskedLMDecoder(Linear):
@@ -103,4 +119,4 @@ def _labels(config: Mapping[str, Any]) -> int:
     return optional(config, "num_labels") or len(names) or 2
 
 
-FAMILIES = {"bert": Family(describe=describe, architectures=ARCHITECTURES)}
+FAMILIES = {"bert": Family(describe=describe, architectures=(*ARCHITECTURES, *NEXT_SENTENCE))}
