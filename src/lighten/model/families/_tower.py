@@ -274,7 +274,7 @@ def pair(config: Mapping[str, Any], name: str, family: str) -> tuple[int, int]:
         ModelError: neither.
     """
     value = config.get(name)
-    both = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value, value]
+    both: list[Any] = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value, value]
     if len(both) != 2 or not all(isinstance(each, int) and not isinstance(each, bool) and each > 0 for each in both):
         raise ModelError(f"config.json of a {family} model: {name}={value!r} is neither a positive whole number nor two of them.")
     return both[0], both[1]
