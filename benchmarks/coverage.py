@@ -1,7 +1,8 @@
 """For every model that transformers' auto mappings build from its default config: parameters and matrix FLOPs by trace and by formula.
 
 Truth: the number of elements of the module's distinct parameters, and PyTorch's FlopCounterMode over one forward pass of the same module on
-fake tensors with eager attention and batched experts, which that counter sees in full. It knows nothing of lighten's own counting.
+fake tensors with eager attention (where a module calls SDPA all the same, its mathematical form) and batched experts, which that counter
+sees in full. It knows nothing of lighten's own counting.
 
     python benchmarks/coverage.py                        every mapping (ten minutes)
     python benchmarks/coverage.py --mapping causal-lm --types llama,qwen2 --verbose
@@ -24,6 +25,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import transformers
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.auto import modeling_auto as auto
 
@@ -75,7 +77,7 @@ def truth(followed: TransformersModel) -> tuple[int, int]:
         module = followed._build(workload).eval()
         inputs = followed._inputs(module, workload)
         options = {"use_cache": False} if "use_cache" in followed._takes else {}
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             module(**inputs, **options)
         return sum(p.numel() for p in module.parameters()), counter.get_total_flops()
 

@@ -12,6 +12,7 @@ from typing import Literal
 
 from lighten.model.spec import (
     Attention,
+    Chunks,
     Conv,
     Elementwise,
     Embedding,
@@ -193,7 +194,10 @@ def _product(part: Product, forward: Forward, element: float) -> Op:
 def _length(size: Size, forward: Forward) -> int:
     if isinstance(size, int):
         return size
-    return {"query": forward.query_len, "key": forward.key_len, "source": forward.source_len}[size]
+    if isinstance(size, Chunks):
+        continues = forward.query_len == 1 < forward.key_len
+        return 0 if continues else math.ceil(forward.query_len / size.length) + size.more
+    return {"query": forward.query_len, "key": forward.key_len, "source": forward.source_len, "batch": forward.batch_size}[size]
 
 
 def _attention(part: Attention, forward: Forward, element: float) -> Op:

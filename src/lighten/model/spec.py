@@ -20,8 +20,20 @@ Rows: TypeAlias = Literal["token", "sequence", "position", "logits", "source"] |
 """How many rows a part sees: each token, one a sequence (a pooler), each position once for all sequences, the positions that get logits,
 each token of the source (an encoder-decoder's input), or so many a sequence (image patches, audio frames)."""
 
-Size: TypeAlias = Literal["query", "key", "source"] | int
-"""A length of a product: new positions, positions that are attended to, tokens of the source, or a number of the model's."""
+
+@dataclass(frozen=True, kw_only=True)
+class Chunks:
+    """How many chunks of `length` hold the new positions, the last one filled up, and `more`: of a recurrence that is computed in chunks.
+
+    None where one position carries on from a state: that step is no matrix product.
+    """
+
+    length: int
+    more: int = 0
+
+
+Size: TypeAlias = Literal["query", "key", "source", "batch"] | int | Chunks
+"""A length of a product: new positions, positions that are attended to, tokens of the source, sequences, a number of the model's, or of chunks."""
 
 PER_CHANNEL = -1
 PER_TENSOR = 0
@@ -209,9 +221,14 @@ class Elementwise(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Table(Part):
-    """Parameters of another form than a weight matrix: a class token, relative positions, decay rates; `shapes` by their full names."""
+    """Parameters of another form than a weight matrix: a class token, relative positions, decay rates; `shapes` by their full names.
+
+    Attributes:
+        dtype: element type where it is stored in another than the model's vectors.
+    """
 
     shapes: Mapping[str, tuple[int, ...]]
+    dtype: str | None = None
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         return dict(self.shapes)
@@ -368,6 +385,7 @@ def part_weight_bytes(part: Part, dtype: str) -> int:
 
 def _tensor_bytes(part: Part, dtype: str) -> int:
     total = 0
+    dtype = (part.dtype if isinstance(part, Table) else None) or dtype
     for shape in part.tensors().values():
         if len(shape) == 2 and isinstance(part, Linear | Embedding):
             total += part.weight.stored_bytes(*shape)

@@ -21,9 +21,9 @@ from unittest.mock import patch
 from lighten.cost.workload import Workload
 from lighten.errors import ModelError, TraceError, WorkloadError
 from lighten.trace.program import Program
+from lighten.trace.summary import Summary
 
 if TYPE_CHECKING:
-    from lighten.trace.summary import Summary
     from lighten.trace.torch_watch import Watch
 
 MAX_CONFIG_BYTES = 64 * 2**20

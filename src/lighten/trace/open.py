@@ -134,7 +134,7 @@ def read_model(source: str | Path) -> ModelSpec | Followed:
     path, text = Path(source), str(source)
     if path.is_file() and path.suffix in (".onnx", ".keras"):
         return _followed_file(path)
-    if path.exists() or not isinstance(source, str):
+    if (text and path.exists()) or not isinstance(source, str):
         return read_spec(path)
     if path.suffix in (".onnx", ".keras", ".gguf", ".safetensors", ".json"):
         raise ModelError(f"{text}: no such file. A model is {'; '.join(SOURCES)}.")

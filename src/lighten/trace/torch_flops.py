@@ -127,12 +127,12 @@ MOVES = GATHERS | frozenset({
 })  # fmt: skip
 """Operators that move or make data and compute nothing."""
 REDUCTIONS = frozenset({
-    "sum", "mean", "amax", "amin", "max", "min", "argmax", "argmin", "any", "all", "prod", "var", "std", "var_mean", "std_mean", "norm",
-    "linalg_vector_norm", "logsumexp", "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "aminmax", "count_nonzero", "scatter_add",
-    "scatter_add_", "index_add", "index_add_", "histc", "bincount", "topk", "sort", "_unique2", "unique_consecutive", "unique_dim",
-    "nll_loss_forward", "nll_loss_backward", "nll_loss2d_forward", "nll_loss2d_backward", "searchsorted", "bucketize", "kthvalue", "median",
-    "dot", "mse_loss", "mse_loss_backward", "huber_loss", "avg_pool1d", "avg_pool2d", "avg_pool3d", "avg_pool2d_backward",
-    "max_pool2d_with_indices", "max_pool2d_with_indices_backward", "max_pool3d_with_indices", "_adaptive_avg_pool2d",
+    "_is_all_true", "_is_any_true", "sum", "mean", "amax", "amin", "max", "min", "argmax", "argmin", "any", "all", "prod", "var", "std",
+    "var_mean", "std_mean", "norm", "linalg_vector_norm", "logsumexp", "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "aminmax",
+    "count_nonzero", "scatter_add", "scatter_add_", "index_add", "index_add_", "histc", "bincount", "topk", "sort", "_unique2",
+    "unique_consecutive", "unique_dim", "nll_loss_forward", "nll_loss_backward", "nll_loss2d_forward", "nll_loss2d_backward", "searchsorted",
+    "bucketize", "kthvalue", "median", "dot", "mse_loss", "mse_loss_backward", "huber_loss", "avg_pool1d", "avg_pool2d", "avg_pool3d",
+    "avg_pool2d_backward", "max_pool2d_with_indices", "max_pool2d_with_indices_backward", "max_pool3d_with_indices", "_adaptive_avg_pool2d",
     "_adaptive_avg_pool2d_backward", "_adaptive_avg_pool3d", "adaptive_max_pool2d", "multinomial", "trace", "nansum", "renorm",
     "binary_cross_entropy", "binary_cross_entropy_backward", "equal", "smooth_l1_loss", "scatter_reduce_two", "_foreach_norm", "diff", "mode",
     "upsample_bilinear2d", "upsample_bilinear2d_backward", "upsample_bicubic2d", "upsample_bicubic2d_backward", "_upsample_bilinear2d_aa",
@@ -148,13 +148,13 @@ NORMS = {
     "_batch_norm_with_update": "batchnorm", "_batch_norm_no_update": "batchnorm", "cudnn_batch_norm": "batchnorm", "batch_norm_backward": "batchnorm",
 }  # fmt: skip
 POINTWISE = frozenset({
-    "gelu", "gelu_backward", "floor_divide", "silu_backward", "sigmoid_backward", "tanh_backward", "threshold_backward", "native_dropout",
-    "native_dropout_backward", "bernoulli", "bernoulli_", "rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "normal_",
-    "uniform_", "addcmul_", "addcdiv_", "lerp_", "elu_backward", "hardtanh_backward", "leaky_relu_backward", "hardswish_backward",
-    "hardsigmoid_backward", "softplus_backward", "mish_backward", "logit_backward", "complex", "polar", "view_as_real_copy", "_conj_physical",
-    "glu", "glu_backward", "angle", "cross", "linalg_cross", "isin", "isnan", "normal", "exponential_", "random_", "softshrink_backward",
-    "cauchy_", "_fused_dropout", "native_dropout_forward", "addr", "outer", "_prelu_kernel", "_prelu_kernel_backward", "rrelu_with_noise",
-    "_weight_norm_interface", "_weight_norm_interface_backward", "trunc_normal_", "erfinv_",
+    "gelu", "gelu_backward", "floor_divide", "log_sigmoid_forward", "log_sigmoid_backward", "silu_backward", "sigmoid_backward", "tanh_backward",
+    "threshold_backward", "native_dropout", "native_dropout_backward", "bernoulli", "bernoulli_", "rand", "rand_like", "randn", "randn_like",
+    "randint", "randint_like", "normal_", "uniform_", "addcmul_", "addcdiv_", "lerp_", "elu_backward", "hardtanh_backward", "leaky_relu_backward",
+    "hardswish_backward", "hardsigmoid_backward", "softplus_backward", "mish_backward", "logit_backward", "complex", "polar", "view_as_real_copy",
+    "_conj_physical", "glu", "glu_backward", "angle", "cross", "linalg_cross", "isin", "isnan", "normal", "exponential_", "random_",
+    "softshrink_backward", "cauchy_", "_fused_dropout", "native_dropout_forward", "addr", "outer", "_prelu_kernel", "_prelu_kernel_backward",
+    "rrelu_with_noise", "_weight_norm_interface", "_weight_norm_interface_backward", "trunc_normal_", "erfinv_",
 })  # fmt: skip
 MATRIX_VECTORS = frozenset({"mv", "addmv", "addmv_", "vdot"})
 """Products that PyTorch's counter does not take for matrix products."""
@@ -171,6 +171,8 @@ def _other_flops(func: Any, packet: Any, name: str, args: tuple[Any, ...], resul
         return max(_elements(args[0]) if args else 0, _elements(result))
     if name in MATRIX_VECTORS:
         return 2 * sum(x.numel() for x in tree_leaves(args) if isinstance(x, torch.Tensor) and x.dim() == 2)
+    if name == "linalg_solve_triangular":  # n² multiply-adds a column, of which half are zero
+        return int(args[0].shape[-1]) * _elements(args[1])
     if name in POINTWISE or torch.Tag.pointwise in func.tags:
         return _elements(result)
     if name.startswith(("_foreach_", "_fused_adam")):

@@ -54,6 +54,9 @@ class TransformersModel:
         self.name, self.source = name or self.architecture, source
         self.dtype = dtype or _dtype(self.config)
         self._class = _class(self.architecture, self.config, folder, trust_remote_code)
+        if not isinstance(self.config, self._class.config_class) and isinstance(_text_config(self.config), self._class.config_class):
+            self.config = _text_config(self.config)  # as AutoModel does with the text model of a composite config
+        self.fingerprint = self._fingerprint()
         takes = self._takes = inspect.signature(self._class.forward).parameters
         self._cache = next((each for each in CACHES if each in takes), None)
         self.is_encoder_decoder = "decoder_input_ids" in takes
@@ -75,13 +78,12 @@ class TransformersModel:
     @property
     def breaks(self) -> tuple[int, ...]:
         """Lengths from which on other operators run: a full window."""
-        text = self.config.get_text_config()
+        text = _text_config(self.config)
         found = {getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")}
         return tuple(sorted(each for each in found if isinstance(each, int)))
 
-    @property
-    def fingerprint(self) -> str:
-        """Of the config, the class and the versions that build it."""
+    def _fingerprint(self) -> str:
+        """Of the config as it was given, the class and the versions that build it."""
         import transformers
 
         said = {name: value for name, value in self.config.to_dict().items() if name not in ("_name_or_path", "transformers_version")}
@@ -102,12 +104,12 @@ class TransformersModel:
             raise WorkloadError(f"{self.name}: phase {workload.phase} does not fit {self.architecture}; its phases: {', '.join(self.phases)}.")
         run = Run(
             build=partial(self._build, workload), inputs=self._inputs, loss=self._loss, infer=self._infer, step=self._step if self._cache else None,
-            checkpoint=lambda module: module.gradient_checkpointing_enable(),  # type: ignore[operator]
+            checkpoint=_enable_checkpointing,
         )  # fmt: skip
         return follow_run(run, workload, experts=self._experts())
 
     def _experts(self) -> tuple[int, int] | None:
-        text = self.config.get_text_config()
+        text = _text_config(self.config)
         count = next(
             (n for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts") if (n := getattr(text, name, None))), None
         )
@@ -134,7 +136,7 @@ class TransformersModel:
                 for dropout in ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop"):
                     if hasattr(each, dropout):
                         setattr(each, dropout, 0.0)
-        text = self.config.get_text_config()
+        text = _text_config(self.config)
         if getattr(text, "pad_token_id", None) is None:
             text.pad_token_id = 0  # classifiers of several sequences ask for one; inputs have no padding
         with no_init_weights():
@@ -220,6 +222,19 @@ class TransformersModel:
         if any(kind in self.architecture for kind in ("SequenceClassification", "ImageClassification", "AudioClassification")):
             return {"labels": one}
         return {"labels": inputs.get("decoder_input_ids", inputs.get("input_ids"))}
+
+
+def _enable_checkpointing(module: Any) -> None:
+    enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable  # the name before transformers 5.2
+    enable()
+
+
+def _text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The part of a config that describes text, or its decoder's where there are two."""
+    try:
+        return config.get_text_config()
+    except ValueError:
+        return config.get_text_config(decoder=True)
 
 
 def _config(raw: Mapping[str, Any], folder: Path | None, trust_remote_code: bool) -> PretrainedConfig:

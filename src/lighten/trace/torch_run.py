@@ -316,27 +316,26 @@ def _state(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
-    """Tensors in nested containers and in the caches of transformers."""
+    """Tensors in nested containers and in the caches of transformers.
+
+    Without a function inside that refers to itself: such a cycle would keep the tensors alive while they are watched.
+    """
     found: list[torch.Tensor] = []
     seen: set[int] = set()
-
-    def visit(each: Any, depth: int) -> None:
-        if id(each) in seen or depth > 6:
-            return
+    left = [value]
+    while left:
+        each = left.pop()
+        if id(each) in seen:
+            continue
         seen.add(id(each))
         if isinstance(each, torch.Tensor):
             found.append(each)
         elif isinstance(each, Mapping):
-            for inner in each.values():
-                visit(inner, depth + 1)
+            left.extend(each.values())
         elif isinstance(each, list | tuple):
-            for inner in each:
-                visit(inner, depth + 1)
+            left.extend(each)
         elif type(each).__module__.startswith("transformers") and hasattr(each, "__dict__") and not isinstance(each, torch.nn.Module):
-            for inner in vars(each).values():
-                visit(inner, depth + 1)
-
-    visit(value, 0)
+            left.extend(vars(each).values())
     return found
 
 

@@ -6,7 +6,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from lighten.errors import UnsupportedFamily
-from lighten.model.families import bert, blip, decoders, encoders, experts, imagegpt, llama, pairs, pyramid, recurrent, seq2seq, speech, video, vision
+from lighten.model.families import (
+    bert,
+    blip,
+    chunked,
+    decoders,
+    encoders,
+    experts,
+    imagegpt,
+    llama,
+    pairs,
+    pyramid,
+    recurrent,
+    seq2seq,
+    speech,
+    video,
+    vision,
+)
 from lighten.model.families._config import complete
 from lighten.model.families._family import Family
 from lighten.model.spec import Part
@@ -17,6 +33,7 @@ FAMILIES: dict[str, Family] = {
     **decoders.FAMILIES,
     **experts.FAMILIES,
     **recurrent.FAMILIES,
+    **chunked.FAMILIES,
     **vision.FAMILIES,
     **speech.FAMILIES,
     **pairs.FAMILIES,
