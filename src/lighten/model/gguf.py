@@ -21,7 +21,7 @@ from lighten.model.families import FAMILIES, describe
 from lighten.model.ggml_types import GGML_TYPES, PLAIN
 from lighten.model.gguf_header import GgufArray, GgufHeader, GgufTensor, read_gguf_header
 from lighten.model.read import refuse_absurd
-from lighten.model.spec import Embedding, Linear, ModelSpec, Part, TensorSpec, WeightFormat
+from lighten.model.spec import Embedding, Linear, ModelSpec, Part, Table, TensorSpec, WeightFormat
 
 COMMON = {
     "block_count": "num_hidden_layers", "embedding_length": "hidden_size", "feed_forward_length": "intermediate_size",
@@ -118,6 +118,7 @@ class Translation:
         fields: further metadata keys → fields of config.json.
         more: fields that follow from several entries or from which tensors there are.
         names: names inside a block that differ from `BLOCK`.
+        ties: its models share the head's weight with the embedding, which some converters store twice.
     """
 
     model_type: str
@@ -125,6 +126,7 @@ class Translation:
     fields: Mapping[str, str] = field(default_factory=dict)
     more: Callable[[Source], dict[str, Any]] = lambda _: {}
     names: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
+    ties: bool = False
 
 
 def _llama(source: Source) -> dict[str, Any]:
@@ -190,13 +192,13 @@ TRANSLATIONS = {
     "llama": Translation(model_type="llama", architecture="LlamaForCausalLM", more=_llama),
     "qwen2": Translation(model_type="qwen2", architecture="Qwen2ForCausalLM"),
     "qwen3": Translation(model_type="qwen3", architecture="Qwen3ForCausalLM", fields=_HEAD_DIM),
-    "gemma": Translation(model_type="gemma", architecture="GemmaForCausalLM", fields=_HEAD_DIM),
-    "gemma2": Translation(model_type="gemma2", architecture="Gemma2ForCausalLM", fields=_HEAD_DIM | _WINDOW, names=_FOUR_NORMS),
-    "gemma3": Translation(model_type="gemma3_text", architecture="Gemma3ForCausalLM", fields=_HEAD_DIM | _WINDOW, names=_FOUR_NORMS),
+    "gemma": Translation(model_type="gemma", architecture="GemmaForCausalLM", ties=True, fields=_HEAD_DIM),
+    "gemma2": Translation(model_type="gemma2", architecture="Gemma2ForCausalLM", ties=True, fields=_HEAD_DIM | _WINDOW, names=_FOUR_NORMS),
+    "gemma3": Translation(model_type="gemma3_text", architecture="Gemma3ForCausalLM", ties=True, fields=_HEAD_DIM | _WINDOW, names=_FOUR_NORMS),
     "phi2": Translation(model_type="phi", architecture="PhiForCausalLM"),
     "phi3": Translation(model_type="phi3", architecture="Phi3ForCausalLM", fields=_WINDOW),
-    "gpt2": Translation(model_type="gpt2", architecture="GPT2LMHeadModel"),
-    "falcon": Translation(model_type="falcon", architecture="FalconForCausalLM", more=_falcon),
+    "gpt2": Translation(model_type="gpt2", architecture="GPT2LMHeadModel", ties=True),
+    "falcon": Translation(model_type="falcon", architecture="FalconForCausalLM", ties=True, more=_falcon),
     "stablelm": Translation(
         model_type="stablelm", architecture="StableLmForCausalLM",
         more=lambda source: {
@@ -216,7 +218,7 @@ TRANSLATIONS = {
         fields={"attention.key_length": "d_kv", "attention.relative_buckets_count": "relative_attention_num_buckets"},
     ),
     "mamba": Translation(
-        model_type="mamba", architecture="MambaForCausalLM", more=_mamba,
+        model_type="mamba", architecture="MambaForCausalLM", ties=True, more=_mamba,
         fields={"ssm.state_size": "state_size", "ssm.conv_kernel": "conv_kernel", "ssm.time_step_rank": "time_step_rank"},
     ),
 }  # fmt: skip
@@ -328,7 +330,7 @@ def gguf_names(module: str, leaf: str, names: Mapping[str, str | tuple[str, ...]
     >>> gguf_names("model.layers.3.self_attn.q_proj", "weight", {})
     [('blk.3.attn_q.weight',)]
     """
-    numbered = re.match(r"(?:(?:.*\.)?(encoder|decoder)\.)?(?:.*?\.)?(?:layers|h|layer|block)\.(\d+)\.(?:layer\.\d+\.)?(.+)$", module)
+    numbered = re.match(r"(?:(?:.*\.)?(encoder|decoder)\.)?(?:.*?\.)??(?:layers|h|layer|block)\.(\d+)\.(?:layer\.\d+\.)?(.+)$", module)
     end = f".{leaf}" if leaf else ""
     if numbered is None:
         known = [name for suffix, name in GLOBAL.items() if module == suffix or module.endswith(f".{suffix}")]
@@ -367,10 +369,12 @@ def _spec(source: Source, translation: Translation, config: dict[str, Any], part
     dtype = _vector_type(source, parts, found)
     formats = {part.name: _format(pieces) for part in parts for weight in _weights(part)
                if _is_matrix(part, weight) and (pieces := found[weight])}  # fmt: skip
-    parts = tuple(_stored(part, formats) for part in parts)
+    parts = tuple(_typed_table(source, part, found) if isinstance(part, Table) else _stored(part, formats) for part in parts)
     notes: tuple[str, ...] = (f"read as {translation.architecture}, a config made from the file's metadata",)
     if left_out:
         notes += ("without a pooler, which GGUF files of BERT leave out",)
+    if translation.ties and source.has("output.weight"):
+        notes += ("output.weight is stored beside token_embd.weight, which the original shares: it counts as parameters of its own",)
     spec = ModelSpec(
         name=str(source.metadata.get("general.name") or source.path.stem), family=translation.model_type, architecture=translation.architecture,
         source=str(source.path), dtype=dtype, config=config, parts=parts, notes=notes, other_bytes=sum(tensor.bytes for tensor in buffers),
@@ -409,11 +413,19 @@ def _is_matrix(part: Part, weight: _Weight) -> bool:
 
 
 def _vector_type(source: Source, parts: tuple[Part, ...], found: Mapping[_Weight, list[GgufTensor]]) -> str:
-    """The one type of all tensors that are no matrices."""
-    types = {piece.type for part in parts for weight in _weights(part) if not _is_matrix(part, weight) for piece in found[weight]}
+    """The one type of all tensors that are neither matrices nor tables, which keep a type of their own."""
+    own = [weight for part in parts if not isinstance(part, Table) for weight in _weights(part) if not _is_matrix(part, weight)]
+    types = {piece.type for weight in own for piece in found[weight]}
     if len(types) > 1 or not types <= set(PLAIN):
         raise ModelError(f"{source.path}: its vectors are of the types {', '.join(sorted(types))}; one type that is not quantized is described.")
     return PLAIN[types.pop()] if types else "float32"
+
+
+def _typed_table(source: Source, table: Table, found: Mapping[_Weight, list[GgufTensor]]) -> Table:
+    types = {piece.type for weight in _weights(table) for piece in found[weight]}
+    if len(types) != 1 or not types <= set(PLAIN):
+        raise ModelError(f"{source.path}: {table.name} is of the types {', '.join(sorted(types))}; one type that is not quantized is described.")
+    return replace(table, dtype=PLAIN[types.pop()])
 
 
 def _format(pieces: list[GgufTensor]) -> WeightFormat:

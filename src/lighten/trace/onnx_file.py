@@ -98,7 +98,7 @@ def read_onnx(path: Path) -> OnnxFile:
     """
     require_onnx()
     import onnx
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from google.protobuf.message import DecodeError
 
     size = path.stat().st_size
     if not 0 < size <= MAX_FILE_BYTES:
@@ -114,6 +114,8 @@ def read_onnx(path: Path) -> OnnxFile:
         tensors[name] = _stored(path, name, tensor)
         if tensors[name].elements > KEPT_ELEMENTS:
             _let_go(tensor)
+        elif tensors[name].place is not None:
+            _take_in(path, tensors[name], tensor)
     return OnnxFile(path=path, model=_inlined(path, model), tensors=tensors)
 
 
@@ -194,6 +196,17 @@ def _check_inline(path: Path, stored: StoredTensor, tensor: onnx.TensorProto) ->
         fits = given in {stored.elements * complex_pair, math.ceil(stored.elements * bits / 8) if bits < 8 else stored.elements * complex_pair}
     if not fits:
         raise ModelError(f"{path}: tensor {stored.name!r} of shape {list(stored.shape)} and type {stored.type} does not have the bytes of it.")
+
+
+def _take_in(path: Path, stored: StoredTensor, tensor: Any) -> None:
+    """Read a small tensor from its file into the graph: shapes are made of such."""
+    assert stored.place is not None
+    location, offset = stored.place
+    with (path.parent / location).open("rb") as file:
+        file.seek(offset)
+        data = file.read(stored.bytes)
+    _let_go(tensor)
+    tensor.raw_data = data
 
 
 def _let_go(tensor: Any) -> None:
