@@ -28,9 +28,9 @@ from lighten.cost.memory import MemoryBreakdown, workload_memory
 from lighten.cost.operators import Forward, Op, forward_operators
 from lighten.cost.passes import first_forward, step_forward, steps_after_first, training_forward
 from lighten.cost.training import step_counts
-from lighten.cost.workload import Workload
+from lighten.cost.workload import Recompute, Workload
 from lighten.errors import WorkloadError
-from lighten.model.spec import Attention, ModelSpec
+from lighten.model.spec import Attention, ModelSpec, Part
 
 Axis: TypeAlias = Literal["seq_len", "new_tokens"]
 Size: TypeAlias = tuple[int, int]
@@ -70,11 +70,11 @@ def known_parts(memory: MemoryBreakdown) -> dict[str, int]:
 def workload_flops(spec: ModelSpec, workload: Workload) -> dict[str, int]:
     """FLOPs of the whole workload: one pass, one training step, or all new tokens, each step with its own context."""
     training = workload.phase == "train"
-    times = step_counts(spec, workload.recompute) if training else {}
+    kinds, times = _kinds(spec, workload.recompute if training else None)
     found = dict.fromkeys(("total_flops", "matmul", "matmul_causal"), 0)
 
     def flops_of(forward: Forward) -> dict[str, int]:
-        return _pass_flops(forward_operators(spec, forward, workload.dtype), times)
+        return _pass_flops(forward_operators(kinds, forward, workload.dtype), times)
 
     if workload.phase != "decode":
         _add(found, flops_of(training_forward(spec, workload) if training else first_forward(spec, workload)))
@@ -86,10 +86,28 @@ def workload_flops(spec: ModelSpec, workload: Workload) -> dict[str, int]:
     return found
 
 
+def _kinds(spec: ModelSpec, recompute: Recompute | None) -> tuple[ModelSpec, dict[str, int]]:
+    """The spec with one part of each kind, and how often its FLOPs count: in every layer, and in a training step (`recompute`) forward and backward.
+
+    Parts are of one kind where they differ in nothing but their names and count as often each. Kept with the spec.
+    """
+    cache: dict[Recompute | None, tuple[ModelSpec, dict[str, int]]] = spec.__dict__.setdefault("_part_kinds", {})
+    if recompute not in cache:
+        steps = {} if recompute is None else step_counts(spec, recompute)
+        first: dict[tuple[str, int], Part] = {}
+        times: dict[str, int] = {}
+        for part in spec.parts:
+            each = steps.get(part.name, 1)
+            kept = first.setdefault((repr(replace(part, name="")), each), replace(part, name=str(len(first))))  # two parts can have one name
+            times[kept.name] = times.get(kept.name, 0) + each
+        cache[recompute] = replace(spec, parts=tuple(first.values())), times
+    return cache[recompute]
+
+
 def _pass_flops(ops: Iterable[Op], times: Mapping[str, int]) -> dict[str, int]:
     found: dict[str, int] = {}
     for op in ops:
-        count = times.get(op.name, 1)
+        count = times[op.name]
         figures = {"total_flops": op.flops, "matmul": op.matmul_flops, "matmul_causal": op.causal_flops}
         if op.matmul_flops:
             figures[f"matmul/{op.component}"] = op.matmul_flops
