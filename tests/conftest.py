@@ -7,6 +7,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it once, when it is imported
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["KERAS_BACKEND"] = "torch"
 
 import pytest
 
