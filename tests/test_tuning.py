@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -117,10 +118,7 @@ def test_a_plain_workload_is_workload_memory():
 def test_masters_are_four_bytes_and_the_state_is_float32():
     _, spec = model_of("bfloat16")
     plain = Workload(phase="train", optimizer="adamw", dtype="bfloat16", seq_len=32)
-    kept, found = (
-        workload_memory(spec, plain),
-        memory_of(spec, Workload(phase="train", optimizer="adamw", dtype="bfloat16", seq_len=32, master_weights=True)),
-    )
+    kept, found = workload_memory(spec, plain), memory_of(spec, replace(plain, master_weights=True))
     count, tensors = spec.total_parameters, sum(len(part.tensors()) for part in spec.parts)
     assert found.weights == kept.weights == 2 * count
     assert found.optimizer == 12 * count + 4 * tensors
