@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from lighten.cost.operators import Forward, forward_operators
 from lighten.model import read_spec
-from lighten.model.families import FAMILIES
+from lighten.model.families import FAMILIES, MODULES
 
 CASES: dict[str, list[dict[str, Any]]] = {}
 for _module in pkgutil.iter_modules(family_cases.__path__):
@@ -25,6 +25,12 @@ EACH = [
     for name, variants in CASES.items() if name in FAMILIES
     for architecture in FAMILIES[name].architectures for index, changes in enumerate(variants)
 ]  # fmt: skip
+
+
+def test_the_registry_names_what_each_module_describes():
+    for name, types in MODULES.items():
+        assert set(types.split()) == set(importlib.import_module(f"lighten.model.families.{name}").FAMILIES)
+    assert len(FAMILIES) == sum(len(types.split()) for types in MODULES.values())  # none is described twice
 
 
 def test_every_family_has_its_cases():

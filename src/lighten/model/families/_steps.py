@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 from lighten.errors import ModelError, UnsupportedFamily
 from lighten.model.families._fields import MOST_LAYERS, activation
-from lighten.model.spec import Attention, Elementwise, Embedding, Linear, Norm, Part, Product, Rows, Size, Table
+from lighten.model.spec import Attention, Chunks, Elementwise, Embedding, Linear, Norm, Part, Product, Rows, Size, Table
 
 Config: TypeAlias = Mapping[str, Any]
 Width: TypeAlias = "str | int | Callable[[Config], int]"
@@ -117,7 +117,9 @@ def product(  # noqa: PLR0913  what a product is
 
     def parts(scope: Scope) -> Iterable[Part]:
         def length(size: Size | Width) -> Size:
-            return size if size in ("query", "key", "source") else scope.size(size)
+            if isinstance(size, Chunks) or size in get_args(get_args(Size)[0]):
+                return cast(Size, size)
+            return scope.size(size)
 
         rows: Rows = "position" if once else scope.rows
         return [Product(name=scope.name(name), component=component, rows=rows, m=length(m), k=length(k), n=length(n), products=scope.size(times))]
