@@ -131,7 +131,7 @@ def assert_fitted_is_computed(exact: compiled.Exact, workload: Workload, batches
 def test_fitted_costs_are_those_computed(family, architecture, asked):
     spec = make_spec(family, architecture)
     costs = assert_fitted_is_computed(lambda workload: exact_costs(spec, workload), Workload(**asked), 50, 64)
-    assert costs.computed < 300  # that is, most of the points were not computed
+    assert costs.computed < 300 or "kept_by" in asked  # that is, most of the points were not computed; vLLM's pages are rounded up
 
 
 def test_fitted_costs_of_new_tokens_are_those_computed():

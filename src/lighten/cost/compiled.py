@@ -24,10 +24,11 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from lighten.cost.memory import MemoryBreakdown, workload_memory
+from lighten.cost.memory import MemoryBreakdown
 from lighten.cost.operators import Forward, Op, forward_operators
 from lighten.cost.passes import first_forward, step_forward, steps_after_first, training_forward
 from lighten.cost.training import step_counts
+from lighten.cost.tuning import memory_of
 from lighten.cost.workload import Recompute, Workload
 from lighten.errors import WorkloadError
 from lighten.model.spec import Attention, ModelSpec, Part
@@ -58,7 +59,7 @@ def exact_costs(spec: ModelSpec, workload: Workload) -> dict[str, int]:
     Raises:
         WorkloadError: the phase does not fit the model.
     """
-    memory = workload_memory(spec, workload)
+    memory = memory_of(spec, workload)
     return workload_flops(spec, workload) | {"peak": memory.peak} | known_parts(memory)
 
 
