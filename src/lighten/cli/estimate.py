@@ -82,6 +82,8 @@ def estimate_text(found: Estimate) -> str:
         lines.append(f"  time        {format_seconds(time.seconds)}{range_} on {found.device}: {rate}, bound by {time.bound_by}{mfu}")
     if found.process_bytes:
         lines.append(f"  process     {format_bytes(found.process_bytes)} resident at the peak, the runtime included")
+    if found.reserved_bytes is not None:
+        lines.append(f"  reserved    {format_bytes(found.reserved_bytes)} by CUDA's caching allocator, simulated")
     lines += [f"  · {line}" for line in found.assumptions]
     lines += [f"  ! {line}" for line in found.warnings]
     return "\n".join(lines)

@@ -17,6 +17,7 @@ from lighten.errors import DeviceError, WorkloadError
 from lighten.model.spec import Embedding, Linear, ModelSpec
 from lighten.recipe.predict import apply_recipe, artifact_bytes, compute_dtype, loaded_weight_bytes
 from lighten.recipe.recipe import Recipe
+from lighten.trace.allocator import simulate
 from lighten.trace.cache import follow_once
 from lighten.trace.program import Facts, Followed, Program
 from lighten.units import dtype_bytes
@@ -55,6 +56,15 @@ class Estimate:
     labels: Mapping[str, str] = field(default_factory=dict)
     program: Program | None = None
 
+    @property
+    def reserved_bytes(self) -> int | None:
+        """What CUDA's caching allocator would hold for these tensors; None where their births and deaths were not followed.
+
+        Simulated on the run's storages as a CPU makes them; workspaces of CUDA's kernels and its context are not in it.
+        """
+        runs = self.program.timelines if self.program else ()
+        return max((simulate(run).reserved for run in runs), default=None)
+
     def as_json(self) -> dict[str, Any]:
         """The document of `lighten estimate --json`."""
         spec, workload, by_component = self.spec, self.workload, self.spec.parameters()
@@ -73,7 +83,7 @@ class Estimate:
             "flops": {
                 "total": self.total_flops, "matmul": sum(self.matmul.values()), "matmul_causal": self.matmul_causal, "by_component": self.matmul,
             },
-            "memory": {"peak": self.memory.peak, **asdict(self.memory)},
+            "memory": {"peak": self.memory.peak, **asdict(self.memory), "reserved": self.reserved_bytes, "resident": self.process_bytes},
             "size_bytes": self.size_bytes,
             "time": self._time_json(),
             "fits": [] if self.device is None else [{"device": self.device, "count": 1, "free": self.free_bytes}],
