@@ -53,6 +53,19 @@ MODELS: dict[str, dict[str, Any]] = {
     "falcon_h1": TINY | {
         "num_hidden_layers": 2, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 4,
     },
+    "jamba": TINY | {
+        "num_hidden_layers": 8, "num_experts": 2, "num_experts_per_tok": 1, "attn_layer_period": 4, "attn_layer_offset": 2, "mamba_d_state": 4,
+        "mamba_dt_rank": 4,
+    },
+    "qwen3_next": TINY | {
+        "num_experts": 4, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8, "num_experts_per_tok": 2, "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    },
+    "deepseek_v2": LATENT | {"n_group": 1, "topk_group": 1, "topk_method": "greedy"},
+    "mixtral": TINY | {"num_local_experts": 2, "sliding_window": 8},
+    "exaone4": TINY | {"sliding_window": 8},
+    "opt": OLD | {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "gpt_neox": OLD | {"intermediate_size": 64},
     "t5": {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 100},
     "bart": {
         "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,

@@ -37,6 +37,8 @@ class Optimizer:
 
     Attributes:
         state: (shape, bytes of an element) → bytes kept between steps.
+        values: of the parameter's type that are kept for each parameter, for what an update reads and writes; a mean of a row counts 0, two
+            values of 8 bits count as one of 16.
         update: (shape, bytes of an element) → what updating one parameter after the other binds.
         at_once: copies of all parameters that an update of all at once makes ("foreach", torch's default on CUDA); None: there is none.
         shared_bytes: kept once for all tensors of at least `SMALLEST_8BIT` elements.
@@ -44,6 +46,7 @@ class Optimizer:
     """
 
     state: Callable[[Shape, float], int]
+    values: int
     update: Callable[[Shape, float], Update] = lambda shape, element: ()
     at_once: int | None = None
     shared_bytes: int = 0
@@ -104,16 +107,16 @@ def _adam8bit_state(shape: Shape, element: float) -> int:
 
 
 OPTIMIZERS: dict[str, Optimizer] = {
-    "adamw": Optimizer(state=_copies(2, steps=True), update=_adam_update, at_once=1),
-    "adam": Optimizer(state=_copies(2, steps=True), update=_adam_update, at_once=1),
-    "sgd": Optimizer(state=_copies(0, steps=False), at_once=0),
-    "sgd-momentum": Optimizer(state=_copies(1, steps=False), at_once=0),
-    "adagrad": Optimizer(state=_copies(1, steps=True), update=_root_update, at_once=2),
-    "rmsprop": Optimizer(state=_copies(1, steps=True), update=_root_update, at_once=1),
-    "adafactor": Optimizer(state=_adafactor_state, update=_adafactor_update),
-    "lion": Optimizer(state=_copies(1, steps=False), update=_lion_update),
-    "muon": Optimizer(state=_copies(1, steps=False), update=_muon_update, outside="adamw"),
-    "adam8bit": Optimizer(state=_adam8bit_state, shared_bytes=MAPS_BYTES),
+    "adamw": Optimizer(state=_copies(2, steps=True), values=2, update=_adam_update, at_once=1),
+    "adam": Optimizer(state=_copies(2, steps=True), values=2, update=_adam_update, at_once=1),
+    "sgd": Optimizer(state=_copies(0, steps=False), values=0, at_once=0),
+    "sgd-momentum": Optimizer(state=_copies(1, steps=False), values=1, at_once=0),
+    "adagrad": Optimizer(state=_copies(1, steps=True), values=1, update=_root_update, at_once=2),
+    "rmsprop": Optimizer(state=_copies(1, steps=True), values=1, update=_root_update, at_once=1),
+    "adafactor": Optimizer(state=_adafactor_state, values=0, update=_adafactor_update),
+    "lion": Optimizer(state=_copies(1, steps=False), values=1, update=_lion_update),
+    "muon": Optimizer(state=_copies(1, steps=False), values=1, update=_muon_update, outside="adamw"),
+    "adam8bit": Optimizer(state=_adam8bit_state, values=1, shared_bytes=MAPS_BYTES),
 }
 """Name → what it costs.
 

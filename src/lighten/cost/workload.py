@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from lighten.cost.optimizer_state import OPTIMIZERS
 from lighten.errors import WorkloadError
-from lighten.model.spec import ModelSpec
+from lighten.model.spec import ModelSpec, Table
 from lighten.units import DTYPE_BITS
 
 Phase = Literal["encode", "prefill", "decode", "generate", "train"]
@@ -23,8 +23,8 @@ CROSS_ENTROPIES = get_args(CrossEntropy)
 CACHE_KEEPERS = get_args(KeptBy)
 BASE_BITS = (4, 8)
 ALL_LINEAR = "all-linear"
-OPTIMIZER_STATE = {"adamw": 2, "adam": 2, "sgd": 0, "sgd-momentum": 1, "adagrad": 1, "rmsprop": 1, "lion": 1}
-"""Optimizer → how many values of the parameter's type it keeps for each parameter. Source: `torch.optim`'s state of each; Lion: arXiv:2302.06675."""
+OPTIMIZER_STATE = {name: one.values for name, one in OPTIMIZERS.items()}
+"""Optimizer → how many values of the parameter's type it keeps for each parameter, for what an update moves; `state_bytes` has the exact bytes."""
 
 EFFECTIVE_IN = {
     "master_weights": ("train",), "lora_rank": ("train",), "base_bits": ("train",), "cross_entropy": ("train",), "kept_by": ("decode", "generate"),
@@ -138,13 +138,19 @@ def has_free_source(spec: ModelSpec) -> bool:
     return spec.is_encoder_decoder and any(part.rows == "source" for part in spec.parts)
 
 
+def image_len(spec: ModelSpec) -> int | None:
+    """Positions of a model that takes images of one size and nothing else; None where there are tokens too. Tables have no positions."""
+    return replace(spec, parts=tuple(part for part in spec.parts if not isinstance(part, Table))).fixed_len
+
+
 def check_workload(spec: ModelSpec, workload: Workload) -> None:
     """Raises:
     WorkloadError: the phase does not fit the model, or the length is not one that it has.
     """
     _check_phase(spec, workload)
-    if spec.fixed_len is not None and workload.seq_len != spec.fixed_len:
-        raise WorkloadError(f"seq_len={workload.seq_len}: {spec.name} takes an image of one size, {spec.fixed_len} positions; leave seq_len out.")
+    positions = image_len(spec)
+    if positions is not None and workload.seq_len != positions:
+        raise WorkloadError(f"seq_len={workload.seq_len}: {spec.name} takes an image of one size, {positions} positions; leave seq_len out.")
     if workload.target_len is not None and not has_free_source(spec):
         raise WorkloadError(f"target_len={workload.target_len} has no effect: {spec.name} has no source of tokens; use seq_len.")
     free = has_free_source(spec)
