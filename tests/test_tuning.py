@@ -12,12 +12,13 @@ from family_truth import spec_of
 from live_bytes import LiveBytes
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lighten.cost.adapters import adapter_parameters
 from lighten.cost.cross_entropy import CHUNKS, loss_bytes
 from lighten.cost.memory import workload_memory
-from lighten.cost.tuning import memory_of
+from lighten.cost.tuning import memory_of, tuned_operators
 from lighten.cost.workload import Workload
 from lighten.errors import WorkloadError
 from lighten.model.spec import ModelSpec
@@ -143,7 +144,25 @@ def test_a_quantized_base_weighs_what_adapters_say():
     assert whole.peak - narrow.peak == whole.weights - narrow.weights
 
 
-@pytest.mark.parametrize(("kept_by", "tokens"), [("transformers-static", 40), ("vllm", 48), ("llama.cpp", 256)])
+@pytest.mark.parametrize("targets", ["all-linear", "q_proj,k_proj,v_proj", "down_proj"])
+def test_flops_of_a_step_with_adapters_are_torchs(targets):
+    model, spec = model_of("float32")
+    model.set_attn_implementation("eager")
+    adapt(model, 4, targets)
+    ids = torch.zeros(2, 48, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    workload = Workload(phase="train", batch_size=2, seq_len=48, optimizer="adamw", lora_rank=4, lora_targets=targets)
+    assert sum(op.matmul_flops * times for op, times in tuned_operators(spec, workload)) == counter.get_total_flops()
+
+
+def test_flops_of_a_step_without_adapters_are_three_forwards():
+    _, spec = model_of("float32")
+    found = tuned_operators(spec, Workload(phase="train", optimizer="sgd", seq_len=16))
+    assert {times for op, times in found if op.matmul_flops} == {3}
+
+
+@pytest.mark.parametrize(("kept_by", "tokens"), [("transformers-static", 39), ("vllm", 48), ("llama.cpp", 256)])
 def test_another_keepers_cache_takes_the_place_of_the_growing_one(kept_by, tokens):
     _, spec = model_of("float16")
     found = memory_of(spec, Workload(phase="generate", seq_len=32, new_tokens=8, dtype="float16", kept_by=kept_by))

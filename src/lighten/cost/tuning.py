@@ -21,14 +21,15 @@ from lighten.cost.adapters import adapted_linears, adapter_dtype, adapter_shapes
 from lighten.cost.cross_entropy import LossBytes, loss_bytes
 from lighten.cost.kv_cache import CacheOptions, cache_bytes
 from lighten.cost.memory import MemoryBreakdown, workload_memory
-from lighten.cost.operators import Forward, rows_of
+from lighten.cost.operators import Forward, Op, forward_operators, rows_of
 from lighten.cost.optimizer_state import OPTIMIZERS, Shape, scratch_bytes, state_bytes
-from lighten.cost.passes import training_forward
+from lighten.cost.passes import first_forward, step_forward, steps_after_first, training_forward
 from lighten.cost.replay.model import Model
 from lighten.cost.replay.tape import Edge, Shapes, Tensor
+from lighten.cost.training import BACKWARD, step_counts
 from lighten.cost.workload import Workload, check_workload
 from lighten.errors import WorkloadError
-from lighten.model.spec import Conv, Linear, ModelSpec, Norm, Part
+from lighten.model.spec import Attention, Conv, Linear, ModelSpec, Norm, Part, block_name
 from lighten.units import dtype_bytes
 
 FLOAT32 = 4
@@ -62,11 +63,59 @@ def memory_of(spec: ModelSpec, workload: Workload) -> MemoryBreakdown:
         return _training(spec, workload)
     plain = workload_memory(spec, replace(workload, kept_by="transformers"))
     options = CacheOptions(source_len=workload.seq_len, prompt_len=workload.seq_len)
-    length = workload.seq_len + workload.new_tokens if not spec.is_encoder_decoder else workload.new_tokens
+    steps = steps_after_first(workload)
+    length = (step_forward(spec, workload, steps) if steps else first_forward(spec, workload)).key_len
     kept = cache_bytes(
         spec, batch_size=workload.batch_size, context_len=length, dtype=workload.kv_dtype or workload.dtype, kept_by=workload.kept_by, options=options
     )
     return replace(plain, kv_cache=kept)
+
+
+def tuned_operators(spec: ModelSpec, workload: Workload) -> list[tuple[Op, int]]:
+    """Operators of a training step and how many times their forward's FLOPs it computes, adapters among them.
+
+    A frozen linear has one product in backward, for its input's gradient, and none where nothing before it is adapted; an adapter's A has
+    one more for its own, its B two. Attention whose queries, keys and values all come from what is frozen has none; where some do, it is
+    counted in full (in the first block alone).
+
+    Source: PyTorch's autograd, which computes the gradients that are required; checked by FlopCounterMode in tests/test_tuning.py.
+
+    Raises:
+        WorkloadError: a target that no linear has.
+    """
+    forward = training_forward(spec, workload)
+    times = step_counts(spec, workload.recompute)
+    ops = forward_operators(spec, forward, workload.dtype)
+    if workload.lora_rank is None:
+        return [(op, times.get(op.name, 1)) for op in ops]
+    model = _Tuned(spec, workload, forward)
+    model.loss()
+    found: list[tuple[Op, int]] = []
+    for op, part in zip(ops, spec.parts, strict=True):
+        forwards = times[op.name] - BACKWARD
+        if isinstance(part, Linear):
+            arrives = model.arriving.get(part.name, True)
+            found.append((op, forwards + arrives))
+            if part.name in model.adapted:
+                found += _adapter_operators(part, op, workload.lora_rank, forwards, arrives=arrives)
+        else:
+            passed = not isinstance(part, Attention) or _reaches(spec, model, part)
+            found.append((op, forwards + BACKWARD * passed))
+    return found
+
+
+def _adapter_operators(part: Linear, op: Op, rank: int, forwards: int, *, arrives: bool) -> list[tuple[Op, int]]:
+    down, up = (2 * op.rows * rank * size for size in (part.in_features, part.out_features))
+    a = Op(name=f"{part.name}.lora_A", kind="linear", component=part.component, matmul_flops=down, causal_flops=down, rows=op.rows)
+    b = Op(name=f"{part.name}.lora_B", kind="linear", component=part.component, matmul_flops=up, causal_flops=up, rows=op.rows)
+    return [(a, forwards + 1 + arrives), (b, forwards + BACKWARD)]
+
+
+def _reaches(spec: ModelSpec, model: _Tuned, attention: Attention) -> bool:
+    """Whether a gradient passes through an attention: where one of its projections' input has one, or one of them is adapted."""
+    block = block_name(attention)
+    own = [part.name for part in spec.parts[: spec.parts.index(attention)] if isinstance(part, Linear) and block_name(part) == block]
+    return any(model.arriving.get(name, True) or name in model.adapted for name in own)
 
 
 def _training(spec: ModelSpec, workload: Workload) -> MemoryBreakdown:
@@ -99,6 +148,7 @@ class _Tuned(Model):
         self.rank = workload.lora_rank
         self.adapted = {part.name for part in adapted_linears(spec, workload.lora_targets)} if self.rank else set()
         self.alive: set[Edge] = set()
+        self.arriving: dict[str, bool] = {}
         super().__init__(spec, workload, forward)
 
     def lives(self, x: Tensor) -> bool:
@@ -137,6 +187,7 @@ class _Tuned(Model):
 
     def linear(self, part: Linear, x: Tensor) -> Tensor:
         base = super().linear(part, x)
+        self.arriving[part.name] = self.lives(x)
         if part.name not in self.adapted:
             return base
         assert self.rank is not None
