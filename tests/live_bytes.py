@@ -99,22 +99,35 @@ def track(config: PretrainedConfig, workload: Workload, *, fake: bool = True) ->
     model's own where it has one, else the mean of `last_hidden_state`; nothing of the output but the loss is kept.
     """
     live = LiveBytes()
-    dtype = getattr(torch, workload.dtype)
-    with _tensors(fake), _default_dtype(dtype):
-        made = getattr(transformers, config.architectures[0])
-        for each in (config, *(value for value in vars(config).values() if isinstance(value, PretrainedConfig))):
-            each._attn_implementation = "sdpa" if workload.attention != "eager" and made._supports_sdpa else "eager"
-        model = made(config)
+    with _tensors(fake), _default_dtype(getattr(torch, workload.dtype)):
+        model = _built(config, workload)
         with live:
             live.watch(model.parameters(), "parameter")
             live.watch(model.buffers(), "buffer")
-            if workload.phase == "train":
-                _train(model, workload, live)
-            else:
-                model.eval()
-                with torch.no_grad():
-                    _infer(model, workload, live)
+            _run(model, workload, live)
     return live
+
+
+def run_untracked(config: PretrainedConfig, workload: Workload) -> None:
+    """The same run on true tensors, with no observer."""
+    with _tensors(fake=False), _default_dtype(getattr(torch, workload.dtype)):
+        _run(_built(config, workload), workload, LiveBytes())
+
+
+def _built(config: PretrainedConfig, workload: Workload) -> PreTrainedModel:
+    made = getattr(transformers, config.architectures[0])
+    for each in (config, *(value for value in vars(config).values() if isinstance(value, PretrainedConfig))):
+        each._attn_implementation = "sdpa" if workload.attention != "eager" and made._supports_sdpa else "eager"
+    return made(config)
+
+
+def _run(model: PreTrainedModel, workload: Workload, live: LiveBytes) -> None:
+    if workload.phase == "train":
+        _train(model, workload, live)
+        return
+    model.eval()
+    with torch.no_grad():
+        _infer(model, workload, live)
 
 
 def sources(model: PreTrainedModel, workload: Workload, tokens: int) -> dict[str, torch.Tensor]:

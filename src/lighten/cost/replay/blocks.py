@@ -43,7 +43,7 @@ class Blocks(Attentions):
             if isinstance(sub.core, Attention):
                 middle, _probabilities = self.attention(sub, x, memory)  # held to the end of the block, as in BertLayer
             else:
-                middle = self.mlp(sub, x)
+                middle = self.mlp(sub, x) if isinstance(sub.core, Elementwise) else self.branch(sub, x, memory)[0]
             h = self.project(sub, middle, x)
             x = h
             del middle
