@@ -36,6 +36,7 @@ from lighten.cost.kv_cache import cache_bytes
 from lighten.cost.memory import workload_memory
 from lighten.cost.optimizer_state import state_bytes, trained_shapes
 from lighten.cost.precision import parameter_bytes
+from lighten.cost.tuning import memory_of
 from lighten.cost.workload import Workload
 from lighten.errors import LightenError
 from lighten.model.families import describe
@@ -402,7 +403,8 @@ def predicted_peak(row: Row) -> int:
       frees each gradient.
     - Activations of tp = pp = 1, all kept but where the row says otherwise: those of the formula path's training step for each sequence, as
       its peak grows between two large batches (where no gradient of a weight is at the peak), in one type, at the row's length (512 where
-      it gives none). Adapters' own are not added, and what a frozen weight does not save is not taken off.
+      it gives none). Of adapters on one device: that of `lighten.cost.tuning`, as PEFT computes them; on several, adapters' own
+      activations are not added, and what a frozen weight does not save is not taken off.
     - Activations otherwise, all recomputed: 2·s·b·h a layer for its input, of layers / pp layers and as many micro-batches as the pipeline
       has stages, and one layer at work, s·b·h·(10 + 24/tp + 5·a·s/(h·tp)). Source: Korthikanti et al. 2022 (arXiv:2205.05198), equation 2.
     - The device's context, its allocator's slack and gathered shards are not counted.
@@ -418,9 +420,29 @@ def predicted_peak(row: Row) -> int:
     spec = _trained(row)
     if not row["micro_batch"]:
         raise LeftOut("the row does not give the micro-batch")
-    stage = int(row["zero_stage"] or 0)
+    stage, recompute = int(row["zero_stage"] or 0), row["act_ckpt"] in ("full", "recipe default")
+    if row["method"] in ("lora", "qlora") and stage == 0:
+        return _adapted_peak(row, spec, dtype, recompute=recompute)
     states = sum(size // dp if name in SHARDED[stage] else size for name, size in _kept(row, spec, dtype).items())
-    return states + _activations(row, spec, dtype, recompute=row["act_ckpt"] in ("full", "recipe default"))
+    return states + _activations(row, spec, dtype, recompute=recompute)
+
+
+def _adapted_peak(row: Row, spec: ModelSpec, dtype: str, *, recompute: bool) -> int:
+    """What `lighten.cost.tuning` says of a step on one device, the base quantized as the row says."""
+    bits = 4 if "nf4" in row["precision"] or row["method"] == "qlora" else None
+    rank, targets = LORA["litgpt"]
+    workload = Workload(
+        phase="train", batch_size=int(row["micro_batch"]), seq_len=int(row["seq_len"] or 512), dtype=dtype, optimizer="adamw", lora_rank=rank,
+        lora_targets=_fused(spec) or targets, base_bits=bits, recompute="full" if recompute else "none",
+    )  # fmt: skip
+    found = memory_of(spec, workload)
+    once = frozen_bytes(spec, dtype, bits, double_quant="dq" in row["precision"]) - frozen_bytes(spec, dtype, bits)
+    return found.peak + once
+
+
+def _fused(spec: ModelSpec) -> str | None:
+    """The projection that makes queries, keys and values at once, where there is one."""
+    return next((part.name.rpartition(".")[2] for part in spec.parts if part.name.endswith(("query_key_value", "qkv_proj"))), None)
 
 
 def _trained(row: Row) -> ModelSpec:
@@ -438,8 +460,7 @@ def _kept(row: Row, spec: ModelSpec, dtype: str) -> dict[str, int]:
     if row["method"] in ("lora", "qlora"):
         bits = 4 if "nf4" in row["precision"] or row["method"] == "qlora" else None
         rank, targets = LORA["litgpt"]
-        fused = next((part.name.rpartition(".")[2] for part in spec.parts if part.name.endswith(("query_key_value", "qkv_proj"))), None)
-        trained = adapter_parameters(spec, rank, fused or targets)
+        trained = adapter_parameters(spec, rank, _fused(spec) or targets)
         base = frozen_bytes(spec, dtype, bits, double_quant="dq" in row["precision"])
         return {"weights": base + 4 * trained, "gradients": 4 * trained, "optimizer": state_bytes(optimizer, [(trained,)], "float32")}
     hidden, others = trained_shapes(spec)
