@@ -56,6 +56,15 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "qwen3moe": ("qwen3moe", "qwen3_moe", "Qwen3MoeForCausalLM", _WIDE | _EXPERTS),
     "deepseek-v2": ("deepseek2", "deepseek_v2", "DeepseekV2ForCausalLM", _LATENT | {"n_shared_experts": 2}),
     "deepseek-v3": ("deepseek2", "deepseek_v3", "DeepseekV3ForCausalLM", _LATENT | {"n_shared_experts": 1}),
+    "granite": ("granite", "granite", "GraniteForCausalLM", _GROUPED),
+    "smollm3": ("smollm3", "smollm3", "SmolLM3ForCausalLM", _GROUPED | {"pad_token_id": 0}),
+    "olmo": ("olmo", "olmo", "OlmoForCausalLM", _GROUPED),
+    "olmo2": ("olmo2", "olmo2", "Olmo2ForCausalLM", _GROUPED),
+    "olmoe": ("olmoe", "olmoe", "OlmoeForCausalLM", _GROUPED | {"num_experts": 4, "num_experts_per_tok": 2}),
+    "nemotron": ("nemotron", "nemotron", "NemotronForCausalLM", _GROUPED),
+    "command-r": ("command-r", "cohere", "CohereForCausalLM", _GROUPED),
+    "bloom": ("bloom", "bloom", "BloomForCausalLM", {"vocab_size": 96, "hidden_size": 64, "n_layer": 2, "n_head": 4}),
+    "gptneox": ("gptneox", "gpt_neox", "GPTNeoXForCausalLM", _SIZES),
     "bert": ("bert", "bert", "BertModel", _SIZES),
     "t5": ("t5", "t5", "T5ForConditionalGeneration", _T5 | {"num_decoder_layers": 3}),
     "t5-gated": ("t5", "t5", "T5ForConditionalGeneration", _T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
@@ -145,7 +154,7 @@ def _tensors(case: str, arch: str, module: Any) -> list[tuple[str, tuple[int, ..
             found.append((names.get_name(name) + ".weight", shape))
             continue
         asked = name.replace(".mlp.", ".block_sparse_moe.") if case == "mixtral" and name.endswith("mlp.gate.weight") else name
-        own = names.get_name(asked, try_suffixes=(".weight", ".bias"))
+        own = next(filter(None, (names.get_name(each, (".weight", ".bias")) for each in (asked, asked.removeprefix("transformer.")))), None)
         assert own, f"the gguf package has no name for {name}"
         found.append((own, (shape[0], shape[2]) if own.endswith("ssm_conv1d.weight") else shape))
     return found

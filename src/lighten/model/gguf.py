@@ -39,6 +39,7 @@ GLOBAL = {
     "embed_tokens": "token_embd", "wte": "token_embd", "word_embeddings": "token_embd", "backbone.embeddings": "token_embd", "shared": "token_embd",
     "wpe": "position_embd", "token_type_embeddings": "token_types", "position_embeddings": "position_embd", "embeddings.LayerNorm": "token_embd_norm",
     "norm": "output_norm", "ln_f": "output_norm", "norm_f": "output_norm", "final_layernorm": "output_norm", "lm_head": "output",
+    "embed_in": "token_embd", "embed_out": "output", "gpt_neox.final_layer_norm": "output_norm", "word_embeddings_layernorm": "token_embd_norm",
     "encoder.final_layer_norm": "enc.output_norm", "decoder.final_layer_norm": "dec.output_norm",
 }  # fmt: skip
 """End of a module's name outside the numbered blocks → name in a GGUF file."""
@@ -53,7 +54,8 @@ BLOCK: dict[str, str | tuple[str, ...]] = {
     # attention
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
     "self_attn.dense": "attn_output", "self_attn.qkv_proj": "attn_qkv", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output",
-    "self_attention.query_key_value": "attn_qkv", "self_attention.dense": "attn_output", "self_attn.q_a_proj": "attn_q_a",
+    "attention.query_key_value": "attn_qkv", "attention.dense": "attn_output", "self_attention.query_key_value": "attn_qkv",
+    "self_attention.dense": "attn_output", "self_attn.q_a_proj": "attn_q_a",
     "self_attn.q_b_proj": "attn_q_b", "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa", "self_attn.kv_b_proj": ("attn_k_b", "attn_v_b"),
     "attention.self.query": "attn_q", "attention.self.key": "attn_k", "attention.self.value": "attn_v", "attention.output.dense": "attn_output",
     # feed-forward
@@ -216,6 +218,21 @@ TRANSLATIONS = {
     "t5": Translation(
         model_type="t5", architecture="T5ForConditionalGeneration", more=_t5,
         fields={"attention.key_length": "d_kv", "attention.relative_buckets_count": "relative_attention_num_buckets"},
+    ),
+    "granite": Translation(
+        model_type="granite", architecture="GraniteForCausalLM",
+        more=lambda source: {"attention_bias": source.has("blk.0.attn_output.bias"), "mlp_bias": source.has("blk.0.ffn_gate.bias")},
+    ),
+    "smollm3": Translation(model_type="smollm3", architecture="SmolLM3ForCausalLM"),
+    "olmo": Translation(model_type="olmo", architecture="OlmoForCausalLM"),
+    "olmo2": Translation(model_type="olmo2", architecture="Olmo2ForCausalLM", names=_FOUR_NORMS),
+    "olmoe": Translation(model_type="olmoe", architecture="OlmoeForCausalLM", fields=_EXPERTS, more=_experts),
+    "nemotron": Translation(model_type="nemotron", architecture="NemotronForCausalLM"),
+    "command-r": Translation(model_type="cohere", architecture="CohereForCausalLM", ties=True),
+    "bloom": Translation(model_type="bloom", architecture="BloomForCausalLM", ties=True),
+    "gptneox": Translation(
+        model_type="gpt_neox", architecture="GPTNeoXForCausalLM",
+        more=lambda source: {"use_parallel_residual": bool(source.get("use_parallel_residual"))},
     ),
     "mamba": Translation(
         model_type="mamba", architecture="MambaForCausalLM", ties=True, more=_mamba,
