@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 import lighten
 from lighten.cost.workload import Workload
-from lighten.errors import LightenError, ModelError, TraceError
+from lighten.errors import LightenError, ModelError, TraceError, WorkloadError
 from lighten.trace import cache
 from lighten.trace.fit import fit
 from lighten.trace.open import open_model
@@ -69,6 +69,17 @@ def test_a_generation_is_followed_to_the_byte(phase):
     config = AutoConfig.for_model("llama", architectures=["LlamaForCausalLM"], **TINY, num_key_value_heads=2)
     truth = live_bytes.track(config, workload).peak
     assert abs(model.follow(workload).memory.peak - truth) <= 8 * workload.batch_size * workload.seq_len  # the prompt's ids may be gone
+
+
+def test_selective_recomputation_keeps_no_scores_and_computes_them_again():
+    """Korthikanti et al. 2022: the core of attention keeps its inputs; the scores' product runs twice, the last one not, for it saves nothing."""
+    model = followed("llama", "LlamaForCausalLM")
+    none, selective, full = (model.follow(replace(TRAIN, seq_len=64, recompute=kind)) for kind in ("none", "selective", "full"))
+    scores = 2 * 2 * 4 * 64 * 64  # layers, sequences, heads
+    assert selective.matmul_flops - none.matmul_flops == 2 * scores * 8
+    assert full.memory.peak < selective.memory.peak < none.memory.peak
+    with pytest.raises(WorkloadError, match="cannot be told apart"):
+        lighten.estimate(net(), inputs=torch.zeros(4, 10), phase="train", recompute="selective")
 
 
 # ---- FLOPs ----

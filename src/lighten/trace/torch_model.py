@@ -6,13 +6,15 @@ run as transformers runs them by default (grouped products); data-dependent rout
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 
@@ -104,7 +106,7 @@ class TransformersModel:
             raise WorkloadError(f"{self.name}: phase {workload.phase} does not fit {self.architecture}; its phases: {', '.join(self.phases)}.")
         run = Run(
             build=partial(self._build, workload), inputs=self._inputs, loss=self._loss, infer=self._infer, step=self._step if self._cache else None,
-            checkpoint=_enable_checkpointing,
+            checkpoint=_enable_checkpointing, selective=_recomputed_attention,
         )  # fmt: skip
         return follow_run(run, workload, experts=self._experts())
 
@@ -222,6 +224,31 @@ class TransformersModel:
         if any(kind in self.architecture for kind in ("SequenceClassification", "ImageClassification", "AudioClassification")):
             return {"labels": one}
         return {"labels": inputs.get("decoder_input_ids", inputs.get("input_ids"))}
+
+
+@contextlib.contextmanager
+def _recomputed_attention() -> Iterator[None]:
+    """The core of attention, from queries, keys and values to their output, keeps its inputs alone and runs again in the backward pass.
+
+    Source: Korthikanti et al. 2022 (arXiv:2205.05198), section 5.
+    """
+    from torch.utils.checkpoint import checkpoint
+    from transformers.modeling_utils import AttentionInterface
+
+    original = AttentionInterface.get_interface
+
+    def recomputed(self: Any, name: str, default: Any) -> Any:
+        core = original(self, name, default)
+
+        def attention(module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return core(module, query, key, value, *args, **kwargs)
+            return checkpoint(core, module, query, key, value, *args, use_reentrant=False, **kwargs)
+
+        return attention
+
+    with patch.object(AttentionInterface, "get_interface", recomputed):
+        yield
 
 
 def _enable_checkpointing(module: Any) -> None:

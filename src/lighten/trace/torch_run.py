@@ -43,7 +43,8 @@ class Run:
         loss: from the module and its inputs, the scalar that a training step differentiates.
         infer: a forward pass without gradients.
         step: (module, context, batch_size) → the arguments of a decoding step after so many tokens, or None where it cannot generate.
-        checkpoint: switches recomputation on.
+        checkpoint: switches full recomputation on.
+        selective: inside it, the core of attention is recomputed; None where it cannot be told apart.
         modules: tells the watch which module runs.
     """
 
@@ -53,6 +54,7 @@ class Run:
     infer: Callable[[torch.nn.Module, Batch, Workload], Any]
     step: Callable[[torch.nn.Module, int, Workload], Batch] | None = None
     checkpoint: Callable[[torch.nn.Module], None] | None = None
+    selective: Callable[[], contextlib.AbstractContextManager[None]] | None = None
     modules: Callable[[Watch], contextlib.AbstractContextManager[None]] = Watch.modules
 
 
@@ -63,6 +65,7 @@ def fake_tensors() -> Iterator[None]:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(_item_of_fakes())
         stack.enter_context(_quiet("torch._subclasses.fake_tensor"))  # it logs a traceback beside the error that it raises
+        stack.enter_context(_quiet("transformers"))  # its advice is for those who run the model
         if importlib.util.find_spec("transformers"):
             import transformers.integrations.moe
             import transformers.masking_utils
@@ -118,8 +121,6 @@ def follow_run(run: Run, workload: Workload, *, experts: tuple[int, int] | None 
         WorkloadError: phases or optimizers that this cannot follow.
         TraceError: the module failed on tensors without memory; the text says where.
     """
-    if workload.recompute == "selective":
-        raise WorkloadError("recompute=selective cannot be followed, for what it keeps differs between frameworks; followed: none, full.")
     if workload.phase == "train" and workload.optimizer not in TORCH_OPTIMIZERS:
         raise WorkloadError(f"optimizer {workload.optimizer} cannot be followed; followed: {', '.join(TORCH_OPTIMIZERS)}.")
     before = torch.get_default_dtype()
@@ -193,10 +194,15 @@ class _Follower:
             if self.run.checkpoint is None:
                 raise WorkloadError("recompute=full: this module has no way to switch recomputation on.")
             self.run.checkpoint(self.module)
+        core: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if workload.recompute == "selective":
+            if self.run.selective is None:
+                raise WorkloadError("recompute=selective: the core of this module's attention cannot be told apart from the rest.")
+            core = self.run.selective()
         inputs = self.run.inputs(self.module, workload)
         trained = [p for p in self.module.parameters() if p.requires_grad]
         optimizer = TORCH_OPTIMIZERS[workload.optimizer or ""](trained)
-        with self._watched(inputs, "forward") as watch:
+        with core, self._watched(inputs, "forward") as watch:
             loss = self.run.loss(self.module, inputs)
             with watch.away():
                 used = _leaves(loss)
