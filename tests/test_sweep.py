@@ -392,6 +392,25 @@ def test_what_cannot_be_swept_is_one_line(capsys, tiny_llama, tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--master-weights"], "master_weights=True has no effect in phase prefill"),
+        (["--phase", "train", "--master-weights"], "master_weights has no effect with dtype=float32"),
+        (["--lora-rank", "8"], "lora_rank=8 has no effect in phase prefill"),
+        (["--phase", "train", "--lora-targets", "q_proj"], "no effect without lora_rank"),
+        (["--phase", "train", "--base-bits", "4"], "base_bits=4 needs lora_rank"),
+        (["--cross-entropy", "fused"], "cross_entropy=fused has no effect in phase prefill"),
+        (["--cache", "vllm"], "kept_by=vllm has no effect in phase prefill"),
+        (["--target-len", "9"], "target_len=9 with phase=prefill"),
+    ],
+    ids=lambda each: " ".join(each) if isinstance(each, list) else None,
+)
+def test_an_option_without_effect_is_refused(capsys, tiny_llama, words, says):
+    assert main(["estimate", str(tiny_llama), *words]) == 2
+    assert says in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words", [["--batch-size", "1,x"], ["--seq-len", "4:1:*2"], ["--new-tokens", "1:9"]], ids=" ".join)
 def test_a_list_that_is_none_is_one_line(capsys, tiny_llama, words):
     with pytest.raises(SystemExit) as left:
