@@ -996,6 +996,21 @@ def test_a_graph_that_does_not_fit_together(nodes, says, tmp_path):
     assert says in refused(TraceError, lambda: OnnxGraph(path).follow(Workload(phase="encode")))
 
 
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(sorted(FUSED)), st.data())
+def test_no_damage_to_a_graph_is_more_than_one_line(tmp_path, name, data):
+    node, inputs, constants, _ = FUSED[name]
+    given_inputs = [value(key, list(array.shape), helper.np_dtype_to_tensor_dtype(array.dtype)) for key, array in inputs.items()]
+    raw = bytearray(graph_of([node], given_inputs, [value(out, None) for out in node.output if out], constants, opset=23).SerializeToString())
+    for _ in range(data.draw(st.integers(1, 3))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.sampled_from([0, 1, 2, 8, 65, 127, 255]))
+    path = tmp_path / "graph.onnx"
+    path.write_bytes(raw)
+    with contextlib.suppress(LightenError):
+        graph = OnnxGraph(path)
+        graph.follow(Workload(phase=graph.phases[0], batch_size=B, seq_len=S, dtype=graph.dtype))
+
+
 def test_without_onnx_the_extra_is_named(tmp_path, monkeypatch):
     import importlib.util
 

@@ -109,6 +109,7 @@ def read_onnx(path: Path) -> OnnxFile:
         raise ModelError(f"{path}: not an ONNX file, or a truncated one ({str(error).splitlines()[0]}).") from error
     if not model.graph.node or not model.opset_import:
         raise ModelError(f"{path}: not an ONNX model: it has no operators.")
+    _check_names(path, model.graph)
     tensors: dict[str, StoredTensor] = {}
     for name, tensor in _tensors(model.graph):
         tensors[name] = _stored(path, name, tensor)
@@ -117,6 +118,17 @@ def read_onnx(path: Path) -> OnnxFile:
         elif tensors[name].place is not None:
             _take_in(path, tensors[name], tensor)
     return OnnxFile(path=path, model=_inlined(path, model), tensors=tensors)
+
+
+def _check_names(path: Path, graph: onnx.GraphProto) -> None:
+    """Raises:
+    ModelError: a node without outputs, or a name that is no text (protobuf then gives bytes).
+    """
+    for node in graph.node:
+        if not node.output or not all(isinstance(name, str) for name in (node.op_type, node.domain, node.name, *node.input, *node.output)):
+            raise ModelError(f"{path}: a {node.op_type!r} node has no outputs, or names that are not UTF-8: the file is damaged.")
+    if not all(isinstance(each.name, str) for each in (*graph.input, *graph.output, *graph.initializer)):
+        raise ModelError(f"{path}: names of its inputs or tensors are not UTF-8: the file is damaged.")
 
 
 def _inlined(path: Path, model: onnx.ModelProto) -> onnx.ModelProto:

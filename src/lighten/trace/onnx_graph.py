@@ -19,7 +19,7 @@ from lighten.model.spec import WeightFormat
 from lighten.trace.components import component_of
 from lighten.trace.onnx_file import BITS, OnnxFile, read_onnx
 from lighten.trace.onnx_flops import Counted, count_node
-from lighten.trace.onnx_shapes import Values, attribute, follow_shapes
+from lighten.trace.onnx_shapes import UNFIT, Values, attribute, follow_shapes, unfit
 from lighten.trace.onnx_weights import (
     Weight,
     find_weights,
@@ -218,7 +218,11 @@ class OnnxGraph:
         for node in self.file.model.graph.node:
             if all(name in values.data for name in node.output):
                 continue  # a size or an axis: it was computed to tell shapes
-            counted = count_node(node, [values.shape(n) if n else None for n in node.input], [values.shape(n) if n else None for n in node.output])
+            read, made = ([values.shape(name) if name else None for name in names] for names in (node.input, node.output))
+            try:
+                counted = count_node(node, read, made)
+            except UNFIT as error:
+                raise unfit(self.file, node, error) from error
             if counted is None:
                 unknown[node.op_type] = unknown.get(node.op_type, 0) + 1
                 continue

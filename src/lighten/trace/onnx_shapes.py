@@ -82,8 +82,21 @@ def follow_shapes(file: OnnxFile, inputs: Mapping[str, tuple[int, ...]]) -> Valu
         for name in node.input:
             if name and name not in values.types:
                 raise TraceError(f"{file.path}: {node.op_type} {node.name!r} reads {name!r}, which nothing before it makes.")
-        _follow(file, node, values)
+        try:
+            _follow(file, node, values)
+        except UNFIT as error:
+            raise unfit(file, node, error) from error
     return values
+
+
+UNFIT = (TypeError, IndexError, ValueError, KeyError, AttributeError, ZeroDivisionError, OverflowError)
+"""What a node raises whose attributes or inputs are not those of its operator."""
+
+
+def unfit(file: OnnxFile, node: onnx.NodeProto, error: Exception) -> TraceError:
+    """The error of a node whose attributes or inputs are not those of its operator."""
+    said = (str(error).splitlines() or [""])[0]
+    return TraceError(f"{file.path}: {node.op_type} {node.name!r} lacks an input or an attribute, or has another's ({type(error).__name__}: {said}).")
 
 
 def tensor_type(element_type: int, shape: Shape) -> onnx.TypeProto:
