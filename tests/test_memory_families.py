@@ -11,11 +11,15 @@ from typing import Any
 import family_cases
 import pytest
 from family_truth import spec_of as spec_from_config
-from live_bytes import track
+from live_bytes import run_untracked, track
 from memory_models import MEMORY_MODELS
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, PretrainedConfig
 
 from lighten.cost.memory import workload_memory
+from lighten.cost.operators import forward_operators
+from lighten.cost.passes import training_forward
+from lighten.cost.training import step_counts
 from lighten.cost.workload import Workload, image_len
 from lighten.errors import WorkloadError
 from lighten.model.families import FAMILIES, has_formula
@@ -65,6 +69,19 @@ def test_optimizers_take_the_memory_predicted(optimizer: str) -> None:
     found = [predicted_over_true(name, phase="train", optimizer=optimizer, batch_size=1, seq_len=8) for name in ("gpt2", "qwen3", "t5", "mixtral")]
     assert statistics.median(found) == pytest.approx(1, abs=0.01)
     assert found == pytest.approx([1] * len(found), abs=WORST)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "t5", "bart", "vit", "whisper"])
+def test_a_training_step_has_the_flops_predicted(name: str, recompute: Any) -> None:
+    """Of matrix products. Mamba is left out: PyTorch's counter takes the weight gradient of a grouped convolution for that of a full one."""
+    config, spec = spec_of(name)
+    workload = Workload(phase="train", optimizer="sgd", attention="eager", batch_size=1, seq_len=image_len(spec) or 8, recompute=recompute)
+    with FlopCounterMode(display=False) as counter:
+        run_untracked(config, workload)
+    times = step_counts(spec, recompute)
+    once = forward_operators(spec, training_forward(spec, workload), "float32")
+    assert 2 * sum(op.matmul_flops * times[op.name] for op in once) == counter.get_total_flops()  # it runs two steps
 
 
 # Every family gets an answer
