@@ -70,6 +70,7 @@ def estimate_text(found: Estimate) -> str:
     lines = [
         f"{spec.name} ({spec.architecture}, {spec.layers} layers), {asked.phase}, {shape}, {asked.dtype}",
         f"  parameters  {spec.total_parameters:,}  ({_shares(spec.parameters(), format_count)})",
+        *([f"  trained     {found.trainable_parameters:,}"] if found.trainable_parameters != spec.total_parameters else []),
         f"  FLOPs       {format_count(found.total_flops)}, of them {matmul:,} in matrix products  ({_shares(found.matmul, format_count)})",
         f"  memory      {format_bytes(memory.peak)}  ({_shares({k.replace('_', ' '): v for k, v in parts.items() if v}, format_bytes)})",
         f"  on disk     {format_bytes(found.size_bytes)}",

@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lighten.cost.memory import MemoryBreakdown, workload_memory
+from lighten.cost.adapters import adapter_parameters
+from lighten.cost.memory import MemoryBreakdown
 from lighten.cost.operators import Op, forward_operators
 from lighten.cost.passes import first_forward, step_forward, steps_after_first, training_forward
 from lighten.cost.training import BACKWARD, step_counts
+from lighten.cost.tuning import is_plain, memory_of, tuned_operators
 from lighten.cost.workload import OPTIMIZER_STATE, Workload, check_workload
 from lighten.device.profile import EngineProfile, Profile
 from lighten.device.roofline import TimePrediction, predict_peak_memory, predict_time
@@ -92,8 +94,12 @@ class Estimate:
 
     @property
     def trainable_parameters(self) -> int:
-        """Parameters that a training step changes."""
-        return self.spec.trainable_parameters if isinstance(self.spec, Facts) else self.spec.total_parameters
+        """Parameters that a training step changes: with adapters theirs alone, which are not in the model's total."""
+        if isinstance(self.spec, Facts):
+            return self.spec.trainable_parameters
+        if self.workload.lora_rank is not None:
+            return adapter_parameters(self.spec, self.workload.lora_rank, self.workload.lora_targets)
+        return self.spec.total_parameters
 
     def _time_json(self) -> dict[str, Any] | None:
         if self.time is None:
@@ -119,12 +125,15 @@ def estimate(
         raise WorkloadError("phase train of quantized weights is not supported: codes have no gradient; train first, then quantize.")
     passes = forward_passes(changed, workload)
     times = step_counts(changed, workload.recompute) if workload.phase == "train" else {}
-    ops = [(op, count * times.get(op.name, 1)) for operators, count in passes for op in operators]
+    if workload.lora_rank is not None:
+        ops = [(op, 2 * count) for op, count in tuned_operators(changed, workload)]
+    else:
+        ops = [(op, count * times.get(op.name, 1)) for operators, count in passes for op in operators]
     matmul: dict[str, int] = {}
     for op, count in ops:
         if op.matmul_flops:
             matmul[op.component] = matmul.get(op.component, 0) + count * op.matmul_flops // 2
-    memory = workload_memory(changed, workload)
+    memory = memory_of(changed, workload)
     engine = _engine(recipe, changed, profile) if profile else None
     time = _time(passes, changed.total_parameters, workload, engine, profile) if engine and profile else None
     process = (
@@ -150,6 +159,10 @@ def estimate_followed(followed: Followed, workload: Workload, *, device: str | N
     Raises:
         WorkloadError, TraceError, DeviceError: what is asked does not fit the model or the device.
     """
+    if not is_plain(workload) or workload.kv_dtype not in (None, workload.dtype):
+        raise WorkloadError(
+            "a model is followed as it runs: adapters, masters, other losses, other caches and a kv_dtype of its own are known by formula alone."
+        )
     program = follow_once(followed, workload)
     facts = Facts(
         name=followed.name, family=followed.family, architecture=followed.architecture, source=followed.source, dtype=followed.dtype,

@@ -168,7 +168,7 @@ class TransformersModel:
         if "pixel_values" in takes and (size := _image_size(vision)) and ("input_ids" not in takes or _pairs_image_and_text(self._takes)):
             found["pixel_values"] = torch.zeros(batch, int(getattr(vision, "num_channels", 3)), *size)
         if self.is_encoder_decoder:
-            target = 1 if workload.phase in ("prefill", "generate") else length
+            target = 1 if workload.phase in ("prefill", "generate") else workload.target_len or length
             found["decoder_input_ids"] = torch.zeros(batch, target, dtype=torch.long)
         if not found:
             raise TraceError(f"{self.architecture} takes {', '.join(list(takes)[1:6])}: not known how to make them.")
