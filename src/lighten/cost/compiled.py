@@ -43,8 +43,9 @@ Figures: TypeAlias = dict[str, NDArray[Any]]
 MEMORY = frozenset({"peak", *(part.name for part in fields(MemoryBreakdown))})
 DIRECT = 48
 """Points at most that are computed one by one: fewer than what fitting computes."""
-BUDGET = 3000
-"""Direct computations after which no more pieces are looked for; what is not covered by then is computed directly."""
+BUDGET = 150
+"""Pieces and moments after which no more are looked for, since the figures are then no polynomials (a size that is rounded): what is not covered
+by then is computed directly. A model with windows and recomputation takes about 20."""
 WIDER = 4
 """Points that are asked for one by one are covered up to so many times their largest size."""
 ROWS = 3
@@ -364,10 +365,14 @@ class _Surface:
     def cover(self, box: _Box) -> None:
         """Fit a box, unless one that was fitted before holds it."""
         if not any(before.holds((box.b0, box.l0)) and before.holds((box.b1, box.l1)) for before in self.covered):
+            self.spent = 0
             self.pieces = [*self._fit(box), *self.pieces]
             self.covered.append(box)
 
     def _fit(self, box: _Box) -> list[_Piece]:
+        self.spent += 1
+        if self.spent > BUDGET:
+            return [_Piece(box=box, candidates=())]
         if box.b1 - box.b0 <= 1 and box.l1 - box.l0 <= 2:
             return [_Piece(box=box, candidates=(self._differences(box, (box.b0, box.l0)),))]
         found: dict[_Vector, Size] = {}
