@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -133,25 +134,38 @@ def examine(model_type: str, architecture: str, seconds: int) -> dict[str, Any]:
     return row | {"outcome": "built"}
 
 
+def examine_task(task: tuple[str, str, str, int]) -> dict[str, Any]:
+    mapping, model_type, architecture, seconds = task
+    return examine(model_type, architecture, seconds) | {"mapping": mapping}
+
+
+def quieten() -> None:
+    """In each process: one thread, and no advice from transformers."""
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mapping", choices=MAPPINGS, action="append", help="default: all")
     parser.add_argument("--types", help="model types, separated by commas (default: all)")
     parser.add_argument("--seconds", type=int, default=60, help="for each model (default 60)")
+    parser.add_argument("--jobs", type=int, default=2, help="processes (default 2)")
     parser.add_argument("--formula-only", action="store_true", help="leave out what has no formula")
     parser.add_argument("--verbose", action="store_true", help="a line for each model")
     asked = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    transformers.logging.set_verbosity_error()
-    torch.set_num_threads(1)
     wanted = set(asked.types.split(",")) if asked.types else None
+    todo = [
+        (mapping, model_type, names if isinstance(names, str) else names[0], asked.seconds)
+        for mapping in asked.mapping or MAPPINGS for model_type, names in MAPPINGS[mapping].items()
+        if wanted is None or model_type in wanted
+    ]  # fmt: skip
+    if asked.formula_only:
+        todo = [each for each in todo if has_formula({"model_type": each[1]}, each[2])]
     rows: list[dict[str, Any]] = []
-    for mapping in asked.mapping or MAPPINGS:
-        for model_type, names in MAPPINGS[mapping].items():
-            architecture = names if isinstance(names, str) else names[0]
-            if (wanted and model_type not in wanted) or (asked.formula_only and not has_formula({"model_type": model_type}, architecture)):
-                continue
-            row = examine(model_type, architecture, asked.seconds) | {"mapping": mapping}
+    with multiprocessing.get_context("spawn").Pool(asked.jobs, initializer=quieten, maxtasksperchild=40) as pool:
+        for row in pool.imap(examine_task, todo):
             rows.append(row)
             if asked.verbose or differs(row):
                 print(describe_row(row), file=sys.stderr, flush=True)

@@ -161,7 +161,7 @@ MATRIX_VECTORS = frozenset({"mv", "addmv", "addmv_", "vdot"})
 
 
 def _other_flops(func: Any, packet: Any, name: str, args: tuple[Any, ...], result: Any) -> int | None:
-    if name in MOVES:
+    if name in MOVES or name.rstrip("_") in MOVES:
         return 0
     if name in NORMS:
         return _elements(args[0]) * NORM_FLOPS[NORMS[name]] * (2 if name.endswith("backward") else 1)

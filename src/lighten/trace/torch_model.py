@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, unset_fake_temporarily
 
 from lighten.cost.workload import Workload
 from lighten.errors import ModelError, TraceError, WorkloadError
@@ -142,7 +143,12 @@ class TransformersModel:
         if getattr(text, "pad_token_id", None) is None:
             text.pad_token_id = 0  # classifiers of several sequences ask for one; inputs have no padding
         with no_init_weights():
-            module: Any = self._class(self.config)
+            try:
+                module: Any = self._class(self.config)
+            except DataDependentOutputException:  # its constructor reads a tensor's values, such as the rates of stochastic depth
+                with unset_fake_temporarily(), torch.device("meta"):
+                    module = self._class(self.config)
+                _make_fake(module)
             module.tie_weights()  # part of the initialization that is left out
         return module  # type: ignore[no-any-return]
 
@@ -224,6 +230,18 @@ class TransformersModel:
         if any(kind in self.architecture for kind in ("SequenceClassification", "ImageClassification", "AudioClassification")):
             return {"labels": one}
         return {"labels": inputs.get("decoder_input_ids", inputs.get("input_ids"))}
+
+
+def _make_fake(module: torch.nn.Module) -> None:
+    """Give a module that was built on the meta device tensors of the mode that is on; what its modules share stays shared."""
+    made: dict[int, torch.Tensor] = {}
+    for store in (each for part in module.modules() for each in (part._parameters, part._buffers)):
+        for name, tensor in store.items():
+            if tensor is not None:
+                if id(tensor) not in made:
+                    empty = torch.empty_like(tensor, device="cpu")
+                    made[id(tensor)] = torch.nn.Parameter(empty) if isinstance(tensor, torch.nn.Parameter) else empty
+                store[name] = made[id(tensor)]  # type: ignore[assignment]
 
 
 @contextlib.contextmanager
