@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -248,6 +249,23 @@ def test_what_is_no_polynomial_is_not_extrapolated():
 
     with pytest.raises(TraceError, match="no polynomial"):
         fit(TorchModule(Halves(), torch.zeros(2, 12)), ENCODE, batches=(2, 8), lengths=(4, 64))
+
+
+def test_a_known_model_needs_no_torch(tmp_path, monkeypatch):
+    config = AutoConfig.for_model("fnet", architectures=["FNetForMaskedLM"])
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    followed_now = lighten.estimate(tmp_path, batch_size=3, seq_len=40)
+    monkeypatch.setattr("lighten.trace.open._has_transformers", lambda: False)
+    known = lighten.estimate(tmp_path, batch_size=3, seq_len=40)
+    assert known.labels["memory"] == "extrapolated"
+    assert (known.memory, known.matmul, known.total_flops) == (followed_now.memory, followed_now.matmul, followed_now.total_flops)
+    assert known.spec.total_parameters == followed_now.spec.total_parameters
+    assert any("FLOPs not known" in warning for warning in known.warnings)  # the Fourier transform
+    with pytest.raises(WorkloadError, match="travels with lighten for these workloads alone: encode"):
+        lighten.estimate(tmp_path, phase="train", optimizer="sgd")
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict() | {"num_hidden_layers": 3}))
+    with pytest.raises(LightenError, match="needs torch and transformers"):
+        lighten.estimate(tmp_path)
 
 
 # ---- timelines ----
