@@ -16,6 +16,7 @@ from lighten.compress.grid import QuantizedTensor
 from lighten.compress.magnitude import global_threshold, prune_pattern, prune_rows, prune_tensor, prune_threshold
 from lighten.compress.rtn import quantize_rtn
 from lighten.errors import ModelError
+from lighten.model.quantized import refuse_layouts
 from lighten.model.read import BUFFERS, weight_files
 from lighten.model.spec import ModelSpec
 from lighten.recipe import Recipe, Step
@@ -72,7 +73,12 @@ def check_finite(folder: Path) -> None:
 
 
 def compress_weights(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe) -> Iterator[tuple[str, Weight, LayerReport | None]]:
-    """Each tensor of the checkpoint as the recipe leaves it, with a report of those that it changed; one is held at a time."""
+    """Each tensor of the checkpoint as the recipe leaves it, with a report of those that it changed; one is held at a time.
+
+    Raises:
+        ModelError: its weights are another method's codes.
+    """
+    refuse_layouts(spec.parts, spec.source)
     changes: list[tuple[frozenset[str], Change]] = []
     for step in recipe.steps:
         before = tuple(changes)

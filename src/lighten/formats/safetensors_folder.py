@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lighten.compress.grid import QuantizedTensor
 from lighten.formats import files
-from lighten.model.quantized import FORMAT, METHOD, STRATEGIES
+from lighten.model.quantized import FORMAT, METHOD, STRATEGIES, refuse_layouts
 from lighten.model.read import SIDE_FILES, read_config, weight_files
 from lighten.model.spec import PER_TENSOR, Embedding, Linear, ModelSpec
 
@@ -116,7 +116,12 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
 
 
 def expanded_weights(folder: Path, spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a folder under its module's name, packed ones dequantized to float32."""
+    """Every tensor of a folder under its module's name, packed ones dequantized to float32.
+
+    Raises:
+        ModelError: its weights are another method's codes.
+    """
+    refuse_layouts(spec.parts, str(folder))
     formats = {part.name: part.weight for part in spec.parts if isinstance(part, Linear | Embedding)}
     for file in weight_files(folder):
         with safe_open(file, framework="pt") as opened:

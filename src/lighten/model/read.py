@@ -13,7 +13,8 @@ from typing import Any
 from lighten.errors import ModelError
 from lighten.model.families import FAMILIES, describe
 from lighten.model.families._config import SHAPES
-from lighten.model.quantized import quantized_parts, stored_tensors
+from lighten.model.leftovers import left_out
+from lighten.model.quantized import quantized_parts, scale_names, stored_tensors, with_stored_scales
 from lighten.model.safetensors_header import read_header
 from lighten.model.spec import Embedding, Linear, ModelSpec, Part, TensorSpec
 from lighten.units import DTYPE_BITS
@@ -105,9 +106,10 @@ def config_spec(config: Mapping[str, Any], *, name: str, source: str) -> ModelSp
     if quantization := config.get("quantization_config"):
         try:
             parts = quantized_parts(parts, quantization, source)
-        except ModelError:
+        except ModelError as error:
             method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-            notes += (f"its quantization_config ({method}) is not applied: every weight is counted as {dtype}",)
+            why = str(error).removeprefix(f"{source}: ").rstrip(".")
+            notes += (f"its quantization_config ({method}) is not applied: every weight is counted as {dtype} ({why})",)
     parts = tuple(_in_dtype(part, dtype) for part in parts)
     return ModelSpec(
         name=name,
@@ -286,13 +288,16 @@ def make_spec(config: Mapping[str, Any], tensors: tuple[TensorSpec, ...], *, nam
     architecture = architectures[0] if isinstance(architectures, list) and architectures else ""
     parts = describe(config, architecture)
     if quantization := config.get("quantization_config"):
-        parts = quantized_parts(parts, quantization, source)
-    stored = tuple(tensor for tensor in tensors if not BUFFERS.search(tensor.name))
-    stored = tuple(tensor for tensor in stored if not (tensor.name == "lm_head.weight" and config.get("tie_word_embeddings")))
-    check_tensors({name: shape for part in parts for name, shape in stored_tensors(part).items()}, stored, source)
+        parts = quantized_parts(parts, quantization, source, types={tensor.name: tensor.dtype for tensor in tensors})
+    stored = tuple(tensor for tensor in tensors if not (tensor.name == "lm_head.weight" and config.get("tie_word_embeddings")))
+    expected = {name: shape for part in parts for name, shape in stored_tensors(part).items()}
+    left = left_out(config, parts, [tensor for tensor in stored if tensor.name not in expected])
+    stored = tuple(tensor for tensor in stored if tensor.name not in left.names)
+    check_tensors(expected, stored, source)
+    scales = scale_names(parts)
     dtypes: Counter[str] = Counter()
     for tensor in stored:
-        if tensor.dtype in FLOAT_DTYPES and not tensor.name.endswith(".weight_scale"):
+        if tensor.dtype in FLOAT_DTYPES and tensor.name not in scales:
             dtypes[tensor.dtype] += tensor.elements
     if not dtypes:
         raise ModelError(f"{source}: no tensor of a floating-point type.")
@@ -300,7 +305,7 @@ def make_spec(config: Mapping[str, Any], tensors: tuple[TensorSpec, ...], *, nam
     parts = tuple(_as_stored(part, types) for part in parts)
     return ModelSpec(
         name=name, family=str(family), architecture=architecture, source=source, dtype=dtypes.most_common(1)[0][0],
-        config=config, parts=parts, tensors=stored, other_bytes=other_bytes,
+        config=config, parts=parts, tensors=stored, other_bytes=other_bytes, notes=left.notes,
     )  # fmt: skip
 
 
@@ -314,7 +319,7 @@ def _as_stored(part: Part, types: Mapping[str, str]) -> Part:
         if stored not in types:  # experts: a name for each, or one tensor of another name for all
             stored = next(iter(part.tensors()))
         return replace(part, weight=replace(part.weight, dtype=types[stored]))
-    return replace(part, weight=replace(part.weight, scale_dtype=types[f"{name}.weight_scale"]))
+    return with_stored_scales(part, types)
 
 
 def check_tensors(expected: Mapping[str, tuple[int, ...]], stored: Iterable[TensorSpec], source: str) -> None:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 from lighten.model.ggml_types import GGML_TYPES
 from lighten.units import dtype_bytes
@@ -39,6 +39,14 @@ PER_CHANNEL = -1
 PER_TENSOR = 0
 
 
+class Layout(Protocol):
+    """The tensors that a checkpoint holds in the place of one quantized weight."""
+
+    def tensors(self, rows: int, columns: int, scale_dtype: str) -> dict[str, tuple[tuple[int, ...], str]]:
+        """What follows the module's name → (shape, element type), for a weight of rows × columns = out_features × in_features."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class WeightFormat:
     """How one weight matrix is stored and computed with.
@@ -52,6 +60,7 @@ class WeightFormat:
         activations: int8 activations computed with it, their scale taken from each input ("dynamic") or from calibration ("static").
         sparsity: the share of zeros that pruning left. A dense layout stores them like any other weight.
         ggml_type: the quantized type of ggml that it is stored in, such as `Q4_K`, which then says its bytes; `bits` is the width of its codes.
+        layout: the tensors of another method's checkpoint, which then say its bytes; None: codes without gaps, scales and zero points.
     """
 
     dtype: str = "float32"
@@ -62,6 +71,7 @@ class WeightFormat:
     activations: Literal["dynamic", "static"] | None = None
     sparsity: float = 0.0
     ggml_type: str | None = None
+    layout: Layout | None = None
 
     def scales(self, rows: int, columns: int) -> int:
         """Number of scales of a rows × columns weight."""
@@ -73,6 +83,9 @@ class WeightFormat:
         """Bytes of the weight with its scales and zero points, codes packed without gaps, rounded up to whole bytes a row."""
         if self.ggml_type is not None:
             return GGML_TYPES[self.ggml_type].stored_bytes(rows, columns)
+        if self.layout is not None:
+            tensors = self.layout.tensors(rows, columns, self.scale_dtype).values()
+            return sum(round(math.prod(shape) * dtype_bytes(dtype)) for shape, dtype in tensors)
         if self.bits is None:
             return round(rows * columns * dtype_bytes(self.dtype))
         scales = self.scales(rows, columns)
@@ -143,6 +156,10 @@ class Linear(Part):
     @property
     def active_parameters(self) -> int:
         return self.parameters * self.experts_per_row // self.experts
+
+    def is_weight(self, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor of its is the weight matrix, or that of all experts, and not a bias."""
+        return len(shape) >= 2 and shape[-2:] in ((self.out_features, self.in_features), (self.in_features, self.out_features))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,7 +348,7 @@ class ModelSpec:
     @cached_property
     def fixed_len(self) -> int | None:
         """Positions of a model whose input has but one size (the patches of an image); None where the input's length is free."""
-        lengths = {part.rows for part in self.parts}
+        lengths = {part.rows for part in self.parts if not isinstance(part, Table)}
         if lengths & {"token", "logits", "source"}:
             return None
         return max((rows for rows in lengths if isinstance(rows, int)), default=None)
@@ -389,7 +406,9 @@ def _tensor_bytes(part: Part, dtype: str) -> int:
     total = 0
     dtype = (part.dtype if isinstance(part, Table) else None) or dtype
     for shape in part.tensors().values():
-        if len(shape) == 2 and isinstance(part, Linear | Embedding):
+        if isinstance(part, Linear) and part.weight.layout is not None and part.is_weight(shape):
+            total += math.prod(shape[:-2]) * part.weight.stored_bytes(part.out_features, part.in_features)
+        elif len(shape) == 2 and isinstance(part, Linear | Embedding) and part.weight.layout is None:
             total += part.weight.stored_bytes(*shape)
         else:
             total += round(math.prod(shape) * dtype_bytes(dtype))
