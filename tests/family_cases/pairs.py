@@ -12,12 +12,26 @@ TEXTS: dict[str, Any] = {
 }  # fmt: skip
 OF_IMAGES: list[dict[str, Any]] = [IMAGES, {**IMAGES, "projection_dim": 20, "num_channels": 1, "hidden_act": "relu", "image_size": 24}]
 OF_TEXTS: list[dict[str, Any]] = [TEXTS, {**TEXTS, "projection_dim": 20, "hidden_act": "silu"}]
-CLASSIFIERS: list[dict[str, Any]] = [{"vision_config": IMAGES}, {"vision_config": {**IMAGES, "num_attention_heads": 2}, "id2label": LABELS}]
+PAIR: dict[str, Any] = {"vision_config": IMAGES, "text_config": TEXTS}
+PAIRS: list[dict[str, Any]] = [
+    {**PAIR, "projection_dim": 12},
+    {"vision_config": {**IMAGES, "num_attention_heads": 2}, "text_config": {**TEXTS, "hidden_act": "gelu"}, "projection_dim": 36, "id2label": LABELS},
+]
+BERT_TEXTS: dict[str, Any] = {**TEXTS, "max_position_embeddings": 40, "type_vocab_size": 2, "pad_token_id": 0}
+SAME: dict[str, Any] = {"vision_config": IMAGES, "text_config": {**TEXTS, "hidden_size": 32, "projection_size": 32}}
 
 CASES: dict[str, list[dict[str, Any]]] = {
-    "clip": CLASSIFIERS,
-    "metaclip_2": CLASSIFIERS,
-    "siglip": [*CLASSIFIERS, {"vision_config": {**IMAGES, "vision_use_head": False}}],
+    "clip": PAIRS,
+    "metaclip_2": PAIRS,
+    "siglip": [SAME, {**SAME, "text_config": {**TEXTS, "projection_size": 32}, "id2label": LABELS}],
+    "altclip": [
+        {"vision_config": IMAGES, "text_config": {**BERT_TEXTS, "project_dim": 28}, "projection_dim": 12},
+        {"vision_config": IMAGES, "text_config": {**BERT_TEXTS, "project_dim": 20, "hidden_act": "relu", "type_vocab_size": 1}, "projection_dim": 36},
+    ],
+    "chinese_clip": [
+        {"vision_config": IMAGES, "text_config": BERT_TEXTS, "projection_dim": 12},
+        {"vision_config": {**IMAGES, "hidden_act": "gelu"}, "text_config": {**BERT_TEXTS, "num_hidden_layers": 1}, "projection_dim": 36},
+    ],
     "clip_vision_model": OF_IMAGES,
     "metaclip_2_vision_model": OF_IMAGES,
     "chinese_clip_vision_model": OF_IMAGES,

@@ -1,17 +1,17 @@
 """Models of images and texts, and their towers alone (CLIP: Radford et al. 2021, arXiv:2103.00020; SigLIP: Zhai et al. 2023, arXiv:2303.15343).
 
-A model of both that compares each image of a batch with each text (`CLIPModel`) has a product that grows with the batch's square; it has
-no formula here.
+A model of both compares each image of a batch with each text: a product that grows with the batch's square.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from lighten.errors import ModelError
+from lighten.model.families import bert, encoders
 from lighten.model.families._family import Family
 from lighten.model.families._fields import check_probabilities, optional
 from lighten.model.families._tower import (
@@ -28,7 +28,7 @@ from lighten.model.families._tower import (
     table,
 )
 from lighten.model.families.vision import grid_of, patch_conv
-from lighten.model.spec import Attention, Part, Product
+from lighten.model.spec import Attention, Part, Product, Table
 
 Config = Mapping[str, Any]
 
@@ -149,6 +149,66 @@ def describe_classifier(tower: Images, family: str, config: Config, architecture
     return (*parts, linear("classifier", hidden, labels_of(config), True, "head", "sequence"))
 
 
+TextTower = Callable[[Config, str], tuple[int, list[Part]]]
+"""(config of the text tower, family) → its width and its parts, named below `text_model.`."""
+
+
+def _clip_texts(config: Config, family: str) -> tuple[int, list[Part]]:
+    return text_tower("text_model.", CLIP_TEXTS, config, family)
+
+
+def _siglip_texts(config: Config, family: str) -> tuple[int, list[Part]]:
+    return text_tower("text_model.", SIGLIP_TEXTS, config, family)
+
+
+def _below(at: str, parts: tuple[Part, ...]) -> list[Part]:
+    """The parts of an encoder but its pooler, under another name."""
+    return [replace(part, name=f"{at}{part.name}") for part in parts if part.component != "pooler"]
+
+
+def _bert_texts(config: Config, family: str) -> tuple[int, list[Part]]:
+    """BERT without its pooler (Chinese CLIP, arXiv:2211.01335)."""
+    hidden = positive(config, ("hidden_size",), family)["hidden_size"]
+    return hidden, _below("text_model.", bert.describe(config, "BertModel"))
+
+
+def _roberta_texts(config: Config, family: str) -> tuple[int, list[Part]]:
+    """RoBERTa without its pooler, and a linear over its normalized states (AltCLIP, arXiv:2211.06679)."""
+    c = positive(config, ("hidden_size", "project_dim"), family)
+    hidden, width = c["hidden_size"], c["project_dim"]
+    parts = _below("text_model.roberta.", encoders.FAMILIES["roberta"].describe(config, "RobertaModel"))
+    projected = linear("text_model.transformation", hidden, width, True, "pooler", "token")
+    return width, [*parts, layernorm("text_model.pre_LN", hidden, "token"), projected]
+
+
+def describe_pair(images: Images, texts: TextTower, family: str, config: Config, architecture: str) -> tuple[Part, ...]:
+    """Both towers, their projections into the common space, and the product of each image with each text.
+
+    SigLIP has no projections: its towers are of the same width; its logits have a bias.
+
+    Raises:
+        ModelError: towers without projections whose widths differ.
+    """
+    text_width, text = texts(nested(config, "text_config", family), family)
+    image_width, image = image_tower("vision_model.", images, nested(config, "vision_config", family), family)
+    learned: dict[str, tuple[int, ...]] = {"logit_scale": (1,), "logit_bias": (1,)} if images.attentive else {"logit_scale": ()}
+    if images.attentive:
+        shared = _shared_width(nested(config, "text_config", family), text_width, image_width)
+        projections: list[Part] = []
+    else:
+        shared = positive(config, ("projection_dim",), family)["projection_dim"]
+        projections = [_projection("visual_projection", image_width, config, family), _projection("text_projection", text_width, config, family)]
+    compared = Product(name="logits", component="head", rows="sequence", m=1, k=shared, n="batch")
+    return (*text, *image, *projections, Table(name="logit_scale", component="head", shapes=learned), compared)
+
+
+def _shared_width(texts: Config, text_width: int, image_width: int) -> int:
+    width = optional(texts, "projection_size") or text_width
+    if width != image_width:
+        raise ModelError(f"config.json: texts come as {width} values and images as {image_width}; they must be as many to be compared.")
+    return width
+
+
 def nested(config: Config, name: str, family: str) -> Config:
     """A config within a config.
 
@@ -169,14 +229,21 @@ def _texts(tower: Texts, family: str, *architectures: str) -> Family:
     return Family(describe=partial(describe_texts, tower, family), architectures=architectures)
 
 
-def _classifiers(tower: Images, family: str, *architectures: str) -> Family:
-    return Family(describe=partial(describe_classifier, tower, family), architectures=architectures)
+def _pairs(images: Images, texts: TextTower, family: str, *architectures: str) -> Family:
+    def describe(config: Config, architecture: str) -> tuple[Part, ...]:
+        if architecture.endswith("ForImageClassification"):
+            return describe_classifier(images, family, config, architecture)
+        return describe_pair(images, texts, family, config, architecture)
+
+    return Family(describe=describe, architectures=architectures)
 
 
 FAMILIES: dict[str, Family] = {
-    "clip": _classifiers(CLIP_IMAGES, "clip", "CLIPForImageClassification"),
-    "metaclip_2": _classifiers(CLIP_IMAGES, "metaclip_2", "MetaClip2ForImageClassification"),
-    "siglip": _classifiers(SIGLIP_IMAGES, "siglip", "SiglipForImageClassification"),
+    "clip": _pairs(CLIP_IMAGES, _clip_texts, "clip", "CLIPModel", "CLIPForImageClassification"),
+    "metaclip_2": _pairs(CLIP_IMAGES, _clip_texts, "metaclip_2", "MetaClip2Model", "MetaClip2ForImageClassification"),
+    "siglip": _pairs(SIGLIP_IMAGES, _siglip_texts, "siglip", "SiglipModel", "SiglipForImageClassification"),
+    "altclip": _pairs(CLIP_IMAGES, _roberta_texts, "altclip", "AltCLIPModel"),
+    "chinese_clip": _pairs(CLIP_IMAGES, _bert_texts, "chinese_clip", "ChineseCLIPModel"),
     "clip_vision_model": _images(CLIP_IMAGES, "clip_vision_model", "CLIPVisionModel", "CLIPVisionModelWithProjection"),
     "metaclip_2_vision_model": _images(CLIP_IMAGES, "metaclip_2_vision_model", "MetaClip2VisionModel", "MetaClip2VisionModelWithProjection"),
     "chinese_clip_vision_model": _images(CLIP_IMAGES, "chinese_clip_vision_model", "ChineseCLIPVisionModel"),
