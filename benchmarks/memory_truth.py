@@ -31,7 +31,7 @@ from live_bytes import run_untracked, track
 from memory_models import MEMORY_MODELS
 
 from lighten.cost.memory import workload_memory
-from lighten.cost.workload import Workload, image_len
+from lighten.cost.workload import Workload
 from lighten.errors import LightenError
 from lighten.model.families import has_formula
 
@@ -144,7 +144,7 @@ def main() -> None:
     for name in options.models:
         config = MEMORY_MODELS[name](width=options.width, layers=options.layers)
         spec = spec_of(config, config.architectures[0]) if has_formula(config.to_dict(), config.architectures[0]) else None
-        positions = image_len(spec) if spec else None
+        positions = spec.fixed_len if spec else None
         decoder = bool(spec and (spec.is_decoder or spec.is_encoder_decoder))
         sizes = [f"{size.split('x')[0]}x{positions}" for size in options.sizes] if positions else options.sizes
         for workload in workloads(sizes, options.optimizers, decoder=decoder):

@@ -330,11 +330,6 @@ def test_fits_is_certain_only_where_nothing_unknown_decides() -> None:
     assert replace(known, overhead=None).fits(100) is None
 
 
-def test_selective_recomputation_is_refused() -> None:
-    with pytest.raises(WorkloadError, match=r"recompute=selective is not described.*described: none, full"):
-        workload_memory(SMALL["llama"], Workload(phase="train", optimizer="adamw", recompute="selective"))
-
-
 def test_a_phase_that_does_not_fit_is_refused() -> None:
     with pytest.raises(WorkloadError, match="is an encoder"):
         workload_memory(SMALL["bert"], Workload(phase="prefill"))

@@ -16,14 +16,17 @@ from memory_models import MEMORY_MODELS
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, PretrainedConfig
 
+from lighten.cost.compiled import exact_costs
 from lighten.cost.memory import workload_memory
 from lighten.cost.operators import forward_operators
 from lighten.cost.passes import training_forward
 from lighten.cost.training import step_counts
-from lighten.cost.workload import Workload, image_len
+from lighten.cost.workload import Workload
 from lighten.errors import WorkloadError
 from lighten.model.families import FAMILIES, has_formula
 from lighten.model.spec import ModelSpec
+from lighten.recipe.estimate import estimate
+from lighten.trace.torch_model import TransformersModel
 
 WORST = 0.05
 """Of a model and workload. The promise is 15 %, and 5 % for the median."""
@@ -45,7 +48,7 @@ def spec_of(name: str) -> tuple[PretrainedConfig, ModelSpec]:
 def predicted_over_true(name: str, **workload: Any) -> float:
     config, spec = spec_of(name)
     asked = Workload(**workload)
-    asked = replace(asked, seq_len=image_len(spec) or asked.seq_len)
+    asked = replace(asked, seq_len=spec.fixed_len or asked.seq_len)
     return workload_memory(spec, asked).peak / track(config, asked, fake=name not in NEEDS_VALUES and asked.optimizer != "adafactor").peak
 
 
@@ -76,7 +79,7 @@ def test_optimizers_take_the_memory_predicted(optimizer: str) -> None:
 def test_a_training_step_has_the_flops_predicted(name: str, recompute: Any) -> None:
     """Of matrix products. Mamba is left out: PyTorch's counter takes the weight gradient of a grouped convolution for that of a full one."""
     config, spec = spec_of(name)
-    workload = Workload(phase="train", optimizer="sgd", attention="eager", batch_size=1, seq_len=image_len(spec) or 8, recompute=recompute)
+    workload = Workload(phase="train", optimizer="sgd", attention="eager", batch_size=1, seq_len=spec.fixed_len or 8, recompute=recompute)
     with FlopCounterMode(display=False) as counter:
         run_untracked(config, workload)
     times = step_counts(spec, recompute)
@@ -99,7 +102,7 @@ def test_every_family_has_a_memory_in_every_phase_that_it_has(name: str) -> None
         spec = spec_from_config(config, architecture)
         phases = DECODINGS if spec.is_decoder or spec.is_encoder_decoder else [{"phase": "encode"}]
         for options in [*phases, *TRAININGS]:
-            workload = Workload(**options, batch_size=2, seq_len=image_len(spec) or 20)
+            workload = Workload(**options, batch_size=2, seq_len=spec.fixed_len or 20)
             memory = workload_memory(spec, workload)
             assert memory.weights == 4 * spec.total_parameters
             assert min(memory.gradients, memory.activations, memory.kv_cache, memory.temporary) >= 0
@@ -118,7 +121,7 @@ def test_a_target_is_as_long_as_its_source_unless_told_otherwise() -> None:
 
 def test_an_image_has_one_length() -> None:
     _, spec = spec_of("vit")
-    with pytest.raises(WorkloadError, match=f"takes an image of one size, {image_len(spec)} positions; leave seq_len out"):
+    with pytest.raises(WorkloadError, match=f"takes an image of one size, {spec.fixed_len} positions; leave seq_len out"):
         workload_memory(spec, Workload(phase="encode", seq_len=20))
 
 
@@ -132,9 +135,24 @@ def test_an_encoder_decoder_does_not_encode_alone() -> None:
 def test_a_target_needs_a_source_of_tokens(name: str) -> None:
     _, spec = spec_of(name)
     with pytest.raises(WorkloadError, match="target_len=8 has no effect"):
-        workload_memory(spec, Workload(phase="train", optimizer="sgd", seq_len=image_len(spec) or 20, target_len=8))
+        workload_memory(spec, Workload(phase="train", optimizer="sgd", seq_len=spec.fixed_len or 20, target_len=8))
 
 
 def test_a_target_is_for_training() -> None:
     with pytest.raises(WorkloadError, match="target_len=8 with phase=prefill: phase train alone takes a positive one"):
         Workload(phase="prefill", target_len=8)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(("model_type", "architecture", "changes"), [
+    ("llama", "LlamaForCausalLM", {"num_key_value_heads": 2}), ("bert", "BertForMaskedLM", {}),
+])  # fmt: skip
+def test_selective_recomputation_is_what_following_gives(model_type, architecture, changes, attention):
+    tiny = {"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96} | changes
+    config = AutoConfig.for_model(model_type, architectures=[architecture], **tiny)
+    workload = Workload(phase="train", batch_size=2, seq_len=128, attention=attention, optimizer="adamw", recompute="selective")
+    program = TransformersModel(config).follow(workload)
+    found = estimate(spec_from_config(config, architecture), workload)
+    assert sum(found.matmul.values()) == program.matmul_flops
+    assert exact_costs(spec_from_config(config, architecture), workload)["matmul"] == program.matmul_flops
+    assert found.memory.peak == pytest.approx(program.memory.peak, rel=0.05)

@@ -187,5 +187,3 @@ def test_a_loss_by_pieces_needs_a_vocabulary():
     spec = spec_of(config, "LlamaModel")
     with pytest.raises(WorkloadError, match="cross_entropy=fused needs logits at each position; LlamaModel has no such head"):
         memory_of(spec, Workload(phase="train", optimizer="adamw", seq_len=8, cross_entropy="fused"))
-    with pytest.raises(WorkloadError, match="recompute=selective is not described"):
-        memory_of(spec, Workload(phase="train", optimizer="adamw", seq_len=8, lora_rank=2, recompute="selective"))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-from lighten.cost.workload import Phase, Workload, check_workload, image_len
+from lighten.cost.workload import Phase, Workload, check_workload
 from lighten.device.find import find_device
 from lighten.errors import DeviceError, ModelError, RecipeError, TextError, WorkloadError
 from lighten.model import ModelSpec, read_spec
@@ -45,7 +45,7 @@ def make_workload(spec: ModelSpec, *, phase: Phase | None = None, dtype: str | N
     """
     if phase is None:
         phase = ("generate" if asked.get("new_tokens") else "prefill") if spec.is_decoder or spec.is_encoder_decoder else "encode"
-    if (positions := image_len(spec)) is not None and asked.get("seq_len") is None:
+    if (positions := spec.fixed_len) is not None and asked.get("seq_len") is None:
         asked["seq_len"] = positions
     if phase == "train":
         asked["optimizer"] = asked.get("optimizer") or "adamw"

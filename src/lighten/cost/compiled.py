@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import pairwise
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 from lighten.cost.memory import MemoryBreakdown
 from lighten.cost.operators import Forward, Op, forward_operators
 from lighten.cost.passes import first_forward, step_forward, steps_after_first, training_forward
-from lighten.cost.training import step_counts
+from lighten.cost.training import recomputed_cores, step_counts
 from lighten.cost.tuning import memory_of
 from lighten.cost.workload import Recompute, Workload
 from lighten.errors import WorkloadError
@@ -80,6 +81,9 @@ def workload_flops(spec: ModelSpec, workload: Workload) -> dict[str, int]:
 
     if workload.phase != "decode":
         _add(found, flops_of(training_forward(spec, workload) if training else first_forward(spec, workload)))
+    if workload.recompute == "selective":
+        again = recomputed_cores(spec, workload, forward_operators(spec, training_forward(spec, workload), workload.dtype))
+        _add(found, _pass_flops(again, Counter(op.name for op in again)))
     steps = steps_after_first(workload)
     context = step_forward(spec, workload, 0).key_len
     borders = [window - context for window in _windows(spec)]

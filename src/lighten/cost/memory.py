@@ -17,7 +17,6 @@ from lighten.cost.passes import first_forward, step_forward, steps_after_first, 
 from lighten.cost.replay.model import Model
 from lighten.cost.replay.tape import Ledger
 from lighten.cost.workload import Workload, check_workload
-from lighten.errors import WorkloadError
 from lighten.model.spec import Attention, Embedding, Linear, ModelSpec, Part, part_weight_bytes
 from lighten.units import dtype_bytes
 
@@ -96,11 +95,9 @@ def workload_memory(spec: ModelSpec, workload: Workload) -> MemoryBreakdown:
     `generate`, autocast, question answering's two losses (one is counted). Recomputation of BERT counts one bias too many.
 
     Raises:
-        WorkloadError: the phase does not fit the model, or selective recomputation is asked for.
+        WorkloadError: the phase does not fit the model.
     """
     check_workload(spec, workload)
-    if workload.recompute == "selective":
-        raise WorkloadError("recompute=selective is not described, for what it keeps differs between frameworks; described: none, full.")
     if workload.phase == "train":
         return _training(spec, workload)
     stored = sum(_inference_bytes(part, workload.dtype) for part in spec.parts)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
+from fractions import Fraction
+
+from lighten.cost.operators import Op
 from lighten.cost.replay.habits import habits
 from lighten.cost.replay.layout import streams
-from lighten.cost.workload import Recompute
-from lighten.model.spec import Conv, Elementwise, Embedding, Linear, ModelSpec, Part
+from lighten.cost.workload import Recompute, Workload
+from lighten.model.spec import Attention, Conv, Elementwise, Embedding, Linear, ModelSpec, Part
 
 BACKWARD = 2
 """Each product of the forward pass has two in the backward pass, for its input's and its weight's gradient, of the same size each."""
@@ -34,6 +39,29 @@ def step_counts(spec: ModelSpec, recompute: Recompute) -> dict[str, int]:
                 for part in _recomputed(block, dropped=dropped):
                     counts[part.name] += 1
     return counts
+
+
+def recomputed_cores(spec: ModelSpec, workload: Workload, ops: Iterable[Op]) -> list[Op]:
+    """What selective recomputation runs again of a forward pass's operators: the core of attention, none under any other.
+
+    A kernel that does all of it runs whole; else the first of the two products runs, since the second saves its inputs before it computes.
+
+    Source: Korthikanti et al. 2022 (arXiv:2205.05198), section 5; checked by FlopCounterMode in tests/test_memory_families.py.
+    """
+    if workload.recompute != "selective":
+        return []
+    found = []
+    for part, op in zip(spec.parts, ops, strict=True):
+        if isinstance(part, Attention):
+            drops = habits(spec, part.rows).attention_dropout > 0
+            one_kernel = workload.attention == "flash" or (workload.attention == "sdpa" and not drops)
+            found.append(op if one_kernel else _scores_alone(part, op))
+    return found
+
+
+def _scores_alone(part: Attention, op: Op) -> Op:
+    share = Fraction(part.head_dim, part.head_dim + part.value_dim)
+    return replace(op, matmul_flops=int(op.matmul_flops * share), causal_flops=int(op.causal_flops * share))
 
 
 def _recomputed(parts: tuple[Part, ...], *, dropped: bool) -> tuple[Part, ...]:

@@ -51,15 +51,13 @@ def memory_of(spec: ModelSpec, workload: Workload) -> MemoryBreakdown:
     where `base_bits` says so, with the adapters beside them; a copy that a kernel makes of one dequantized weight is not counted.
 
     Raises:
-        WorkloadError: the phase does not fit the model, a target that no linear has, a loss that is not over a vocabulary, a cache that its
-            keeper refuses, or selective recomputation.
+        WorkloadError: the phase does not fit the model, a target that no linear has, a loss that is not over a vocabulary or a cache that its
+            keeper refuses.
     """
     if is_plain(workload):
         return workload_memory(spec, workload)
     check_workload(spec, workload)
     if workload.phase == "train":
-        if workload.recompute == "selective":
-            raise WorkloadError("recompute=selective is not described, for what it keeps differs between frameworks; described: none, full.")
         return _training(spec, workload)
     plain = workload_memory(spec, replace(workload, kept_by="transformers"))
     options = CacheOptions(source_len=workload.seq_len, prompt_len=workload.seq_len)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from lighten.cost.optimizer_state import OPTIMIZERS
 from lighten.errors import WorkloadError
-from lighten.model.spec import ModelSpec, Table
+from lighten.model.spec import ModelSpec
 from lighten.units import DTYPE_BITS
 
 Phase = Literal["encode", "prefill", "decode", "generate", "train"]
@@ -138,17 +138,12 @@ def has_free_source(spec: ModelSpec) -> bool:
     return spec.is_encoder_decoder and any(part.rows == "source" for part in spec.parts)
 
 
-def image_len(spec: ModelSpec) -> int | None:
-    """Positions of a model that takes images of one size and nothing else; None where there are tokens too. Tables have no positions."""
-    return replace(spec, parts=tuple(part for part in spec.parts if not isinstance(part, Table))).fixed_len
-
-
 def check_workload(spec: ModelSpec, workload: Workload) -> None:
     """Raises:
     WorkloadError: the phase does not fit the model, or the length is not one that it has.
     """
     _check_phase(spec, workload)
-    positions = image_len(spec)
+    positions = spec.fixed_len
     if positions is not None and workload.seq_len != positions:
         raise WorkloadError(f"seq_len={workload.seq_len}: {spec.name} takes an image of one size, {positions} positions; leave seq_len out.")
     if workload.target_len is not None and not has_free_source(spec):

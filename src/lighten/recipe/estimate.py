@@ -10,7 +10,7 @@ from lighten.cost.adapters import adapter_parameters
 from lighten.cost.memory import MemoryBreakdown
 from lighten.cost.operators import Op, forward_operators
 from lighten.cost.passes import first_forward, step_forward, steps_after_first, training_forward
-from lighten.cost.training import BACKWARD, step_counts
+from lighten.cost.training import BACKWARD, recomputed_cores, step_counts
 from lighten.cost.tuning import is_plain, memory_of, tuned_operators
 from lighten.cost.workload import OPTIMIZER_STATE, Workload, check_workload
 from lighten.device.profile import EngineProfile, Profile
@@ -129,6 +129,7 @@ def estimate(
         ops = [(op, 2 * count) for op, count in tuned_operators(changed, workload)]
     else:
         ops = [(op, count * times.get(op.name, 1)) for operators, count in passes for op in operators]
+    ops += [(op, 2) for op in recomputed_cores(changed, workload, passes[0][0])]
     matmul: dict[str, int] = {}
     for op, count in ops:
         if op.matmul_flops:

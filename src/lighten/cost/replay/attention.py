@@ -48,15 +48,22 @@ class Attentions(Kernels):
         keys = self.keys_of(part)
         if part.name in self.cache:
             k, v = self.append(part, k, v, keys)
-        probabilities, bias = None, self.bias.get(part.name)
+        bias = self.bias.get(part.name)
+        if self.recording and self.workload.recompute == "selective":
+            read = [q, k, v] if bias is None else [q, k, v, bias]
+            out, probabilities = self.checkpoint(lambda *again: self.core(part, keys, *again)[0], *read), None
+        else:
+            out, probabilities = self.core(part, keys, q, k, v, bias)
+        return self.sequence(after, out) if after else out, probabilities
+
+    def core(self, part: Attention, keys: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """From queries, keys and values to their output, and the probabilities where they exist."""
         if self.one_kernel(part):
             out = self.fused(part, q, k, v, self.lay_out(bias) if bias is not None else None)
-            out = self.join_heads(out, part.num_attention_heads) if self.habits.contiguous_heads else out
-        elif self.mode() == "eager":
-            out, probabilities = self.eager(part, q, k, v, keys, bias)
-        else:
-            out = self.join_heads(self.unfused(part, q, k, v, keys, bias), part.num_attention_heads)
-        return self.sequence(after, out) if after else out, probabilities
+            return self.join_heads(out, part.num_attention_heads) if self.habits.contiguous_heads else out, None
+        if self.mode() == "eager":
+            return self.eager(part, q, k, v, keys, bias)
+        return self.join_heads(self.unfused(part, q, k, v, keys, bias), part.num_attention_heads), None
 
     def mode(self) -> str:
         """How the stream computes attention: what is asked for, but eager where no kernel has it."""
