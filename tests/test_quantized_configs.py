@@ -461,3 +461,11 @@ def test_other_tensors_stay_a_contradiction(tmp_path, name):
     config, tensors = llama(tmp_path)
     with pytest.raises(ModelError, match=f"{name} is not in the architecture"):
         read(tmp_path, config, tensors | {name: torch.ones(4, 4)})
+
+
+def test_towers_of_different_widths_cannot_be_compared(tmp_path):
+    config = AutoConfig.for_model("siglip").to_dict() | {"architectures": ["SiglipModel"]}
+    config["text_config"]["projection_size"] = 512
+    (tmp_path / "config.json").write_text(json.dumps(config, default=str))
+    with pytest.raises(ModelError, match="texts come as 512 values and images as 768; they must be as many to be compared"):
+        read_spec(tmp_path)

@@ -24,10 +24,6 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "clip": PAIRS,
     "metaclip_2": PAIRS,
     "siglip": [SAME, {**SAME, "text_config": {**TEXTS, "projection_size": 32}, "id2label": LABELS}],
-    "altclip": [
-        {"vision_config": IMAGES, "text_config": {**BERT_TEXTS, "project_dim": 28}, "projection_dim": 12},
-        {"vision_config": IMAGES, "text_config": {**BERT_TEXTS, "project_dim": 20, "hidden_act": "relu", "type_vocab_size": 1}, "projection_dim": 36},
-    ],
     "chinese_clip": [
         {"vision_config": IMAGES, "text_config": BERT_TEXTS, "projection_dim": 12},
         {"vision_config": {**IMAGES, "hidden_act": "gelu"}, "text_config": {**BERT_TEXTS, "num_hidden_layers": 1}, "projection_dim": 36},

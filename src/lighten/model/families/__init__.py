@@ -41,8 +41,8 @@ MODULES = {
         imagegpt
     """,
     "pairs": """
-        clip metaclip_2 siglip clip_vision_model metaclip_2_vision_model chinese_clip_vision_model altclip_vision_model siglip_vision_model
-        clip_text_model metaclip_2_text_model siglip_text_model
+        clip metaclip_2 siglip chinese_clip clip_vision_model metaclip_2_vision_model chinese_clip_vision_model altclip_vision_model
+        siglip_vision_model clip_text_model metaclip_2_text_model siglip_text_model
     """,
     "pyramid": """
         swin swinv2 donut-swin convnext convnextv2 pvt pvt_v2

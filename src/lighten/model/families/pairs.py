@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from lighten.errors import ModelError
-from lighten.model.families import bert, encoders
+from lighten.model.families import bert
 from lighten.model.families._family import Family
 from lighten.model.families._fields import check_probabilities, optional
 from lighten.model.families._tower import (
@@ -172,15 +172,6 @@ def _bert_texts(config: Config, family: str) -> tuple[int, list[Part]]:
     return hidden, _below("text_model.", bert.describe(config, "BertModel"))
 
 
-def _roberta_texts(config: Config, family: str) -> tuple[int, list[Part]]:
-    """RoBERTa without its pooler, and a linear over its normalized states (AltCLIP, arXiv:2211.06679)."""
-    c = positive(config, ("hidden_size", "project_dim"), family)
-    hidden, width = c["hidden_size"], c["project_dim"]
-    parts = _below("text_model.roberta.", encoders.FAMILIES["roberta"].describe(config, "RobertaModel"))
-    projected = linear("text_model.transformation", hidden, width, True, "pooler", "token")
-    return width, [*parts, layernorm("text_model.pre_LN", hidden, "token"), projected]
-
-
 def describe_pair(images: Images, texts: TextTower, family: str, config: Config, architecture: str) -> tuple[Part, ...]:
     """Both towers, their projections into the common space, and the product of each image with each text.
 
@@ -189,17 +180,17 @@ def describe_pair(images: Images, texts: TextTower, family: str, config: Config,
     Raises:
         ModelError: towers without projections whose widths differ.
     """
-    text_width, text = texts(nested(config, "text_config", family), family)
     image_width, image = image_tower("vision_model.", images, nested(config, "vision_config", family), family)
+    text_width, text = texts(nested(config, "text_config", family), family)
     learned: dict[str, tuple[int, ...]] = {"logit_scale": (1,), "logit_bias": (1,)} if images.attentive else {"logit_scale": ()}
     if images.attentive:
         shared = _shared_width(nested(config, "text_config", family), text_width, image_width)
-        projections: list[Part] = []
     else:
         shared = positive(config, ("projection_dim",), family)["projection_dim"]
-        projections = [_projection("visual_projection", image_width, config, family), _projection("text_projection", text_width, config, family)]
+        image.append(_projection("visual_projection", image_width, config, family))
+        text.append(_projection("text_projection", text_width, config, family))
     compared = Product(name="logits", component="head", rows="sequence", m=1, k=shared, n="batch")
-    return (*text, *image, *projections, Table(name="logit_scale", component="head", shapes=learned), compared)
+    return (*image, *text, Table(name="logit_scale", component="head", shapes=learned), compared)
 
 
 def _shared_width(texts: Config, text_width: int, image_width: int) -> int:
@@ -242,7 +233,6 @@ FAMILIES: dict[str, Family] = {
     "clip": _pairs(CLIP_IMAGES, _clip_texts, "clip", "CLIPModel", "CLIPForImageClassification"),
     "metaclip_2": _pairs(CLIP_IMAGES, _clip_texts, "metaclip_2", "MetaClip2Model", "MetaClip2ForImageClassification"),
     "siglip": _pairs(SIGLIP_IMAGES, _siglip_texts, "siglip", "SiglipModel", "SiglipForImageClassification"),
-    "altclip": _pairs(CLIP_IMAGES, _roberta_texts, "altclip", "AltCLIPModel"),
     "chinese_clip": _pairs(CLIP_IMAGES, _bert_texts, "chinese_clip", "ChineseCLIPModel"),
     "clip_vision_model": _images(CLIP_IMAGES, "clip_vision_model", "CLIPVisionModel", "CLIPVisionModelWithProjection"),
     "metaclip_2_vision_model": _images(CLIP_IMAGES, "metaclip_2_vision_model", "MetaClip2VisionModel", "MetaClip2VisionModelWithProjection"),
