@@ -105,6 +105,8 @@ def rows_of(part: Part, forward: Forward) -> int:
         return forward.batch_size * forward.source_len * forward.encodes
     if part.rows == "sequence":
         return forward.batch_size
+    if isinstance(part, Linear) and part.over_cache:
+        return forward.batch_size * forward.key_len
     if part.rows == "position":
         return forward.query_len
     if part.rows == "logits" and forward.last_logits_only:
@@ -207,6 +209,8 @@ def _attention(part: Attention, forward: Forward, element: float) -> Op:
     q = k if part.rows == "source" else part.rows if isinstance(part.rows, int) else forward.query_len
     if inside and not forward.encodes:
         q = k = 0
+    if part.window is not None and part.windowed_cache and q < k and not inside:  # a step: its cache holds no more
+        k = min(k, part.window - 1 + q)
     # the query at position p of the last q sees the keys up to its own position, and no further back than the window
     pairs = q * k - q * (q - 1) // 2 if part.causal else q * k
     if part.causal and part.window is not None and part.window < k:

@@ -130,6 +130,7 @@ class Linear(Part):
         tied_to: the part whose weight this one is (an embedding, or the same layer before).
         experts: copies of the weight, of which each row meets `experts_per_row`; `*` in the name stands for the expert's number.
         transposed: stored as [in_features, out_features], like GPT-2's Conv1D.
+        over_cache: computes all cached positions again in each step (keys and values from a cached latent).
     """
 
     in_features: int
@@ -140,6 +141,7 @@ class Linear(Part):
     experts: int = 1
     experts_per_row: int = 1
     transposed: bool = False
+    over_cache: bool = False
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         shape = (self.in_features, self.out_features) if self.transposed else (self.out_features, self.in_features)
@@ -202,6 +204,7 @@ class Attention(Part):
     Attributes:
         v_head_dim: width of a value head where it is not that of the keys (latent attention).
         window: keys that a query sees at most (sliding window); None: all.
+        windowed_cache: a cache keeps no more than the window; False where it keeps all and masks them.
         keys: whose keys: the same sequence's ("key"), the source's ("source"), or so many a sequence.
         latent_dim: values that a latent cache keeps for each token instead of keys and values (DeepSeek-V2, arXiv:2405.04434, eq. 9).
         cached: keeps keys and values of its own; False where it reads another layer's.
@@ -213,6 +216,7 @@ class Attention(Part):
     causal: bool
     v_head_dim: int | None = None
     window: int | None = None
+    windowed_cache: bool = True
     keys: Size = "key"
     latent_dim: int | None = None
     cached: bool = True

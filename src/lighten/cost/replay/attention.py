@@ -75,8 +75,8 @@ class Attentions(Kernels):
 
     def keys_of(self, part: Attention) -> int:
         """Positions that its keys have; of those in a cache no more than the window."""
-        if part.window is not None and part.name in self.cache and self.queries == 1:
-            return min(self.keys, part.window)
+        if part.window is not None and part.windowed_cache and part.name in self.cache and self.queries < self.keys:
+            return min(self.keys, part.window - 1 + self.queries)
         return self.forward.source_len if part.keys == "source" else part.keys if isinstance(part.keys, int) else self.keys
 
     def projected(self, sub: Sublayer, part: Attention, x: Tensor, memory: Tensor | None) -> list[Tensor]:
@@ -125,6 +125,8 @@ class Attentions(Kernels):
         """The cache with the new keys and values: a copy, after which the old one goes. A source's are stored once."""
         element = dtype_bytes(self.workload.kv_dtype or self.workload.dtype)
         keys, values = self.cache.pop(part.name)
+        if part.latent_dim is not None:
+            return self.append_latent(part, k, v, length)
         if not reads_source(part) or self.forward.encodes:
             each = self.batch * length * part.num_key_value_heads
             keys = self.hold(each * part.head_dim * element, "kv_cache")
@@ -134,6 +136,17 @@ class Attentions(Kernels):
             Tensor(storage=keys, elements=round(keys.size / element), element=element),
             Tensor(storage=values, elements=round(values.size / element), element=element),
         )
+
+    def append_latent(self, part: Attention, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """The latent of all positions is cached, and keys and values of all of them are made from it in each step."""
+        element = dtype_bytes(self.workload.kv_dtype or self.workload.dtype)
+        assert part.latent_dim is not None
+        self.cache[part.name] = self.hold(self.batch * length * part.latent_dim * element, "kv_cache"), self.hold(0, "kv_cache")
+        if length == self.queries:
+            return k, v
+        each = self.batch * length * part.num_attention_heads
+        _expanded = self.tensor(each * (part.head_dim + part.value_dim))  # of which the keys' part is joined with their positions'
+        return self.tensor(each * part.head_dim), self.tensor(each * part.value_dim)
 
     def fused(self, part: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """Saves its inputs, its output and a float32 logarithm of each row's sum; no scores."""

@@ -62,9 +62,12 @@ class Model(Blocks):
         element = dtype_bytes(self.workload.kv_dtype or self.workload.dtype)
         for part in self.spec.parts:
             if isinstance(part, Attention) and part.cached and (part.causal or reads_source(part)):
-                length = min(positions, part.window or positions)
+                length = min(positions, (part.window - 1 if part.window and part.windowed_cache else positions))
                 if reads_source(part):
                     length = 0 if self.forward.encodes else self.keys_of(part)
+                if part.latent_dim is not None:
+                    self.cache[part.name] = self.hold(self.batch * length * part.latent_dim * element, "kv_cache"), self.hold(0, "kv_cache")
+                    continue
                 each = self.batch * length * part.num_key_value_heads * element
                 self.cache[part.name] = self.hold(each * part.head_dim, "kv_cache"), self.hold(each * part.value_dim, "kv_cache")
             elif isinstance(part, Scan) and positions:

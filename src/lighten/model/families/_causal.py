@@ -81,6 +81,7 @@ class Decoder:
         head_dim: the field that may set a head's width; None: always hidden_size / num_attention_heads.
         key_value_heads: its field; None: as many as queries have.
         rotary: share of a head that is turned by the position (0: no rotary positions); a config may say another.
+        windowed_cache: caches of windowed layers keep their window alone.
         rotary_layers: (config, layer, window) → whether a layer has them.
         intermediate: field of the MLP's width (None: no field sets it); `times`: that over hidden_size where no field says it (None: one has to).
         halved: that field counts the gate and the values together.
@@ -141,6 +142,7 @@ class Decoder:
     rotary: float = 1.0
     rotary_layers: Callable[[Config, int, int | None], bool] = lambda config, layer, window: True
     windows: Windows = no_windows
+    windowed_cache: bool = True
     bidirectional: Flag = False
     mlp: str = "mlp."
     gate: str | None = "gate_proj"
@@ -319,7 +321,7 @@ def _attention(at: str, t: Decoder, s: _Sizes, config: Config, layer: int, windo
         *sinks,
         Attention(
             name=at, component="attention", causal=not _true(t.bidirectional, config), num_attention_heads=s.heads,
-            num_key_value_heads=s.key_value_heads, head_dim=s.head_dim, window=window,
+            num_key_value_heads=s.key_value_heads, head_dim=s.head_dim, window=window, windowed_cache=t.windowed_cache,
         ),
         *([_norm(f"{at}.{t.inner_norms[0]}", t, config, s.query_width)] if t.inner_norms else []),
         linear(t.out, s.query_width, s.hidden, t.out_bias),

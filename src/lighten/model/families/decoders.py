@@ -326,7 +326,7 @@ GPT_LIKE: dict[str, Decoder] = {
     ),
     "gpt_neo": other(
         GPT2, stem="GPTNeo", heads=ANSWERS, attention="attn.attention", fused=None, out="out_proj", qkv_bias=False, transposed=False,
-        intermediate="intermediate_size", windows=_gpt_neo, unsupported=(),
+        intermediate="intermediate_size", windows=_gpt_neo, windowed_cache=False, unsupported=(),
     ),
     "openai-gpt": other(
         GPT2, stem="OpenAIGPT", heads=("LMHeadModel", "Model", SEQUENCE), embedding="tokens_embed", positions="positions_embed",

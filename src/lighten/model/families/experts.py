@@ -254,7 +254,7 @@ class Latent:
             linear(f"{at}.kv_a_proj_with_mqa", "attention", hidden, latent + rope, bias=bias),
             norm(f"{at}.kv_a_layernorm", latent),
             rotary(f"{at}.rotary", heads + 1, rope),  # one key of positions for all heads
-            linear(f"{at}.kv_b_proj", "attention", latent, heads * (nope + value)),
+            replace(linear(f"{at}.kv_b_proj", "attention", latent, heads * (nope + value)), over_cache=True),
             *index,
             Attention(
                 name=at, component="attention", causal=True, num_attention_heads=heads, num_key_value_heads=heads, head_dim=nope + rope,
