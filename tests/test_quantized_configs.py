@@ -469,3 +469,17 @@ def test_towers_of_different_widths_cannot_be_compared(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config, default=str))
     with pytest.raises(ModelError, match="texts come as 512 values and images as 768; they must be as many to be compared"):
         read_spec(tmp_path)
+
+
+@pytest.mark.parametrize(("layers", "experts", "billions", "gibibytes"), [(36, 128, 116.83, 60.8), (24, 32, 20.91, 12.8)])
+def test_gpt_oss_is_as_large_as_its_model_card_says(tmp_path, layers, experts, billions, gibibytes):
+    """Source: the gpt-oss model card (arXiv:2508.10925), table 1: total parameters and checkpoint size of gpt-oss-120b and gpt-oss-20b."""
+    config = {
+        "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": layers,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "num_local_experts": experts, "num_experts_per_tok": 4,
+        "sliding_window": 128, "vocab_size": 201088, "attention_bias": True, "max_position_embeddings": 131072, "dtype": "bfloat16",
+    }  # fmt: skip
+    listed = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    spec = read_config_alone(tmp_path, config, {"quant_method": "mxfp4", "modules_to_not_convert": listed})
+    assert round(spec.total_parameters / 1e9, 2) == billions
+    assert round(spec.weight_bytes() / 2**30, 1) == gibibytes
