@@ -29,7 +29,7 @@ from lighten.cost.memory import MemoryBreakdown
 from lighten.cost.operators import Forward, Op, forward_operators
 from lighten.cost.passes import first_forward, step_forward, steps_after_first, training_forward
 from lighten.cost.training import recomputed_cores, step_counts
-from lighten.cost.tuning import memory_of
+from lighten.cost.tuning import memory_of, tuned_operators
 from lighten.cost.workload import Recompute, Workload
 from lighten.errors import WorkloadError
 from lighten.model.spec import Attention, ModelSpec, Part
@@ -71,8 +71,16 @@ def known_parts(memory: MemoryBreakdown) -> dict[str, int]:
 
 
 def workload_flops(spec: ModelSpec, workload: Workload) -> dict[str, int]:
-    """FLOPs of the whole workload: one pass, one training step, or all new tokens, each step with its own context."""
+    """FLOPs of the whole workload: one pass, one training step, or all new tokens, each step with its own context.
+
+    `total_flops`, `matmul`, `matmul_causal` and `matmul/COMPONENT`.
+    """
     training = workload.phase == "train"
+    if workload.lora_rank is not None:
+        found: dict[str, int] = {"total_flops": 0, "matmul": 0, "matmul_causal": 0}
+        for op, count in tuned_operators(spec, workload):
+            _add(found, _pass_flops([op], {op.name: count}))
+        return found
     kinds, times = _kinds(spec, workload.recompute if training else None)
     found = dict.fromkeys(("total_flops", "matmul", "matmul_causal"), 0)
 

@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lighten.cost.adapters import adapter_parameters
-from lighten.cost.memory import MemoryBreakdown
+from lighten.cost.compiled import workload_flops
+from lighten.cost.memory import HELD_TO_RUNS, MemoryBreakdown
 from lighten.cost.operators import Op, forward_operators
 from lighten.cost.passes import first_forward, step_forward, steps_after_first, training_forward
-from lighten.cost.training import BACKWARD, recomputed_cores, step_counts
-from lighten.cost.tuning import is_plain, memory_of, tuned_operators
+from lighten.cost.training import BACKWARD
+from lighten.cost.tuning import is_plain, memory_of
 from lighten.cost.workload import OPTIMIZER_STATE, Workload, check_workload
 from lighten.device.profile import EngineProfile, Profile
 from lighten.device.roofline import TimePrediction, predict_peak_memory, predict_time
@@ -76,6 +77,10 @@ class Estimate:
                 "phase": workload.phase, "batch_size": workload.batch_size, "seq_len": workload.seq_len, "new_tokens": workload.new_tokens,
                 "dtype": workload.dtype, "kv_dtype": workload.kv_dtype or (workload.dtype if spec.is_decoder else None),
                 "attention": workload.attention, "optimizer": workload.optimizer, "recompute": workload.recompute,
+                "target_len": workload.target_len, "master_weights": workload.master_weights, "lora_rank": workload.lora_rank,
+                "lora_targets": workload.lora_targets if workload.lora_rank is not None else None, "base_bits": workload.base_bits,
+                "cross_entropy": workload.cross_entropy if workload.phase == "train" else None,
+                "cache": workload.kept_by if workload.phase in ("decode", "generate") else None,
             },
             "method": self.method, "labels": dict(self.labels),
             "parameters": {
@@ -124,16 +129,8 @@ def estimate(
     if workload.phase == "train" and any(isinstance(p, Linear | Embedding) and p.weight.bits for p in changed.parts):
         raise WorkloadError("phase train of quantized weights is not supported: codes have no gradient; train first, then quantize.")
     passes = forward_passes(changed, workload)
-    times = step_counts(changed, workload.recompute) if workload.phase == "train" else {}
-    if workload.lora_rank is not None:
-        ops = [(op, 2 * count) for op, count in tuned_operators(changed, workload)]
-    else:
-        ops = [(op, count * times.get(op.name, 1)) for operators, count in passes for op in operators]
-    ops += [(op, 2) for op in recomputed_cores(changed, workload, passes[0][0])]
-    matmul: dict[str, int] = {}
-    for op, count in ops:
-        if op.matmul_flops:
-            matmul[op.component] = matmul.get(op.component, 0) + count * op.matmul_flops // 2
+    flops = workload_flops(changed, workload)
+    matmul = {name.partition("/")[2]: value for name, value in flops.items() if name.startswith("matmul/")}
     memory = memory_of(changed, workload)
     engine = _engine(recipe, changed, profile) if profile else None
     time = _time(passes, changed.total_parameters, workload, engine, profile) if engine and profile else None
@@ -143,11 +140,12 @@ def estimate(
     machine_bytes = profile.machine.memory_bytes if profile else None
     needed = process or memory.peak
     return Estimate(
-        spec=changed, workload=workload, matmul=matmul, matmul_causal=sum(count * op.causal_flops for op, count in ops) // 2,
-        total_flops=sum(count * op.flops for op, count in ops) // 2, memory=memory, size_bytes=artifact_bytes(recipe, changed), device=device,
+        spec=changed, workload=workload, matmul=matmul, matmul_causal=flops["matmul_causal"],
+        total_flops=flops["total_flops"], memory=memory, size_bytes=artifact_bytes(recipe, changed), device=device,
         time=time, mfu=sum(matmul.values()) / time.seconds / peak_flops_per_s(engine) if engine and time else None, process_bytes=process,
         free_bytes=machine_bytes - needed if machine_bytes is not None else None,
-        assumptions=(*_assumptions(workload, recipe, device), *changed.notes), warnings=_warnings(machine_bytes, needed), labels=FORMULA_LABELS,
+        assumptions=(*_assumptions(workload, recipe, device), *_of_memory(changed), *changed.notes),
+        warnings=_warnings(machine_bytes, needed), labels=FORMULA_LABELS,
     )  # fmt: skip
 
 
@@ -268,6 +266,12 @@ def _assumptions(workload: Workload, recipe: Recipe, device: str | None) -> tupl
     if device:
         said.append(f"time of {recipe.runtime_text} from the rates that `lighten probe` measured; low to high is a 90 % range")
     return tuple(said)
+
+
+def _of_memory(spec: ModelSpec) -> tuple[str, ...]:
+    if spec.family in HELD_TO_RUNS:
+        return ()
+    return (f"memory of {spec.family} is replayed by the rules of other families and was held against no run; --method trace follows it",)
 
 
 def _warnings(machine_bytes: int | None, needed: int) -> tuple[str, ...]:
