@@ -31,7 +31,7 @@ from lighten.choose import candidates, constraints
 from lighten.cli.main import COMMANDS, main
 from lighten.cli.sizes import POINT_FIELDS
 from lighten.device.profile import Calibration, EngineProfile, Profile
-from lighten.model.families import FAMILIES
+from lighten.model.families import MODULES
 from lighten.recipe import RUNTIMES, STEPS, parse_recipe
 from lighten.recipe.recipe import parse_yaml
 
@@ -206,8 +206,8 @@ def runtimes_table() -> str:
 
 
 def families_table() -> str:
-    rows = [(f"`{name}`", ", ".join(f"`{each}`" for each in family.architectures)) for name, family in FAMILIES.items()]
-    return table(("`model_type`", "architectures"), rows)
+    rows = [(f"`model/families/{module}.py`", " ".join(f"`{name}`" for name in types.split())) for module, types in MODULES.items()]
+    return table(("described in", "`model_type`"), rows)
 
 
 def figures_table() -> str:
