@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 from lighten.cost.workload import Phase, Workload, check_workload
 from lighten.device.find import find_device
 from lighten.errors import DeviceError, ModelError, RecipeError, TextError, WorkloadError
-from lighten.model import ModelSpec, read_spec
+from lighten.model import ModelSpec
+from lighten.model.runnable import read_runnable
 from lighten.recipe import Recipe, apply_recipe, read_recipe
 from lighten.recipe.estimate import Estimate
 from lighten.recipe.predict import compute_dtype
@@ -158,7 +159,7 @@ def compress(model: str | Path, recipe: str, out: str | Path, *, text: str | Pat
     from lighten.runtimes import require_runtime
 
     said, source = read_recipe(recipe), _folder(model)
-    apply_recipe(said, read_spec(source))
+    apply_recipe(said, read_runnable(source))
     require_runtime(said.runtime)
     chosen = Path(text) if text else None
     if chosen:
@@ -201,7 +202,7 @@ def measure(
     original = made.original if made else folder
     if not original.is_dir():
         raise ModelError(f"{folder} was made from {original}, which is not there any more; quality is measured against it.")
-    spec = read_spec(original)
+    spec = read_runnable(original)
     apply_recipe(recipe, spec)
     judged_by = load_text(Path(text) if text else None)
     asked = make_workload(spec, dtype="float32", **workload)

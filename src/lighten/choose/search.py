@@ -28,7 +28,8 @@ from lighten.formats.artifact import MANIFEST, fingerprint
 from lighten.judge.child import WorkerFailed
 from lighten.judge.measure import MOST_TEXTS, Judge, Limits
 from lighten.judge.text import Text, load_text
-from lighten.model import ModelSpec, read_spec
+from lighten.model import ModelSpec
+from lighten.model.runnable import read_runnable
 from lighten.recipe import Recipe
 from lighten.runtimes import package_versions, require_runtime
 from lighten.units import format_seconds
@@ -70,7 +71,7 @@ def choose(request: Request, *, log: Log) -> dict[str, Any]:
         LightenError: a mistake in the request.
     """
     start = time.monotonic()
-    spec = read_spec(request.model)
+    spec = read_runnable(request.model)
     check_workload(spec, request.workload)
     constraints = tuple(parse_constraint(text, decoder=spec.is_decoder) for text in request.require)
     check_minimize(request.minimize)

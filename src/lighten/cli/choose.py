@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lighten import verbs
 from lighten.cli.options import add_json, add_workload, positive, print_json, progress, workload_of
-from lighten.model import read_spec
+from lighten.model.runnable import read_runnable
 from lighten.recipe import read_recipe
 
 EXAMPLE = 'lighten choose .models/minilm --require "neighbour_agreement>=0.97" --minimize latency --batch-size 32 -o chosen'
@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     from lighten.choose.search import Request, parse_budget
     from lighten.report import choice_table, prediction_table
 
-    spec = read_spec(arguments.model)
+    spec = read_runnable(arguments.model)
     request = Request(
         model=Path(arguments.model), out=Path(arguments.output), workload=verbs.make_workload(spec, dtype="float32", **workload_of(arguments)),
         require=tuple(arguments.require), minimize=arguments.minimize, budget_s=parse_budget(arguments.budget) if arguments.budget else None,

@@ -24,8 +24,9 @@ from lighten.formats.onnx_artifact import write_onnx_artifact
 from lighten.formats.onnx_export import export_onnx, is_exported
 from lighten.formats.openvino_ir import Batch, write_openvino
 from lighten.formats.safetensors_folder import copy_side_files, write_folder
-from lighten.model import ModelSpec, read_spec
+from lighten.model import ModelSpec
 from lighten.model.read import read_config, weight_files
+from lighten.model.runnable import read_runnable
 from lighten.recipe import Recipe, apply_recipe, parse_recipe
 from lighten.recipe.predict import artifact_bytes, compute_dtype
 from lighten.units import format_bytes
@@ -64,7 +65,7 @@ def write_artifact(
         ModelError: an unreadable checkpoint, or values that are not finite.
         OutputError: `folder` cannot be written, or is there already.
     """
-    spec = read_spec(source)
+    spec = read_runnable(source)
     predicted = apply_recipe(recipe, spec)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputError(f"{folder} exists and is not empty; name a new folder, or remove it.")

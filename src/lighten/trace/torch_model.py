@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,9 @@ class TransformersModel:
         self._class = _class(self.architecture, self.config, folder, trust_remote_code)
         if not isinstance(self.config, self._class.config_class) and isinstance(_text_config(self.config), self._class.config_class):
             self.config = _text_config(self.config)  # as AutoModel does with the text model of a composite config
+        raw = config if isinstance(config, Mapping) else vars(config)
+        quantized = raw.get("quantization_config")
+        self._notes = (f"its quantization_config is not applied: every weight is counted as {self.dtype}",) if quantized else ()
         self.fingerprint = self._fingerprint()
         takes = self._takes = inspect.signature(self._class.forward).parameters
         self._cache = next((each for each in CACHES if each in takes), None)
@@ -109,7 +113,8 @@ class TransformersModel:
             build=partial(self._build, workload), inputs=self._inputs, loss=self._loss, infer=self._infer, step=self._step if self._cache else None,
             checkpoint=_enable_checkpointing, selective=_recomputed_attention,
         )  # fmt: skip
-        return follow_run(run, workload, experts=self._experts())
+        program = follow_run(run, workload, experts=self._experts())
+        return replace(program, assumptions=self._notes) if self._notes else program
 
     def _experts(self) -> tuple[int, int] | None:
         text = _text_config(self.config)

@@ -1,0 +1,29 @@
+"""Which models are more than described: compressed, run and measured here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lighten.errors import UnsupportedFamily
+from lighten.model.families import bert, llama
+from lighten.model.source import read_spec
+from lighten.model.spec import ModelSpec
+
+RUNNABLE = {"bert": bert.ARCHITECTURES, "llama": llama.ARCHITECTURES}
+"""`model_type` → the architectures whose weights the steps and runtimes know."""
+
+
+def read_runnable(model: str | Path) -> ModelSpec:
+    """The spec of a model with weights that can be compressed, run and measured.
+
+    Raises:
+        ModelError: it cannot be read.
+        UnsupportedFamily: it can be estimated alone.
+    """
+    spec = read_spec(model)
+    if spec.architecture not in RUNNABLE.get(spec.family, ()):
+        able = "; ".join(f"{family}: {', '.join(names)}" for family, names in RUNNABLE.items())
+        raise UnsupportedFamily(f"{spec.name} ({spec.architecture}) can be estimated, not compressed, run or measured; these can: {able}.")
+    if spec.tensors is None:
+        raise UnsupportedFamily(f"{spec.name} is a config without weights; it can be estimated alone.")
+    return spec
