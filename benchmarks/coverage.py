@@ -36,7 +36,7 @@ from lighten.errors import LightenError
 from lighten.model.families import describe, has_formula
 from lighten.model.spec import ModelSpec
 from lighten.trace.torch_model import TransformersModel
-from lighten.trace.torch_run import fake_tensors
+from lighten.trace.torch_run import Run, fake_tensors, follow_run
 
 MAPPINGS = {
     "causal-lm": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -84,13 +84,16 @@ def truth(followed: TransformersModel) -> tuple[int, int]:
 
 
 def by_trace(followed: TransformersModel) -> tuple[int, int, dict[str, int]]:
-    phase = "encode" if "encode" in followed.phases else "prefill"
-    if followed.is_encoder_decoder:
-        # both sides as long, as the truth has it: the forward pass of a training step
-        program = followed.follow(Workload(phase="train", batch_size=BATCH, seq_len=LENGTH, attention="eager", optimizer="sgd"))
-        forward = sum(op.matmul_flops * count for op, count in program.ops if ".backward." not in op.name)
-        return program.total_parameters, forward, dict(program.unknown_ops)
-    program = followed.follow(Workload(phase=phase, batch_size=BATCH, seq_len=LENGTH, attention="eager"))
+    if followed.is_encoder_decoder:  # both sides as long, as the truth has it: the inputs of a training step
+        both = Workload(phase="train", batch_size=BATCH, seq_len=LENGTH, attention="eager", optimizer="sgd")
+        run = Run(
+            build=lambda: followed._build(both), inputs=lambda module, _: followed._inputs(module, both), loss=followed._loss,
+            infer=lambda module, inputs, _: module(**inputs, **({"use_cache": False} if "use_cache" in followed._takes else {})),
+        )  # fmt: skip
+        program = follow_run(run, Workload(phase="encode", batch_size=BATCH, seq_len=LENGTH, attention="eager"))
+    else:
+        phase = "encode" if "encode" in followed.phases else "prefill"
+        program = followed.follow(Workload(phase=phase, batch_size=BATCH, seq_len=LENGTH, attention="eager"))  # type: ignore[arg-type]
     return program.total_parameters, program.matmul_flops, dict(program.unknown_ops)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it once, when it is imported
@@ -20,6 +22,16 @@ def user_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     home = tmp_path_factory.mktemp("lighten-home")
     monkeypatch.setenv("LIGHTEN_HOME", str(home))
     return home
+
+
+@pytest.fixture(autouse=True)
+def gradients_stay_on() -> Iterator[None]:
+    """The probe's bench switches gradients off in its process; a test that runs it here must not do so for those after it."""
+    yield
+    if "torch" in sys.modules:
+        import torch
+
+        torch.set_grad_enabled(True)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

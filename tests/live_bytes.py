@@ -58,7 +58,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.add.Tensor and torch._C._current_graph_task_id() != -1:
+        if func is torch.ops.aten.add.Tensor and torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled():
             self._add_in_place(args[0])
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
@@ -84,6 +84,7 @@ class LiveBytes(TorchDispatchMode):
 
         Autograd adds in place where it alone holds the earlier gradient and its storage, but never while a dispatch mode looks on
         (`can_accumulate_inplace` of torch/csrc/autograd/input_buffer.cpp): without this the observer would count what it causes.
+        A sum of a recomputed forward pass is none of these: there gradients are recorded.
         """
         storage = gradient.untyped_storage()
         if torch._C._storage_Use_Count(storage._cdata) == 2:  # the gradient and `storage` here

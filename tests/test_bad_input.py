@@ -104,9 +104,11 @@ def test_a_config_field_that_is_missing_or_no_positive_whole_number(refused, mod
 
 
 @pytest.mark.parametrize("value", ["mamba", None, 7, ["bert"], {}], ids=str)
-def test_a_family_without_a_formula_names_those_that_have_one(refused, model, value):
+def test_a_family_that_is_none_is_refused_by_formula_and_by_following(refused, model, value):
     edit_config(model, model_type=value)
-    assert "supported: bert, llama" in refused("estimate", model)
+    assert "has no formula" in refused("estimate", model, "--method", "formula")
+    followed = "contradict each other" if value == "mamba" else "is not known to transformers"
+    assert followed in refused("estimate", model)
 
 
 @pytest.mark.parametrize("value", [..., [], [None], "BertModel", [["BertModel"]]], ids=str)

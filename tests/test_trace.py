@@ -97,7 +97,7 @@ def test_experts_count_those_that_a_token_meets():
 
 
 def test_steps_of_a_generation_add_up():
-    model = followed("llama", "LlamaForCausalLM")
+    model = followed("llama", "LlamaForCausalLM", num_hidden_layers=1)
 
     def flops(new: int, seq_len: int) -> int:
         return model.follow(Workload(phase="decode", batch_size=2, seq_len=seq_len, new_tokens=new)).matmul_flops
@@ -227,10 +227,10 @@ def test_a_factory_is_called_and_followed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("workload", [
-    TRAIN, Workload(phase="generate", new_tokens=4), Workload(phase="prefill", attention="eager"),
+    TRAIN, Workload(phase="generate", new_tokens=2), Workload(phase="prefill", attention="eager"),
 ])  # fmt: skip
 def test_a_fit_is_what_following_gives(workload):
-    model = followed("llama", "LlamaForCausalLM", num_key_value_heads=2)
+    model = followed("llama", "LlamaForCausalLM", num_key_value_heads=2, num_hidden_layers=1)
     fitted = fit(model, workload, batches=(1, 40), lengths=(4, 200))
     for batch, length in [(1, 150), (7, 33), (40, 200)]:
         program = model.follow(replace(workload, batch_size=batch, seq_len=length))

@@ -23,13 +23,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, unset_fa
 from lighten.cost.workload import Workload
 from lighten.errors import ModelError, TraceError, WorkloadError
 from lighten.trace.program import Program
-from lighten.trace.torch_run import Batch, Run, follow_run
+from lighten.trace.torch_run import CACHES, Batch, Run, follow_run
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-CACHES = ("past_key_values", "cache_params", "state")
-"""What models call their memory of earlier tokens."""
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_top_k", "top_k_experts")
 """What configs call the experts of a layer, and those that a token is routed to."""
@@ -60,6 +58,11 @@ class TransformersModel:
         self._class = _class(self.architecture, self.config, folder, trust_remote_code)
         if not isinstance(self.config, self._class.config_class) and isinstance(_text_config(self.config), self._class.config_class):
             self.config = _text_config(self.config)  # as AutoModel does with the text model of a composite config
+        if not isinstance(self.config, self._class.config_class):
+            made_of = self._class.config_class.model_type
+            raise ModelError(
+                f"{source or self.architecture}: model_type {self.family!r} and architecture {self.architecture}, a {made_of}, contradict each other."
+            )
         raw = config if isinstance(config, Mapping) else vars(config)
         quantized = raw.get("quantization_config")
         self._notes = (f"its quantization_config is not applied: every weight is counted as {self.dtype}",) if quantized else ()

@@ -25,6 +25,8 @@ from lighten.trace.torch_watch import Watch
 
 Batch = dict[str, Any]
 
+CACHES = ("past_key_values", "cache_params", "state")
+"""What models call their memory of earlier tokens."""
 TORCH_OPTIMIZERS: dict[str, Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD,
     "sgd-momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
@@ -93,22 +95,28 @@ def _quiet(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _item_of_fakes() -> Iterator[None]:
-    """A mask that is asked whether all of it is set says yes: inputs have no padding."""
+    """What a lone truth value without a value is: yes where it says whether all of a mask is set, since inputs have no padding; else no, so that
+    no layer is dropped by a random number and no rare case is taken."""
     from torch._subclasses.fake_tensor import FakeTensor
 
-    original = FakeTensor.__bool__ if "__bool__" in vars(FakeTensor) else None
+    all_of = torch.Tensor.all
+
+    def marked(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        found = all_of(self, *args, **kwargs)
+        found._is_whole = True  # type: ignore[attr-defined]
+        return found
 
     def is_set(self: torch.Tensor) -> bool:
-        return True if self.dtype == torch.bool and self.numel() == 1 else bool(torch.Tensor.__bool__(self))
+        if self.dtype == torch.bool and self.numel() == 1:
+            return bool(getattr(self, "_is_whole", False))
+        return bool(torch.Tensor.__bool__(self))
 
-    FakeTensor.__bool__ = is_set  # type: ignore[method-assign,assignment]
-    try:
+    with (
+        patch.object(FakeTensor, "__bool__", is_set, create=True),
+        patch.object(FakeTensor, "all", marked, create=True),
+        patch.object(torch, "all", marked),
+    ):
         yield
-    finally:
-        if original is None:
-            del FakeTensor.__bool__
-        else:
-            FakeTensor.__bool__ = original  # type: ignore[method-assign]
 
 
 def follow_run(run: Run, workload: Workload, *, experts: tuple[int, int] | None = None) -> Program:
@@ -185,7 +193,9 @@ class _Follower:
         self.module.eval()
         inputs = self.run.inputs(self.module, workload)
         with self._watched(inputs, workload.phase) as watch, torch.no_grad():
-            self.run.infer(self.module, inputs, workload)
+            out = self.run.infer(self.module, inputs, workload)
+            watch.hold([x for name in CACHES if (kept := getattr(out, name, None)) is not None for x in _tensors(kept)], "kv_cache", "cache")
+            del out
         return watch.operators(), (watch.timeline(),)
 
     def _train(self, workload: Workload) -> _Followed:
@@ -202,7 +212,7 @@ class _Follower:
         inputs = self.run.inputs(self.module, workload)
         trained = [p for p in self.module.parameters() if p.requires_grad]
         optimizer = TORCH_OPTIMIZERS[workload.optimizer or ""](trained)
-        with core, self._watched(inputs, "forward") as watch:
+        with core, torch.enable_grad(), self._watched(inputs, "forward") as watch:
             loss = self.run.loss(self.module, inputs)
             with watch.away():
                 used = _leaves(loss)
@@ -253,7 +263,6 @@ class _Follower:
     @contextlib.contextmanager
     def _watched(self, inputs: Batch, phase: str) -> Iterator[Watch]:
         watch = Watch(self.module)
-        gc.collect()
         gc.disable()  # a cycle that is collected at some later moment would make the peak depend on it
         try:
             with self.run.modules(watch):

@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -54,6 +55,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._root = module
         self._stack: list[str] = []
         self._module_of: dict[int, str] = {}  # autograd's sequence number → module
+        self._replaced: set[int] = set()
         self._index: dict[int, int] = {}  # storage → its place in `lives`
         self._kind = "activations"
         self._counting = True
@@ -96,14 +98,21 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
     def modules(self) -> Iterator[None]:
-        """Know which module runs."""
-        entered = torch.nn.modules.module.register_module_forward_pre_hook(self._enter)
-        left = torch.nn.modules.module.register_module_forward_hook(self._leave, always_call=True)
-        try:
+        """Know which module runs.
+
+        Not by PyTorch's hooks: where a recomputation is stopped early by an exception, those keep its frames, and the tensors in them, alive.
+        """
+        original, watch = torch.nn.Module.__call__, self
+
+        def call(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+            watch._stack.append(watch._names.get(id(module), watch._stack[-1] if watch._stack else ""))
+            try:
+                return original(module, *args, **kwargs)
+            finally:
+                watch._stack.pop()
+
+        with patch.object(torch.nn.Module, "__call__", call):
             yield
-        finally:
-            entered.remove()
-            left.remove()
 
     @contextlib.contextmanager
     def inside(self, name: str) -> Iterator[None]:
@@ -114,12 +123,6 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         finally:
             self._stack.pop()
 
-    def _enter(self, module: torch.nn.Module, _inputs: Any) -> None:
-        self._stack.append(self._names.get(id(module), self._stack[-1] if self._stack else ""))
-
-    def _leave(self, _module: torch.nn.Module, _inputs: Any, _output: Any) -> None:
-        self._stack.pop()
-
     # ---- operators ----
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -127,7 +130,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         module = self._module()
         result = func(*args, **kwargs)
         node = torch._C._current_autograd_node()
-        if func is torch.ops.aten.add.Tensor and torch._C._current_graph_task_id() != -1 and isinstance(args[0], torch.Tensor):
+        in_backward = torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
+        if in_backward and func is torch.ops.aten.add.Tensor and isinstance(args[0], torch.Tensor):
             self._add_in_place(args[0])
         made = [tensor for tensor in tree_leaves(result) if isinstance(tensor, torch.Tensor)]
         new = [self._born(tensor, func.__name__, self._kind, module) for tensor in made]
@@ -161,7 +165,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _born(self, tensor: torch.Tensor, operator: str, kind: str, module: str = "") -> bool:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._index:
+        if key in self._index or key in self._replaced:
             return False
         index = self._index[key] = len(self.lives)
         self.lives.append(_Life(bytes=storage.nbytes(), kind=kind, module=module, operator=operator, shape=tuple(tensor.shape)))
@@ -170,6 +174,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return True
 
     def _died(self, key: int) -> None:
+        self._replaced.discard(key)
         index = self._index.pop(key, None)
         if index is not None:
             self.events.append(-1 - index)
@@ -179,10 +184,12 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         Autograd adds in place where it alone holds the earlier gradient and its storage, but never while a dispatch mode looks on
         (`can_accumulate_inplace` of torch/csrc/autograd/input_buffer.cpp): without this the observer would count what it causes.
+        A sum of a recomputed forward pass is none of these: there gradients are recorded.
         """
         key = gradient.untyped_storage()._cdata
         if torch._C._storage_Use_Count(key) == 1:  # the gradient's
             self._died(key)
+            self._replaced.add(key)  # it lives a little longer, uncounted
 
     def timeline(self) -> Timeline:
         """What lived, in order."""

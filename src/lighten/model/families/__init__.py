@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -105,7 +106,10 @@ def describe(config: Mapping[str, Any], architecture: str) -> tuple[Part, ...]:
     """
     family = config.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
-        raise UnsupportedFamily(f"model_type {family!r} has no formula; these have one: {', '.join(FAMILIES)}.", config=config)
+        near = difflib.get_close_matches(str(family), FAMILIES, n=3, cutoff=0) or []
+        raise UnsupportedFamily(
+            f"model_type {family!r} has no formula; {len(FAMILIES)} have one, by name the nearest: {', '.join(near)}.", config=config
+        )
     known = (*FAMILIES[family].architectures, *FAMILIES[family].elsewhere)
     if architecture not in known:
         raise UnsupportedFamily(f"{family} architecture {architecture!r} has no formula; these have one: {', '.join(known)}.", config=config)
