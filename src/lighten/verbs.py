@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 Log = Callable[[str], None]
 Method = Literal["auto", "formula", "trace"]
 TIMEOUT_S = 900.0
+DEFAULT_LEN = 128
+"""Tokens of a sequence where nothing is asked."""
 
 
 def silent(line: str) -> None:
@@ -48,6 +50,8 @@ def make_workload(spec: ModelSpec, *, phase: Phase | None = None, dtype: str | N
         phase = ("generate" if asked.get("new_tokens") else "prefill") if spec.is_decoder or spec.is_encoder_decoder else "encode"
     if (positions := spec.fixed_len) is not None and asked.get("seq_len") is None:
         asked["seq_len"] = positions
+    if asked.get("seq_len") is None and spec.max_positions is not None:
+        asked["seq_len"] = max(1, min(DEFAULT_LEN, spec.max_positions - (asked.get("new_tokens") or 0)))
     if phase == "train":
         asked["optimizer"] = asked.get("optimizer") or "adamw"
     if phase in ("decode", "generate"):
@@ -121,7 +125,7 @@ def followed_workload(found: Followed, *, phase: Phase | None = None, dtype: str
         asked["optimizer"] = asked.get("optimizer") or "adamw"
     if phase in ("decode", "generate"):
         asked["new_tokens"] = asked.get("new_tokens") or (1 if phase == "decode" else 32)
-    sizes = {"batch_size": getattr(found, "batch_size", 1), "seq_len": found.fixed_len or getattr(found, "seq_len", 128)}
+    sizes = {"batch_size": getattr(found, "batch_size", 1), "seq_len": found.fixed_len or getattr(found, "seq_len", DEFAULT_LEN)}
     for name, own in sizes.items():
         asked[name] = asked.get(name) or own
     if found.fixed_len is not None and asked["seq_len"] != found.fixed_len:

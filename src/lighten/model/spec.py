@@ -364,7 +364,13 @@ class ModelSpec:
 
     @property
     def max_positions(self) -> int | None:
-        return self.config.get("max_position_embeddings")
+        """Positions that its config has at most, of its text where there is more; None where it names none."""
+        nested = self.config.get("text_config")
+        for config in (self.config, nested if isinstance(nested, Mapping) else {}):
+            for name in ("max_position_embeddings", "n_positions", "max_target_positions"):
+                if isinstance(found := config.get(name), int) and not isinstance(found, bool):
+                    return found
+        return None
 
     def with_parts(self, change: Callable[[Part], Part]) -> ModelSpec:
         """The same model, each part replaced by `change(part)`."""

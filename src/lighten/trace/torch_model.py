@@ -69,6 +69,8 @@ class TransformersModel:
         self.fingerprint = self._fingerprint()
         takes = self._takes = inspect.signature(self._class.forward).parameters
         self._cache = next((each for each in CACHES if each in takes), None)
+        self.seq_len = 16_000 if "input_values" in takes and "input_ids" not in takes else 128
+        """What is taken where no length is asked: a second of sound, as most models sample it, or so many tokens."""
         self.is_encoder_decoder = "decoder_input_ids" in takes
         if self._generates():
             self.phases: tuple[str, ...] = ("prefill", "decode", "generate", "train")
