@@ -55,12 +55,14 @@ def test_minilm_trains_in_the_bytes_that_live(minilm):
     [("bert", "BertForMaskedLM", {}), ("llama", "LlamaForCausalLM", {"num_key_value_heads": 2, "tie_word_embeddings": True})],
 )
 @pytest.mark.parametrize("workload", [
-    TRAIN, replace(TRAIN, attention="sdpa"), replace(TRAIN, optimizer="sgd"), replace(TRAIN, recompute="full"), replace(TRAIN, dtype="bfloat16"),
+    TRAIN, replace(TRAIN, attention="sdpa"), replace(TRAIN, optimizer="sgd"), replace(TRAIN, optimizer="adafactor"),
+    replace(TRAIN, recompute="full"), replace(TRAIN, dtype="bfloat16"),
 ])  # fmt: skip
 def test_a_training_step_is_followed_to_the_byte(model_type, architecture, changes, workload):
     model = followed(model_type, architecture, **changes)
     config = AutoConfig.for_model(model_type, architectures=[architecture], **(TINY | changes))
-    assert model.follow(workload).memory.peak == live_bytes.track(config, workload).peak
+    truth = live_bytes.track(config, workload, fake=workload.optimizer != "adafactor")  # which reads norms off its tensors
+    assert model.follow(workload).memory.peak == truth.peak
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode", "generate"])

@@ -223,7 +223,7 @@ class _Follower:
             loss.backward()  # type: ignore[no-untyped-call]
             watch.hold([p.grad for p in trained if p.grad is not None], "gradients", "gradient")
             watch.phase("optimizer", "temporary")
-            with watch.uncounted():
+            with watch.uncounted(), _ones():
                 optimizer.step()
                 optimizer.zero_grad()
         return watch.operators(), (watch.timeline(),)
@@ -322,8 +322,23 @@ def _make_state(optimizer: torch.optim.Optimizer, used: Sequence[torch.nn.Parame
     """The state that every step after the first finds."""
     for parameter in used:
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
+    with _ones():
+        optimizer.step()
     optimizer.zero_grad()
+
+
+@contextlib.contextmanager
+def _ones() -> Iterator[None]:
+    """A number that an optimizer reads off a tensor (Adafactor's norms) is 1: no size depends on it."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    known = torch.Tensor.item
+
+    def item(self: torch.Tensor) -> Any:
+        return 1.0 if getattr(self, "constant", None) is None else known(self)
+
+    with patch.object(FakeTensor, "item", item, create=True):
+        yield
 
 
 def _state(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
