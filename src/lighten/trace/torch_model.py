@@ -184,7 +184,8 @@ class TransformersModel:
         if "pixel_values" in takes and (size := _image_size(vision)) and ("input_ids" not in takes or _pairs_image_and_text(self._takes)):
             found["pixel_values"] = torch.zeros(batch, int(getattr(vision, "num_channels", 3)), *size)
         if self.is_encoder_decoder:
-            target = 1 if workload.phase in ("prefill", "generate") else workload.target_len or length
+            first = 1 if self._has_free_source else length
+            target = first if workload.phase in ("prefill", "generate") else workload.target_len or length
             found["decoder_input_ids"] = torch.zeros(batch, target, dtype=torch.long)
         if not found:
             raise TraceError(f"{self.architecture} takes {', '.join(list(takes)[1:6])}: not known how to make them.")
@@ -197,7 +198,7 @@ class TransformersModel:
         kept = context - 1
         ids = torch.zeros(batch, 1, dtype=torch.long)
         if self.is_encoder_decoder:
-            new = kept - workload.seq_len + 1  # tokens that the decoder has seen: its first one, and those it made
+            new = kept - workload.seq_len + 1 if self._has_free_source else kept  # the decoder's first token, or its prompt, and those it made
             given = self._inputs(module, workload) | {"decoder_input_ids": torch.zeros(batch, new, dtype=torch.long)}
             out = module(**given, use_cache=True)
             encoded = {"encoder_outputs": (out.encoder_last_hidden_state,)}
@@ -205,6 +206,11 @@ class TransformersModel:
         given = {"input_ids": torch.zeros(batch, kept, dtype=torch.long)} if kept else {}
         out = module(**given, use_cache=True, **self._last_logits())
         return {"input_ids": ids, self._cache: getattr(out, self._cache), "use_cache": True}
+
+    @property
+    def _has_free_source(self) -> bool:
+        """Whether an encoder-decoder's `seq_len` is its source's length; where the source is sound of one length it is the decoder's prompt's."""
+        return self.is_encoder_decoder and "input_ids" in self._takes
 
     def _last_logits(self) -> Batch:
         return {"logits_to_keep": 1} if "logits_to_keep" in self._takes else {}
