@@ -25,5 +25,5 @@ def read_runnable(model: str | Path) -> ModelSpec:
         able = "; ".join(f"{family}: {', '.join(names)}" for family, names in RUNNABLE.items())
         raise UnsupportedFamily(f"{spec.name} ({spec.architecture}) can be estimated, not compressed, run or measured; these can: {able}.")
     if spec.tensors is None:
-        raise UnsupportedFamily(f"{spec.name} is a config without weights; it can be estimated alone.")
+        raise UnsupportedFamily(f"{spec.source}: no *.safetensors beside the config; a model without weights can be estimated alone.")
     return spec
