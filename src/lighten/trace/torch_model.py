@@ -172,7 +172,7 @@ class TransformersModel:
         if "input_features" in takes and self.is_encoder_decoder:
             frames = int(getattr(config, "max_source_positions", None) or length)
             mels = int(getattr(config, "num_mel_bins", None) or getattr(config, "input_feat_per_channel", None) or 80)
-            wide = (batch, mels, 2 * frames) if self.family == "whisper" else (batch, min(length, frames), mels)
+            wide = (batch, mels, 2 * frames) if self.family == "whisper" else (batch, frames, mels)
             found["input_features"] = torch.zeros(wide)
         elif "input_values" in takes and "input_ids" not in takes:
             found["input_values"] = torch.zeros(batch, length)
