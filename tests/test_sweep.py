@@ -22,7 +22,8 @@ from transformers import AutoConfig
 
 from lighten.cli.main import main
 from lighten.cost import compiled
-from lighten.cost.compiled import Costs, compile_costs, crossover_seq_len, exact_costs, with_sizes, workload_flops
+from lighten.cost.compiled import Costs, compile_costs, crossover_seq_len, exact_costs, with_sizes
+from lighten.cost.flops import workload_flops
 from lighten.cost.operators import Forward, forward_operators
 from lighten.cost.sizes import Axes, parse_sizes
 from lighten.cost.sweep import find_largest, line_names, sweep

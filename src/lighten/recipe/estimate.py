@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lighten.cost.adapters import adapter_parameters
-from lighten.cost.compiled import workload_flops
+from lighten.cost.flops import workload_flops
 from lighten.cost.memory import HELD_TO_RUNS, MemoryBreakdown
 from lighten.cost.operators import Op, forward_operators
 from lighten.cost.passes import first_forward, step_forward, steps_after_first, training_forward

@@ -12,7 +12,6 @@ from typing import Any
 from lighten.errors import ModelError, TraceError, UnsupportedFamily, WorkloadError
 from lighten.model.source import read_spec
 from lighten.model.spec import ModelSpec
-from lighten.trace.known import find_known
 from lighten.trace.program import Followed
 from lighten.trace.summary import Summary
 
@@ -43,6 +42,8 @@ def open_model(model: str | Path, *, method: str = "auto", trust_remote_code: bo
         if method == "formula" or error.config is None:
             raise
         if not _has_transformers():
+            from lighten.trace.known import find_known
+
             if known := find_known(error.config, str(model), Path(model).name):
                 return known
             raise UnsupportedFamily(f"{error} Following it instead {NEEDS_TORCH}.") from error
