@@ -10,6 +10,8 @@ The polynomials come from finite differences of direct computations at neighbour
 Each is then held against direct computations: at the edges of the piece, on a grid, at random, and wherever two polynomials cross, since
 a moment that was not seen would show there first. Where they disagree, either a moment was missing, and its polynomial is added, or another
 piece begins, and the border is found by bisection. What cannot be covered is computed directly, point by point.
+A moment that leads only between the sizes that are checked is missed, and the peak is then a little low: seen once with made-up moments (0.004 %),
+never with a model's.
 """
 
 from __future__ import annotations
