@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from family_truth import spec_of
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny_models import BERT, LLAMA
 from transformers import AutoConfig
@@ -179,6 +179,9 @@ moments = st.lists(st.tuples(*[st.integers(0, high) for high in (10**9, 10**6, 2
 
 
 @settings(max_examples=40, deadline=None)
+@example(  # one moment leads in a small part of a box, whose neighbour knows it
+    moments=[(0, 0, 0, 0, 0, 0), (0, 0, 0, 0, 0, 0), (0, 0, 87, 8982776, 4520, 27), (0, 77980, 99, 0, 0, 22)], window=64, expert=1, seed=1,
+)  # fmt: skip
 @given(moments=moments, window=st.integers(1, 200), expert=st.integers(1, 60), seed=st.integers(0, 2**32))
 def test_any_maximum_of_polynomials_is_fitted(moments, window, expert, seed):
     """Moments that overtake each other, a window that becomes full, experts that are all met from some batch on, a batch of one apart."""
@@ -201,9 +204,7 @@ def test_any_maximum_of_polynomials_is_fitted(moments, window, expert, seed):
     found = Costs(exact, PLAIN).at(batch, length)
     for index, (b, n) in enumerate(zip(batch.tolist(), length.tolist(), strict=True)):
         truth = exact(replace(PLAIN, batch_size=b, seq_len=n))
-        assert int(found["flops"][index]) == truth["flops"], (b, n)
-        # a moment that leads between all sizes that are checked is missed: made-up moments can be so close, and then cost little
-        assert 0.999 * truth["peak"] <= int(found["peak"][index]) <= truth["peak"], (b, n)
+        assert {name: int(values[index]) for name, values in found.items()} == truth, (b, n)
 
 
 def test_figures_beyond_64_bits_are_whole():
