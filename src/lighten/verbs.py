@@ -92,11 +92,11 @@ def estimate(
     if not isinstance(found, ModelSpec):
         if recipe:
             raise RecipeError(f"a recipe is read on a formula's spec; {found.name} is followed ({found.architecture}), so it takes no recipe.")
-        return estimate_followed(found, followed_workload(found, **workload), device=device, profile=profile)
+        return estimate_followed(found, followed_workload(found, **workload), device=profile)
     said = read_recipe(recipe) if recipe else Recipe()
     asked_dtype = workload.pop("dtype", None)
     dtype = asked_dtype or compute_dtype(said, apply_recipe(said, found))
-    return estimate_spec(found, make_workload(found, dtype=dtype, **workload), recipe=said, device=device, profile=profile)
+    return estimate_spec(found, make_workload(found, dtype=dtype, **workload), recipe=said, device=profile)
 
 
 def _opened(model: Any, method: Method, inputs: Any, *, trust_remote_code: bool) -> ModelSpec | Followed:

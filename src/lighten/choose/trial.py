@@ -61,7 +61,7 @@ def predict(spec: ModelSpec, workload: Workload, recipe: Recipe, profile: Profil
     """Size, memory and time that the recipe would give; None where this machine's profile does not tell."""
     asked = replace(workload, dtype=compute_dtype(recipe, apply_recipe(recipe, spec)))
     try:
-        found: Estimate = estimate(spec, asked, recipe=recipe, device="this", profile=profile)
+        found: Estimate = estimate(spec, asked, recipe=recipe, device=profile)
     except DeviceError:
         found = estimate(spec, asked, recipe=recipe)
     time_ = found.time

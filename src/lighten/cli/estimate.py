@@ -75,12 +75,12 @@ def estimate_text(found: Estimate) -> str:
         f"  memory      {format_bytes(memory.peak)}  ({_shares({k.replace('_', ' '): v for k, v in parts.items() if v}, format_bytes)})",
         f"  on disk     {format_bytes(found.size_bytes)}",
     ]
-    if found.time:
+    if found.placed and found.time:
         time = found.time
         range_ = f" ({format_seconds(time.low)} to {format_seconds(time.high)})" if time.low is not None else ""
         rate = f"{asked.tokens / time.seconds:,.0f} tokens/s"
         mfu = f", {found.mfu:.0%} of the measured peak" if found.mfu is not None else ""
-        lines.append(f"  time        {format_seconds(time.seconds)}{range_} on {found.device}: {rate}, bound by {time.bound_by}{mfu}")
+        lines.append(f"  time        {format_seconds(time.seconds)}{range_} on {found.placed.device}: {rate}, bound by {time.bound_by}{mfu}")
     if found.process_bytes:
         lines.append(f"  process     {format_bytes(found.process_bytes)} resident at the peak, the runtime included")
     if found.reserved_bytes is not None:
