@@ -13,6 +13,7 @@ from lighten.cost.optimizer_state import OPTIMIZERS
 from lighten.cost.sizes import parse_sizes
 from lighten.cost.workload import ATTENTIONS, BASE_BITS, CACHE_KEEPERS, CROSS_ENTROPIES, PHASES, RECOMPUTES, Workload
 from lighten.errors import WorkloadError
+from lighten.parallel.plan import OFFLOADS, SCHEDULES, SHARDS
 
 
 def add_workload(parser: argparse.ArgumentParser, *, phases: tuple[str, ...] = PHASES) -> None:
@@ -75,6 +76,45 @@ _MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "kept_by": ("--cache", {"choices": CACHE_KEEPERS, "help": "whose cache keeps keys and values (default transformers)"}),
 }  # fmt: skip
 """Field of `Workload` → its option; one that has no effect is refused by `Workload`."""
+
+
+_PLAN: dict[str, dict[str, Any]] = {
+    "dp": {"type": int, "metavar": "N", "help": "data-parallel ranks (default: what the other sizes leave of the devices)"},
+    "tp": {"type": int, "metavar": "N", "help": "tensor-parallel ranks (default 1; outside training all devices, where no size is given)"},
+    "pp": {"type": int, "metavar": "N", "help": "pipeline stages (default 1)"},
+    "cp": {"type": int, "metavar": "N", "help": "context-parallel ranks (default 1)"},
+    "ep": {"type": int, "metavar": "N", "help": "expert-parallel ranks, of the data-parallel ones (default 1)"},
+    "shard": {"choices": SHARDS, "help": "what data-parallel ranks share out (default none)"},
+    "shard_group": {"type": int, "metavar": "N", "help": "ranks that one copy is shared out over (default: all)"},
+    "sequence_parallel": {"action": "store_true", "default": None, "help": "with --tp: norms and dropouts are split over positions"},
+    "schedule": {"choices": SCHEDULES, "help": "order of a pipeline's micro-batches (default 1f1b)"},
+    "virtual_stages": {"type": int, "metavar": "N", "help": "pieces a device of an interleaved pipeline (default 1)"},
+    "micro_batch_size": {"type": int, "metavar": "N", "help": "sequences of one forward pass of a rank (default: its share of the batch)"},
+    "offload": {"choices": OFFLOADS, "help": "what lies in the host's memory (default none)"},
+}  # fmt: skip
+"""Field of `Plan` → its option."""
+
+
+def add_plan(parser: argparse.ArgumentParser) -> None:
+    """How a workload is spread over the devices of --device NAME:COUNT; what is not given is None."""
+    group = parser.add_argument_group("how --device NAME:COUNT is used")
+    for name, options in _PLAN.items():
+        group.add_argument(f"--{name.replace('_', '-')}", **options)
+
+
+def plan_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The plan options that are given, by the names of `Plan`."""
+    return {name: value for name in _PLAN if (value := getattr(arguments, name, None)) is not None}
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """--device, and what of it is the user's own."""
+    parser.add_argument(
+        "--device", metavar="NAME[:COUNT]", help="this: the machine that `lighten probe` measured; a name of `lighten devices`; or a .toml file"
+    )
+    parser.add_argument("--price", metavar="USD/h", help="of one device, such as 2.10/h (default: its list price, where one is known)")
+    parser.add_argument("--network", metavar="RATE", help="between nodes, of one device and direction, such as 400Gb/s or 50GB/s")
+    parser.add_argument("--devices-per-node", type=int, metavar="N", help="that the innermost link joins (default: the device's own)")
 
 
 def workload_of(arguments: argparse.Namespace) -> dict[str, Any]:
