@@ -27,9 +27,10 @@ import statistics
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+
+from published_rows import LeftOut, Row, kind_of, spec_of
 
 from lighten.cost.adapters import adapter_parameters, frozen_bytes
 from lighten.cost.kv_cache import cache_bytes
@@ -39,125 +40,10 @@ from lighten.cost.precision import parameter_bytes
 from lighten.cost.tuning import memory_of
 from lighten.cost.workload import Workload
 from lighten.errors import LightenError
-from lighten.model.families import describe
 from lighten.model.ggml_types import GGML_TYPES
 from lighten.model.spec import Attention, ModelSpec, Part
 from lighten.units import dtype_bytes
 
-Row = Mapping[str, str]
-COLUMNS = {
-    "layers": "num_hidden_layers", "hidden": "hidden_size", "heads": "num_attention_heads", "kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim", "ffn": "intermediate_size", "vocab": "vocab_size",
-}  # fmt: skip
-"""Column → the config's field."""
-IN_NOTES = re.compile(r"\b(layers|hidden|heads|head_dim|vocab) (\d+)|\b(\d+) (layers|heads)\b")
-"""Sizes that a row gives in its note: "layers 6" or "105 layers"."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Kind:
-    """An architecture that models' names mean.
-
-    Attributes:
-        names: of the models, from the start.
-        fields: of the config, beyond the row's columns: facts of the kind, with their source.
-        from_row: more of them, from the row.
-        beside: what published counts of the kind hold beside parameters: what it is, and how many values.
-    """
-
-    names: str
-    model_type: str
-    architecture: str
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    from_row: Callable[[Row], dict[str, Any]] = lambda row: {}
-    beside: Callable[[ModelSpec], tuple[str, int]] | None = None
-
-
-def _selection_bias(spec: ModelSpec) -> tuple[str, int]:
-    mixtures = spec.config["num_hidden_layers"] - spec.config["first_k_dense_replace"]
-    return "with the biases of the experts' selection, which are buffers", mixtures * spec.config["n_routed_experts"]
-
-
-def _pair_heads(spec: ModelSpec) -> tuple[str, int]:
-    hidden = spec.config["hidden_size"]
-    return "with the pooler and the head for pairs of sentences", hidden * hidden + hidden + 2 * hidden + 2
-
-
-def _deepseek(row: Row) -> dict[str, Any]:
-    return {"moe_intermediate_size": int(row["ffn"])} if row.get("ffn") else {}
-
-
-def _experts(row: Row) -> dict[str, Any]:
-    return {"num_local_experts": int(row["n_experts"]), "num_experts_per_tok": int(row["top_k"])} if row.get("n_experts") else {}
-
-
-def _qwen_experts(row: Row) -> dict[str, Any]:
-    return {"num_experts": int(row["n_experts"]), "num_experts_per_tok": int(row["top_k"])} if row.get("n_experts") else {}
-
-
-def _positions(row: Row) -> dict[str, Any]:
-    found = re.search(r"max_seq (\d+)", row["model"])
-    return {"n_positions": int(found[1])} if found else {"n_positions": int(row.get("seq_len") or 2048)}
-
-
-MLA = {
-    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "kv_lora_rank": 512, "n_shared_experts": 1, "attention_bias": False,
-    "norm_topk_prob": True,
-}  # fmt: skip
-DEEPSEEK_V3 = MLA | {
-    "q_lora_rank": 1536, "first_k_dense_replace": 3, "n_routed_experts": 256, "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4,
-    "intermediate_size": 18432,
-}  # fmt: skip
-"""arXiv:2412.19437, section 4.2."""
-DEEPSEEK_V2 = MLA | {
-    "q_lora_rank": 1536, "first_k_dense_replace": 1, "n_routed_experts": 160, "n_shared_experts": 2, "num_experts_per_tok": 6, "n_group": 8,
-    "topk_group": 3, "intermediate_size": 12288, "moe_intermediate_size": 1536, "num_hidden_layers": 60, "hidden_size": 5120,
-    "num_attention_heads": 128, "vocab_size": 102400,
-}  # fmt: skip
-"""arXiv:2405.04434, section 3.1.2."""
-DEEPSEEK_V2_LITE = DEEPSEEK_V2 | {
-    "q_lora_rank": None, "n_routed_experts": 64, "n_group": 1, "topk_group": 1, "intermediate_size": 10944, "moe_intermediate_size": 1408,
-    "num_hidden_layers": 27, "hidden_size": 2048, "num_attention_heads": 16,
-}  # fmt: skip
-"""arXiv:2405.04434, appendix B.1; its dense layer's width is that of its config.json."""
-BERT_LARGE = {
-    "num_hidden_layers": 24, "hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096, "vocab_size": 30522,
-    "max_position_embeddings": 512, "type_vocab_size": 2,
-}  # fmt: skip
-"""arXiv:1810.04805, section 3; the vocabulary is the published file's."""
-
-KINDS = (
-    Kind(names=r"DeepSeek-V2-Lite", model_type="deepseek_v2", architecture="DeepseekV2ForCausalLM", fields=DEEPSEEK_V2_LITE),
-    Kind(names=r"DeepSeek-V2", model_type="deepseek_v2", architecture="DeepseekV2ForCausalLM", fields=DEEPSEEK_V2),
-    Kind(
-        names=r"DeepSeek-V3|Kimi-K2",
-        model_type="deepseek_v3",
-        architecture="DeepseekV3ForCausalLM",
-        fields=DEEPSEEK_V3,
-        from_row=_deepseek,
-        beside=_selection_bias,
-    ),
-    Kind(names=r"(Code|Tiny|tiny-|MPT-)?(?i:llama)(?!-4)|InternLM", model_type="llama", architecture="LlamaForCausalLM"),
-    Kind(names=r"(?i:mistral)", model_type="mistral", architecture="MistralForCausalLM"),
-    Kind(names=r"Mixtral", model_type="mixtral", architecture="MixtralForCausalLM", from_row=_experts),
-    Kind(names=r"Qwen3-\d+B-A", model_type="qwen3_moe", architecture="Qwen3MoeForCausalLM", from_row=_qwen_experts),
-    Kind(names=r"Qwen3", model_type="qwen3", architecture="Qwen3ForCausalLM"),
-    Kind(names=r"Qwen", model_type="qwen2", architecture="Qwen2ForCausalLM"),  # the first Qwen's blocks are Qwen2's with a key for each head
-    Kind(names=r"(?i:gpt-oss)", model_type="gpt_oss", architecture="GptOssForCausalLM", from_row=_experts),
-    Kind(names=r"Gemma2|gemma-2-", model_type="gemma2", architecture="Gemma2ForCausalLM"),
-    Kind(names=r"(?i:gemma)-\d+[bB]", model_type="gemma", architecture="GemmaForCausalLM"),
-    Kind(names=r"(?i:phi)-3", model_type="phi3", architecture="Phi3ForCausalLM"),
-    Kind(names=r"(?i:phi)-\d", model_type="phi", architecture="PhiForCausalLM"),
-    Kind(names=r"Pythia|StableLM-3B|(?i:stablelm)-(base-)?alpha", model_type="gpt_neox", architecture="GPTNeoXForCausalLM"),
-    # llm-foundry's benchmarks: biases, learned positions and a tied head, which is GPT-2
-    Kind(names=r"MPT|MT-NLG|GPT3|GPT-\d+B|BLOOM-candidate-GPT", model_type="gpt2", architecture="GPT2LMHeadModel", from_row=_positions),
-    Kind(names=r"OPT", model_type="opt", architecture="OPTForCausalLM", fields={"max_position_embeddings": 2048}),
-    Kind(names=r"Falcon-7B", model_type="falcon", architecture="FalconForCausalLM", fields={"multi_query": True, "new_decoder_architecture": False}),
-    Kind(names=r"Falcon", model_type="falcon", architecture="FalconForCausalLM", fields={"new_decoder_architecture": True}),
-    Kind(names=r"Nemotron", model_type="nemotron", architecture="NemotronForCausalLM"),
-    Kind(names=r"BERT-large", model_type="bert", architecture="BertForMaskedLM", fields=BERT_LARGE, beside=_pair_heads),
-)
-"""What a model's name means; the first that matches."""
 TENTATIVE = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 64}
 """For a cache, whose bytes do not depend on them."""
 LORA = {"litgpt": (8, "q_proj,v_proj"), "PEFT": (16, "q_proj,v_proj")}
@@ -166,59 +52,6 @@ LORA = {"litgpt": (8, "q_proj,v_proj"), "PEFT": (16, "q_proj,v_proj")}
 
 Answer = tuple[float, str]
 """A figure, and what it holds that the plain one does not."""
-
-
-class LeftOut(Exception):
-    """A row that says nothing of parameters, files or caches, or not enough."""
-
-
-def kind_of(name: str) -> Kind:
-    for kind in KINDS:
-        if re.match(kind.names, name):
-            return kind
-    raise LeftOut(f"no kind of model is known for {name!r}")
-
-
-def spec_of(row: Row, extra: Mapping[str, Any] | None = None) -> ModelSpec:
-    """The model that a row's columns describe.
-
-    Raises:
-        LeftOut: columns that its kind needs are empty.
-        LightenError: its kind has no formula.
-    """
-    kind = kind_of(row["model"])
-    config: dict[str, Any] = {"model_type": kind.model_type} | dict(extra or {})
-    in_note = {after or before: value or count for after, value, count, before in IN_NOTES.findall(row.get("note", ""))}
-    if {"heads", "head_dim"} <= in_note.keys():
-        in_note.setdefault("hidden", str(int(in_note["heads"]) * int(in_note["head_dim"])))
-    for column, name in COLUMNS.items():
-        value = row.get(column) or in_note.get(column)
-        if value and value.isdigit():
-            config[name] = int(value)
-    if row.get("tied_embeddings"):
-        config["tie_word_embeddings"] = row["tied_embeddings"] == "True"
-    config |= kind.from_row(row) | dict(kind.fields)
-    if "hidden_size" in config and "num_hidden_layers" in config:
-        config.setdefault("num_attention_heads", max(1, config["hidden_size"] // 64))
-        config.setdefault("intermediate_size", 4 * config["hidden_size"])
-    missing = [name for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size") if name not in config]
-    if missing:
-        raise LeftOut(f"the row does not give {', '.join(missing)}")
-    for own, name in OWN_NAMES.get(kind.model_type, {}).items():
-        config[own] = config[name]
-    architecture = kind.architecture
-    return ModelSpec(
-        name=row["model"], family=kind.model_type, architecture=architecture, source="", dtype="bfloat16", config=config,
-        parts=describe(config, architecture),
-    )  # fmt: skip
-
-
-OWN_NAMES = {
-    "gpt2": {"n_layer": "num_hidden_layers", "n_embd": "hidden_size", "n_head": "num_attention_heads", "n_inner": "intermediate_size"},
-    "opt": {"ffn_dim": "intermediate_size", "word_embed_proj_dim": "hidden_size"},
-    "falcon": {"num_kv_heads": "num_key_value_heads"},
-}
-"""Families whose config has names of its own."""
 
 
 # ---- counts.csv ----
