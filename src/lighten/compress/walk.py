@@ -77,7 +77,9 @@ def compress_weights(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe) ->
 
     Raises:
         ModelError: its weights are another method's codes.
+        RecipeError: a step that is predicted alone.
     """
+    recipe.require_done()
     refuse_layouts(spec.parts, spec.source)
     changes: list[tuple[frozenset[str], Change]] = []
     for step in recipe.steps:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from lighten.errors import RecipeError
+from lighten.recipe.predicted import KINDS, PREDICTED, require_done
 from lighten.recipe.steps import STEPS, StepKind
 from lighten.recipe.targets import RUNTIMES
 
@@ -41,7 +42,7 @@ class Step:
 
     @property
     def kind(self) -> StepKind:
-        return STEPS[self.verb, self.method]
+        return KINDS[self.verb, self.method]
 
     def __str__(self) -> str:
         defaults = {name: parameter.default for name, parameter in self.kind.parameters.items()}
@@ -65,6 +66,12 @@ class Recipe:
     @property
     def steps_text(self) -> str:
         return " | ".join(str(step) for step in self.steps)
+
+    def require_done(self) -> None:
+        """Raises:
+        RecipeError: a step that is predicted, but that nothing carries out yet.
+        """
+        require_done({str(step): (step.verb, step.method) for step in self.steps})
 
     @property
     def runtime_text(self) -> str:
@@ -175,12 +182,13 @@ def make_step(verb: str, method: str, given: Mapping[str, Any]) -> Step:
     Raises:
         RecipeError: an unknown verb, method, argument or value; what exists is named.
     """
-    methods = [known for known_verb, known in STEPS if known_verb == verb]
-    if not methods:
-        raise RecipeError(f"step {verb!r} does not exist; steps: {', '.join(sorted({known for known, _ in STEPS}))}.")
-    if method not in methods:
-        raise RecipeError(f"{verb} has no method {method!r}; methods: {', '.join(methods)}.")
-    kind = STEPS[verb, method]
+    if verb not in {known for known, _ in KINDS}:
+        raise RecipeError(f"step {verb!r} does not exist; steps: {', '.join(sorted({known for known, _ in STEPS}))}.{_predicted_alone()}")
+    if (verb, method) not in KINDS:
+        methods = [known for known_verb, known in STEPS if known_verb == verb]
+        said = f"methods: {', '.join(methods)}." if methods else "none is carried out yet."
+        raise RecipeError(f"{verb} has no method {method!r}; {said}{_predicted_alone(verb)}")
+    kind = KINDS[verb, method]
     if unknown := set(given) - set(kind.parameters):
         known = ", ".join(kind.parameters) or "none"
         raise RecipeError(f"{verb}({method}) has no argument {', '.join(sorted(unknown))}; arguments: {known}.")
@@ -195,6 +203,12 @@ def make_step(verb: str, method: str, given: Mapping[str, Any]) -> Step:
     if problem := kind.check(dict(arguments)):
         raise RecipeError(f"{step}: {problem}")
     return step
+
+
+def _predicted_alone(verb: str | None = None) -> str:
+    """What can be said in a recipe that is predicted, and not carried out."""
+    names = [f"{known}({method})" for known, method in PREDICTED if verb in (None, known)]
+    return f" Predicted alone: {', '.join(names)}." if names else ""
 
 
 def _parse_step(text: str) -> Step:

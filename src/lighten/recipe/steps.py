@@ -93,7 +93,7 @@ def _predict_cast(dtype: str) -> Callable[[ModelSpec, Arguments], ModelSpec]:
         def changed(part: Part) -> Part:
             if not isinstance(part, Linear | Embedding):
                 return part
-            _refuse_quantized(part, f"cast({dtype})")
+            refuse_quantized(part, f"cast({dtype})")
             return replace(part, weight=replace(part.weight, dtype=dtype))
 
         return replace(spec.with_parts(changed), dtype=dtype)
@@ -113,7 +113,7 @@ def parse_pattern(pattern: str) -> tuple[int, int]:
     return int(kept), int(of)
 
 
-def _is_pattern(value: Any) -> bool:
+def is_pattern(value: Any) -> bool:
     found = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", value) if isinstance(value, str) else None
     return bool(found) and int(found[1]) < int(found[2])  # type: ignore[index]
 
@@ -135,7 +135,7 @@ def _predict_magnitude(spec: ModelSpec, arguments: Arguments) -> ModelSpec:
         sparsity = float(arguments.get("sparsity", 0.0))  # how many a threshold zeroes is not known before the weights are seen
 
     def format_of(part: Linear | Embedding) -> WeightFormat:
-        _refuse_quantized(part, "prune(magnitude)")
+        refuse_quantized(part, "prune(magnitude)")
         if "pattern" in arguments and columns_of(part) % of:
             raise RecipeError(f"pattern={arguments['pattern']}: {of} does not divide the {columns_of(part)} columns of {part.name}.")
         return replace(part.weight, sparsity=sparsity)
@@ -156,7 +156,7 @@ def _predict_rtn(spec: ModelSpec, arguments: Arguments) -> ModelSpec:
     group_size = group_columns(arguments)
 
     def format_of(part: Linear | Embedding) -> WeightFormat:
-        _refuse_quantized(part, "quantize(rtn)")
+        refuse_quantized(part, "quantize(rtn)")
         columns = columns_of(part)
         if group_size > 0 and columns % group_size:
             fits = max(n for n in range(1, min(group_size, columns) + 1) if columns % n == 0)
@@ -169,7 +169,7 @@ def _predict_rtn(spec: ModelSpec, arguments: Arguments) -> ModelSpec:
 def _predict_activations(method: Literal["dynamic", "static"], *, embeddings: bool) -> Callable[[ModelSpec, Arguments], ModelSpec]:
     def predict(spec: ModelSpec, arguments: Arguments) -> ModelSpec:
         def format_of(part: Linear | Embedding) -> WeightFormat:
-            _refuse_quantized(part, f"quantize({method})")
+            refuse_quantized(part, f"quantize({method})")
             return replace(part.weight, bits=arguments["bits"], group_size=PER_CHANNEL, symmetric=True, scale_dtype="float32", activations=method)
 
         return change_weights(spec, {"embeddings": embeddings, **arguments}, format_of)
@@ -177,18 +177,18 @@ def _predict_activations(method: Literal["dynamic", "static"], *, embeddings: bo
     return predict
 
 
-def _refuse_quantized(part: Linear | Embedding, step: str) -> None:
+def refuse_quantized(part: Linear | Embedding, step: str) -> None:
     if part.weight.bits is not None:
         raise RecipeError(
             f"{step}: {part.name} is already quantized to {part.weight.bits} bits; put this step before quantize, or narrow its targets."
         )
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _is_whole(value: Any) -> bool:
+def is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -202,32 +202,32 @@ def _is_regex(value: Any) -> bool:
 LARGEST = 3e38
 """A threshold above float32's largest number (3.4e38, IEEE 754) would keep nothing."""
 
-_TARGETS = {"targets": Parameter(accepts=_is_regex, says="a regular expression searched in module names, with quotes of one kind at most")}
+TARGETS = {"targets": Parameter(accepts=_is_regex, says="a regular expression searched in module names, with quotes of one kind at most")}
 _EMBEDDINGS = {"embeddings": Parameter(accepts=lambda v: isinstance(v, bool), says="true or false", default=False)}
-_INT8 = {"bits": Parameter(accepts=lambda v: _is_whole(v) and v == 8, says="8", default=8)}
+_INT8 = {"bits": Parameter(accepts=lambda v: is_whole(v) and v == 8, says="8", default=8)}
 
 STEPS: dict[tuple[str, str], StepKind] = {
     **{("cast", dtype): StepKind(parameters={}, predict=_predict_cast(dtype)) for dtype in ("float32", "float16", "bfloat16")},
     ("prune", "magnitude"): StepKind(
         parameters={
-            "sparsity": Parameter(accepts=lambda v: _is_number(v) and 0 < v < 1, says="the share of zeros, between 0 and 1"),
-            "threshold": Parameter(accepts=lambda v: _is_number(v) and 0 < v < LARGEST, says="a positive number; smaller weights become 0"),
-            "pattern": Parameter(accepts=_is_pattern, says="n:m such as 2:4, n of each m neighbours stay"),
+            "sparsity": Parameter(accepts=lambda v: is_number(v) and 0 < v < 1, says="the share of zeros, between 0 and 1"),
+            "threshold": Parameter(accepts=lambda v: is_number(v) and 0 < v < LARGEST, says="a positive number; smaller weights become 0"),
+            "pattern": Parameter(accepts=is_pattern, says="n:m such as 2:4, n of each m neighbours stay"),
             "scope": Parameter(accepts=lambda v: v in SCOPES, says=f"one of {', '.join(SCOPES)}", default="layer"),
-            **_TARGETS,
+            **TARGETS,
         },
         predict=_predict_magnitude,
         check=_check_magnitude,
     ),
     ("quantize", "rtn"): StepKind(
         parameters={
-            "bits": Parameter(accepts=lambda v: _is_whole(v) and v in WIDTHS, says=f"one of {', '.join(map(str, WIDTHS))}", default=8),
+            "bits": Parameter(accepts=lambda v: is_whole(v) and v in WIDTHS, says=f"one of {', '.join(map(str, WIDTHS))}", default=8),
             "group_size": Parameter(
-                accepts=lambda v: v > 0 if _is_whole(v) else isinstance(v, str) and v in GROUPS,
+                accepts=lambda v: v > 0 if is_whole(v) else isinstance(v, str) and v in GROUPS,
                 says="a number of columns, channel or tensor", default="channel",
             ),
             "symmetric": Parameter(accepts=lambda v: isinstance(v, bool), says="true or false", default=False),
-            **_EMBEDDINGS, **_TARGETS,
+            **_EMBEDDINGS, **TARGETS,
         },
         predict=_predict_rtn,
     ),
