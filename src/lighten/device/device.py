@@ -7,8 +7,12 @@ from dataclasses import dataclass, field
 
 from lighten.errors import DeviceError
 
-PEAKS = ("float64", "float32", "tf32", "float16", "bfloat16", "float8", "float6", "float4", "int8", "int4")
-"""Types that a data sheet gives a rate for; dense rates of matrix products, with float32 accumulation where there is a choice."""
+PEAKS = ("float64", "float32", "tf32", "float16", "float16_acc16", "bfloat16", "float8", "float6", "float4", "int8", "int4")
+"""Types that a data sheet gives a rate for; dense rates of matrix products, with float32 accumulation where there is a choice.
+
+float16_acc16 accumulates in float16, which GeForce cards do twice as fast.
+"""
+KINDS = ("gpu", "tpu", "npu", "cpu", "apu", "soc", "fpga", "asic", "other")
 PEAK_OF = {"float8_e4m3fn": "float8", "float8_e5m2": "float8", "uint8": "int8", "uint4": "int4"}
 """Type of values → the peak that products of it run at, where the names differ."""
 
@@ -44,12 +48,16 @@ class Device:
 
     Attributes:
         name: as `--device` takes it, such as h100-sxm.
-        kind: gpu, tpu, npu, cpu, apu, soc, fpga, asic.
+        kind: one of `KINDS`.
         peak_flops_per_s: type of `PEAKS` → dense operations per second, 2 for a multiply-add.
+        measured_flops_per_s: the same, the most that somebody measured of large products.
+        memory_bytes: that programs can have, as the driver says it where a source shows that; the most that it is sold with.
+        memory_varies: it is sold with less memory too.
         bandwidth_bytes_per_s: of the device's memory, read.
         links: from the innermost level outwards: inside a node, then between nodes.
         power_w: what it may draw (TDP).
-        sources: figure, or "" for all others → where it is from.
+        aliases: what else it is called, by drivers and in tables.
+        sources: figure, or "others" → where it is from.
     """
 
     name: str
@@ -57,7 +65,9 @@ class Device:
     vendor: str
     kind: str
     peak_flops_per_s: Mapping[str, float] = field(default_factory=dict)
+    measured_flops_per_s: Mapping[str, float] = field(default_factory=dict)
     memory_bytes: int | None = None
+    memory_varies: bool = False
     bandwidth_bytes_per_s: float | None = None
     memory_type: str | None = None
     links: tuple[Link, ...] = ()
