@@ -14,9 +14,9 @@ from lighten.device.device import Device
 
 NOISE = frozenset({
     "nvidia", "amd", "intel", "google", "aws", "amazon", "apple", "huawei", "qualcomm", "corporation", "inc", "geforce", "rtx", "gtx", "rx",
-    "tesla", "instinct", "radeon", "arc", "xeon", "platinum", "epyc", "ryzen", "cloud", "raspberry", "snapdragon", "jetson", "tpu", "ascend", "neuron",
-    "silicon", "gpu", "gpus", "cpu", "npu", "chip", "chips", "card", "accelerator", "accelerators", "core", "cores", "c", "tensor", "graphics", "generation",
-    "edition", "series", "oam", "board", "system", "module", "the", "with", "a", "of",
+    "tesla", "instinct", "radeon", "arc", "xeon", "platinum", "epyc", "ryzen", "cloud", "raspberry", "snapdragon", "jetson", "tpu", "ascend",
+    "neuron", "silicon", "gpu", "gpus", "cpu", "npu", "chip", "chips", "card", "accelerator", "accelerators", "core", "cores", "c", "tensor",
+    "graphics", "generation", "edition", "series", "oam", "board", "system", "module", "the", "with", "a", "of",
 })  # fmt: skip
 """Words that tell no device from another one: vendors, families, parts."""
 VARIANTS = frozenset({"ti", "super", "xt", "xtx", "gre", "max", "pro", "ultra", "ada", "d", "laptop", "mobile", "plus", "lite", "mini"})
