@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lighten.device.device import KINDS, PEAK_OF, PEAKS, Device, Link, Price
-from lighten.device.spelling import Spelling, choose, common, explained
+from lighten.device.spelling import Spelling, certain, choose, common, explained
 from lighten.errors import DeviceError
 
 tomllib = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")  # the same module, which joined the standard library in 3.11
@@ -40,8 +40,10 @@ def read_device(text: str) -> Device:
     asked = Spelling.of(text)
     found = [device for device in all_devices() if explained(asked, device)]
     best = choose(asked, found)
-    if len(best) == 1:
+    if len(best) == 1 and certain(asked, best[0]):
         return _with_memory_of(asked, best[0])
+    if len(best) == 1:
+        raise DeviceError(f"{_short(text)} leaves open which; the only one known that it may be is {best[0].name}.")
     if not best:
         raise DeviceError(
             f"no device is called {_short(text)}; {_nearest(text)}`lighten devices` lists all, and a TOML file of yours may describe one."
@@ -62,8 +64,9 @@ def match_device(text: str, *, memory_bytes: float | None = None, bandwidth_byte
     """
     for asked in Spelling.readings(text):
         found = choose(asked, [device for device in all_devices() if explained(asked, device)])
-        if len(found) > 1:
-            found = _nearest_figures(found, memory_bytes, bandwidth_bytes_per_s)
+        if len(found) > 1 or not all(certain(asked, device) for device in found):
+            known = memory_bytes or bandwidth_bytes_per_s
+            found = [device for device in found if (known or len(found) > 1) and _has_figures(device, memory_bytes, bandwidth_bytes_per_s)]
         if found:
             one = found[0] if len(found) == 1 else common(found)
             return one and _with_memory_of(asked, one)
@@ -301,16 +304,13 @@ def _link(problems: _Problems, where: str, value: Any) -> Link:
 
 def _price(problems: _Problems, value: Any) -> Price:
     table = problems.table("price", value, {"usd_per_hour": True, "date": True, "source": True})
-    day = table.get("date", "2000-01-01")
-    text = day.isoformat() if isinstance(day, date) else day
-    try:
-        date.fromisoformat(text[:10])
-    except (TypeError, ValueError):
-        problems.found.append(f"price.date = {_short(day)} is no day such as 2026-11-22")
-        text = ""
+    day = table.get("date", "2000")
+    text = day.isoformat() if isinstance(day, date) else str(day)
+    if not re.fullmatch(r"\d{4}(-(0[1-9]|1[0-2])(-(0[1-9]|[12]\d|3[01]))?)?", text):
+        problems.found.append(f"price.date = {_short(day)} is no day such as 2026-11-22, nor a month or a year of that form")
     return Price(
         usd_per_hour=problems.number("price.usd_per_hour", table.get("usd_per_hour", 1.0), 0, 1e4, "US dollars for an hour of one device"),
-        date=text[:10],
+        date=text,
         source=problems.text("price.source", table["source"]) if "source" in table else "",
     )
 
@@ -340,7 +340,7 @@ _READERS: dict[str, Callable[[_Problems, Any], Any]] = {
     "measured_flops_per_s": _rates("measured_flops_per_s"),
     "memory_bytes": lambda problems, value: problems.whole("memory_bytes", value, 2**20, 2**50, "bytes, such as 85899345920"),
     "memory_varies": lambda problems, value: problems.truth("memory_varies", value),
-    "bandwidth_bytes_per_s": lambda problems, value: problems.number("bandwidth_bytes_per_s", value, 1e6, 1e15, "bytes per second, such as 3.35e12"),
+    "bandwidth_bytes_per_s": lambda problems, value: problems.number("bandwidth_bytes_per_s", value, 1e6, 1e17, "bytes per second, such as 3.35e12"),
     "power_w": lambda problems, value: problems.number("power_w", value, 1e-3, 1e6, "watts"),
     "links": _links,
     "price": _price,
@@ -359,13 +359,12 @@ def _with_memory_of(asked: Spelling, device: Device) -> Device:
     return replace(device, memory_bytes=round(asked.memory_gb * 2**30))
 
 
-def _nearest_figures(found: list[Device], memory_bytes: float | None, bandwidth_bytes_per_s: float | None) -> list[Device]:
-    """Those of `found` whose figures are the given ones, where there are any."""
-    for name, given, share in (("memory_bytes", memory_bytes, 0.08), ("bandwidth_bytes_per_s", bandwidth_bytes_per_s, 0.03)):
-        if given:
-            fitting = [device for device in found if getattr(device, name) and abs(getattr(device, name) / given - 1) <= share]
-            found = fitting or found
-    return found
+def _has_figures(device: Device, memory_bytes: float | None, bandwidth_bytes_per_s: float | None) -> bool:
+    """Whether a device may be one of which these figures are told: memory within 8 %, as sold or as left by the driver; bandwidth within 3 %."""
+    held, bandwidth = device.memory_bytes, device.bandwidth_bytes_per_s
+    if memory_bytes and held and not (device.memory_varies and memory_bytes <= held) and abs(memory_bytes / held - 1) > 0.08:
+        return False
+    return not (bandwidth_bytes_per_s and bandwidth and abs(bandwidth_bytes_per_s / bandwidth - 1) > 0.03)
 
 
 def _nearest(text: str) -> str:

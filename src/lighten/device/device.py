@@ -35,7 +35,7 @@ class Link:
 
 @dataclass(frozen=True, kw_only=True)
 class Price:
-    """A public list price of one device for an hour, with the day on which it was listed."""
+    """A public list price of one device for an hour, with the day on which it was listed, as far as that is known: 2026-11-22, 2026-11 or 2026."""
 
     usd_per_hour: float
     date: str
@@ -54,7 +54,8 @@ class Device:
         memory_bytes: that programs can have, as the driver says it where a source shows that; the most that it is sold with.
         memory_varies: it is sold with less memory too.
         bandwidth_bytes_per_s: of the device's memory, read.
-        links: from the innermost level outwards: inside a node, then between nodes.
+        links: from the innermost level outwards: inside a node, then between nodes (devices: None). A pair may have fewer links than a whole node,
+            and so less bandwidth.
         power_w: what it may draw (TDP).
         aliases: what else it is called, by drivers and in tables.
         sources: figure, or "others" → where it is from.
@@ -98,6 +99,11 @@ class Device:
         if self.bandwidth_bytes_per_s is None:
             raise DeviceError(f"{self.name}: its memory bandwidth is not known.")
         return self.bandwidth_bytes_per_s
+
+    @property
+    def devices_per_node(self) -> int:
+        """How many its links inside a node join; 1 where no such link is known."""
+        return max((link.devices for link in self.links if link.devices is not None), default=1)
 
     def link(self, devices: int) -> Link:
         """The narrowest link that a group of neighbouring devices needs.

@@ -13,14 +13,18 @@ from functools import cache
 from lighten.device.device import Device
 
 NOISE = frozenset({
-    "nvidia", "amd", "intel", "google", "aws", "amazon", "apple", "huawei", "qualcomm", "corporation", "inc", "geforce", "rtx", "gtx", "rx",
-    "tesla", "instinct", "radeon", "arc", "xeon", "platinum", "epyc", "ryzen", "cloud", "raspberry", "snapdragon", "jetson", "tpu", "ascend",
-    "neuron", "silicon", "gpu", "gpus", "cpu", "npu", "chip", "chips", "card", "accelerator", "accelerators", "core", "cores", "c", "tensor",
-    "graphics", "generation", "edition", "series", "oam", "board", "system", "module", "the", "with", "a", "of",
+    "nvidia", "amd", "intel", "google", "aws", "amazon", "apple", "huawei", "qualcomm", "meta", "tenstorrent", "furiosa", "corporation", "inc",
+    "geforce", "rtx", "gtx", "rx", "tesla", "instinct", "radeon", "arc", "xeon", "platinum", "epyc", "ryzen", "snapdragon", "jetson", "tpu",
+    "raspberry", "ascend", "alveo", "neuron", "silicon", "gpu", "gpus", "cpu", "npu", "chip", "chips", "card", "accelerator", "accelerators",
+    "core", "cores", "c", "tensor", "graphics", "generation", "edition", "series", "oam", "board", "system", "module", "the", "with", "a", "of",
 })  # fmt: skip
 """Words that tell no device from another one: vendors, families, parts."""
-VARIANTS = frozenset({"ti", "super", "xt", "xtx", "gre", "max", "pro", "ultra", "ada", "d", "laptop", "mobile", "plus", "lite", "mini"})
+VARIANTS = frozenset({
+    "ti", "super", "xt", "xtx", "gre", "max", "pro", "ultra", "ada", "d", "nx", "nano", "elite", "laptop", "mobile", "plus", "lite", "mini",
+})  # fmt: skip
 """Words that make another device of one: a text without them does not mean the device that has them."""
+FORMS = frozenset({"sxm", "pcie", "nvl"})
+"""Words for how one chip is built in, with its own power and memory: what leaves them out is not certain."""
 _HOSTS = r"macbook (?:pro|air)|mac (?:studio|mini|pro|book)|imac|mainboard|desktop|dgx(?! spark)|hgx|mgx"
 _INSTANCE = re.compile(r"\b[a-z]+\d+[a-z]*[.-](?:\d*x?large|\d*xl|metal|\d+xlarge)\b|\b[a-z]\d+-(?:high|mega|ultra)gpu-\d+g\b")
 _MEMORY = re.compile(r"\b(\d+(?:\.\d+)?) ?(?:gb|gib|g)\b")
@@ -28,6 +32,8 @@ _WATTS = re.compile(r"\b(\d+) ?w\b")
 _TYPE = re.compile(r"\b(hbm\d?e?|l?p?g?ddr\d+x?)\b")
 _COUNT = re.compile(r"\b(?:\d+x(?= )|x\d+$|\d+ ?(?:gpus|chips|cards|devices)\b|\d+ x(?= ))")
 _GLUED = [
+    (re.compile(r"\b\d{1,4}x(?=[a-z]+\d)"), " "),  # 8xH100
+    (re.compile(r"\b[dh]gx (?=[abhv]\d{3}\b)"), "sxm "),  # what DGX and HGX machines carry
     (re.compile(r"\b(rtx|gtx|rx|tesla|tpu|geforce|arc|radeon|quadro|xeon|epyc)(?=[a-z]?\d)"), r"\1 "),  # RTX4090, RTXA6000, TPUv5p
     (re.compile(r"\brtxpro(?=\d)"), "rtx pro "),
     (re.compile(r"(?<=\d)(ti|super|ada|xtx|xt|gre|sxm\d?|pcie|nvl|pro|max|ultra)\b"), r" \1"),  # 3080Ti, 4000Ada, H100SXM
@@ -104,6 +110,14 @@ def choose(asked: Spelling, found: Sequence[Device]) -> list[Device]:
     return [device for device, rank in zip(found, ranks, strict=True) if rank == best and best > 0]
 
 
+def certain(asked: Spelling, found: Device) -> bool:
+    """Whether the only device that a text may mean among the known ones is the only one that there is: it leaves open neither form nor kind of memory."""
+    if _rank(asked, found) == 2:
+        return True
+    names = [name for name in _names(found.name, found.full_name, *found.aliases) if asked.words <= name.words]
+    return any(not (name.words - asked.words) & FORMS and not (name.memory_type and asked.memory_type is None) for name in names)
+
+
 def common(found: Sequence[Device]) -> Device | None:
     """What is true of all of several devices; None where they differ in memory or bandwidth, without which nothing can be said."""
     first = found[0]
@@ -140,9 +154,10 @@ def _rank(asked: Spelling, device: Device) -> int:
     for name in _names(device.name, device.full_name, *device.aliases):
         if not name.words or not _agree(asked, name, device):
             continue
-        if name.words == asked.words:
+        if name.words == asked.words and _says_figures_of(asked, name):
             return 2
-        if asked.words < name.words and not (name.words - asked.words) & VARIANTS and any(_IDENTIFYING.match(word) for word in asked.words):
+        missing = name.words - asked.words
+        if asked.words <= name.words and not missing & VARIANTS and any(_IDENTIFYING.match(word) for word in asked.words):
             best = 1
     return best
 
@@ -150,6 +165,11 @@ def _rank(asked: Spelling, device: Device) -> int:
 @cache
 def _names(*texts: str) -> tuple[Spelling, ...]:
     return tuple(Spelling.of(text) for text in texts)
+
+
+def _says_figures_of(asked: Spelling, name: Spelling) -> bool:
+    """Whether the text says the figures that are part of a name: A100 alone is not A100 80GB."""
+    return not (name.memory_gb and asked.memory_gb is None) and not (name.memory_type and asked.memory_type is None)
 
 
 def _agree(asked: Spelling, name: Spelling, device: Device) -> bool:
@@ -163,8 +183,8 @@ def _agree(asked: Spelling, name: Spelling, device: Device) -> bool:
 
 def _has_memory(device: Device, memory_gb: float) -> bool:
     """Sold sizes are whole GiB of which the driver takes a part, or GB."""
-    if device.memory_bytes is None:
+    if not memory_gb:
         return False
-    if device.memory_varies and 0 < memory_gb * 2**30 <= device.memory_bytes:
+    if device.memory_varies and (device.memory_bytes is None or memory_gb * 2**30 <= device.memory_bytes):
         return True
-    return any(abs(device.memory_bytes / unit / memory_gb - 1) <= 0.07 for unit in (2**30, 10**9)) if memory_gb else False
+    return any(abs((device.memory_bytes or 0) / unit / memory_gb - 1) <= 0.07 for unit in (2**30, 10**9))
