@@ -289,7 +289,7 @@ def shards(parts: Iterable[Placed], ranks: int, expert_ranks: int) -> list[Shard
                 continue
             seen.add(name)
             size = _size(shape)
-            mine = -(-shape[0] // across) * (size // shape[0]) if size else 0
+            mine = -(-shape[0] // across) * (size // shape[0]) if shape and size else size
             sums[0] += size
             sums[1] += mine * across
             sums[2] += mine

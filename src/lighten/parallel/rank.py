@@ -73,17 +73,18 @@ def rank_spec(spec: ModelSpec, plan: Plan, stage: int = 0) -> ModelSpec:
     key = (plan.tp, plan.ep, plan.pp, plan.virtual_stages, stage)
     kept: dict[tuple[int, ...], ModelSpec] = spec.__dict__.setdefault("_rank_specs", {})
     if key not in kept:
-        placed = place(spec)
-        chosen = list(placed) if plan.pp == 1 else [each for each in placed if _is_on(each, stage_names(spec, plan, stage))]
-        kept[key] = replace(spec, parts=tuple(_share(spec, each, plan, stage) for each in chosen), tensors=None)
+        kept[key] = replace(spec, parts=tuple(_share(spec, each, plan, stage) for each in _on_stage(spec, plan, stage)), tensors=None)
     return kept[key]
 
 
 def rank_parts(spec: ModelSpec, plan: Plan, stage: int = 0) -> tuple[Placed, ...]:
     """The placed parts of a stage, with their shapes on one rank."""
-    placed = place(spec)
-    chosen = list(placed) if plan.pp == 1 else [each for each in placed if _is_on(each, stage_names(spec, plan, stage))]
-    return tuple(replace(each, part=part) for each, part in zip(chosen, rank_spec(spec, plan, stage).parts, strict=True))
+    key = (plan.tp, plan.ep, plan.pp, plan.virtual_stages, stage)
+    kept: dict[tuple[int, ...], tuple[Placed, ...]] = spec.__dict__.setdefault("_rank_parts", {})
+    if key not in kept:
+        held = rank_spec(spec, plan, stage)
+        kept[key] = tuple(replace(each, part=part) for each, part in zip(_on_stage(spec, plan, stage), held.parts, strict=True))
+    return kept[key]
 
 
 def rank_forward(spec: ModelSpec, workload: Workload, plan: Plan) -> Forward:
@@ -152,7 +153,7 @@ def stage_blocks(blocks: int, plan: Plan, name: str = "the model") -> list[list[
 
 
 def stage_names(spec: ModelSpec, plan: Plan, stage: int) -> frozenset[str]:
-    """Names of the blocks on a stage, with "<" for what stands before all blocks and ">" for what stands behind them.
+    """Names of the blocks on one of several stages, with "<" for what stands before all blocks and ">" for what stands behind them.
 
     Raises:
         WorkloadError: no such stage, more stages than blocks, or a model of more than one stream.
@@ -161,6 +162,8 @@ def stage_names(spec: ModelSpec, plan: Plan, stage: int) -> frozenset[str]:
         raise WorkloadError(f"stage={stage} is none of the {plan.pp} stages, which count from 0.")
     if plan.pp > 1 and len(streams(spec)) > 1:
         raise WorkloadError(f"pp={plan.pp}: {spec.name} has {len(streams(spec))} streams of blocks (an encoder and a decoder); use pp=1.")
+    if plan.pp == 1:
+        return frozenset()
     names = block_names(spec)
     mine = stage_blocks(len(names), plan, spec.name)[stage]
     ends = ({"<"} if stage == 0 else set()) | ({">"} if stage == plan.pp - 1 else set())
@@ -332,8 +335,9 @@ def _mlp(block: Sequence[Part], columns: Sequence[int], row: int) -> dict[int, P
 # ---- shares ----
 
 
-def _is_on(each: Placed, names: frozenset[str]) -> bool:
-    return each.block in names
+def _on_stage(spec: ModelSpec, plan: Plan, stage: int) -> list[Placed]:
+    names = stage_names(spec, plan, stage)
+    return [each for each in place(spec) if plan.pp == 1 or each.block in names]
 
 
 def _share(spec: ModelSpec, each: Placed, plan: Plan, stage: int) -> Part:

@@ -1,0 +1,451 @@
+"""Memory of one device of a plan: what a rank of a stage holds at its fullest moment of a training step.
+
+The pass of one micro-batch is replayed on the rank's own shapes, as `lighten.cost.memory` replays a whole model, with what a plan adds:
+
+- tp: each branch's input is whole (gathered with sequence parallelism, and then kept for the backward pass), its output a sum over ranks;
+  the head gives the rank's share of the vocabulary, and the loss is taken there (loss parallelism);
+- shard="zero3": FSDP2's order of events. Each block is a unit, all outside the blocks another one, which stays gathered. A unit's weights
+  are gathered into a buffer and copied out of it; in backward the next unit's buffer is there already; gradients are copied into a buffer,
+  which lives until the next unit's, and a shard of their sum is kept. zero2 keeps whole weights and shards of gradients;
+- pp: the activations of the other micro-batches in flight (`pipeline.in_flight`); between stages a hidden state in, its gradient out;
+- cp: the rank's positions alone; keys and values of all of them while an attention works;
+- micro-batches: gradients add up, so that they are there from the start, and each new one is added as soon as it is made.
+
+Source: torch 2.13: `torch/distributed/fsdp/_fully_shard` (`FSDPParamGroup`, `foreach_all_gather`, `foreach_reduce`),
+`torch/distributed/tensor`; held to them in tests/test_plans.py and benchmarks/plan_truth.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+from lighten.cost.memory import MemoryBreakdown
+from lighten.cost.operators import Forward
+from lighten.cost.optimizer_state import OPTIMIZERS, Shape, scratch_bytes, state_bytes
+from lighten.cost.passes import training_forward
+from lighten.cost.replay.habits import habits
+from lighten.cost.replay.layout import Stream, Sublayer, reads_source
+from lighten.cost.replay.tape import Kind, Storage, Tensor, _Node
+from lighten.cost.tuning import _Tuned, memory_of
+from lighten.cost.workload import Workload, check_workload
+from lighten.errors import WorkloadError
+from lighten.model.spec import Attention, Embedding, Linear, ModelSpec, Part, block_name
+from lighten.parallel.communication import expert_ranks, shards, stored_tensors
+from lighten.parallel.pipeline import in_flight
+from lighten.parallel.plan import Plan
+from lighten.parallel.rank import Placed, check_plan, rank_parts, rank_spec, rank_workload
+from lighten.units import dtype_bytes
+
+FLOAT32 = 4
+
+
+def rank_memory(spec: ModelSpec, workload: Workload, plan: Plan, stage: int | None = None) -> MemoryBreakdown:
+    """Memory of one device: of a stage, or of the stage that needs most.
+
+    A plan of one device and one micro-batch is `memory_of`. With `master_weights` and shard="zero3" the shards are float32 and are the masters
+    (FSDP2's MixedPrecisionPolicy with float32 reduction); elsewhere masters are shared out with the optimizer's state. Gradients that are
+    all-reduced lie in their buckets (`gradient_as_bucket_view`, Megatron-LM's buffer). offload="optimizer" leaves state and masters in the
+    host's memory, and counts nothing of them here. Phases other than train: the rank's shapes with its share of the batch.
+
+    Raises:
+        WorkloadError: the plan does not fit the model or the workload.
+    """
+    check_workload(spec, workload)
+    check_plan(spec, workload, plan)
+    if stage is None:
+        found = [rank_memory(spec, workload, plan, each) for each in fullest_stages(plan)]
+        return max(found, key=lambda memory: memory.peak)
+    micro = rank_workload(spec, workload, plan)
+    held = rank_spec(spec, plan, stage)
+    if workload.phase != "train":
+        return memory_of(held, micro)
+    micro_batches = plan.micro_batches(workload.batch_size)
+    if plan.devices == micro_batches == 1 and plan.offload == "none":
+        return memory_of(held, micro)
+    if workload.lora_rank is not None:
+        raise WorkloadError(f"lora_rank={workload.lora_rank} over {plan.devices} devices is not described; use one device.")
+    return _Step(spec, micro, plan, stage, in_flight(plan, micro_batches, stage), micro_batches).memory()
+
+
+def fullest_stages(plan: Plan) -> tuple[int, ...]:
+    """Stages of which one is the fullest: the first has most micro-batches in flight, the last has the head, the second most blocks."""
+    return tuple(sorted({0, min(1, plan.pp - 1), plan.pp - 1}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Unit:
+    """Weights that FSDP2 gathers at once, in bytes.
+
+    Attributes:
+        whole: gathered weights, rows padded; gradient: their gradients in the type that is reduced, padded; shard: the rank's gradients.
+    """
+
+    names: frozenset[str]
+    whole: int
+    gradient: int
+    shard: int
+
+
+class _Step:
+    """What a training step of one rank needs."""
+
+    def __init__(self, spec: ModelSpec, micro: Workload, plan: Plan, stage: int, flying: Fraction, micro_batches: int) -> None:
+        self.spec, self.micro, self.plan, self.stage = rank_spec(spec, plan, stage), micro, plan, stage
+        self.parts = rank_parts(spec, plan, stage)
+        self.flying, self.micro_batches = flying, micro_batches
+        self.optimizer = str(micro.optimizer)
+        self.element = dtype_bytes(micro.dtype)
+        self.wide = FLOAT32 if micro.master_weights else self.element
+        self.ranks = 1 if plan.shard == "none" else plan.sharing_ranks
+
+    def memory(self) -> MemoryBreakdown:
+        model = self.replay()
+        saved = model.saved
+        others = max(Fraction(0), self.flying - 1) * saved
+        fixed = self.fixed()
+        fullest = dict(model.ledger.fullest)
+        fullest["activations"] += round(others)
+        update: dict[Kind, int] = {
+            "gradients": model.gradient_bytes(),
+            "activations": model.inputs_bytes(),
+            "kv_cache": 0,
+            "temporary": self.scratch(),
+        }
+        best = max((fullest, update), key=lambda kinds: sum(kinds.values()))
+        return MemoryBreakdown(**fixed, **best)
+
+    def replay(self) -> _Replay:
+        length = self.micro.seq_len // self.plan.cp
+        forward = training_forward(self.spec, replace(self.micro, seq_len=length))
+        model = _Replay(self, forward)
+        loss = model.loss()
+        model.leave_root()
+        model.saved = model.ledger.live["activations"] - model.inputs_bytes()
+        model.backward(loss)
+        model.finish()
+        return model
+
+    # ---- what stays ----
+
+    def fixed(self) -> dict[str, int]:
+        """Weights and the optimizer's state with its masters, between steps."""
+        whole = sum(math.prod(shape) for shapes in self.shapes() for shape in shapes)
+        shared = [_shards(shapes, across) for shapes, across in zip(self.shapes(), self.across(), strict=True)]
+        mine = sum(math.prod(shape) for shapes in shared for shape in shapes)
+        kept_as = "float32" if self.micro.master_weights else self.micro.dtype
+        state = self.state(shared, kept_as)
+        if self.plan.shard == "zero3":
+            return {"weights": round(mine * self.wide), "optimizer": 0 if self.plan.offload == "optimizer" else state}
+        masters = FLOAT32 * mine if self.micro.master_weights else 0
+        return {"weights": round(whole * self.element), "optimizer": 0 if self.plan.offload == "optimizer" else state + masters}
+
+    def state(self, shared: Sequence[Sequence[Shape]], dtype: str) -> int:
+        hidden, others = self.split(shared)
+        return state_bytes(self.optimizer, hidden, dtype, others=others)
+
+    def scratch(self) -> int:
+        """Of the optimizer, one tensor after the other; float32 gradients of one of them where it updates masters."""
+        if self.plan.offload == "optimizer":
+            return 0
+        shared = [_shards(shapes, across) for shapes, across in zip(self.shapes(), self.across(), strict=True)]
+        hidden, others = self.split(shared)
+        apart = self.micro.master_weights and self.plan.shard != "zero3"
+        gradient = FLOAT32 * max((math.prod(shape) for shape in (*hidden, *others)), default=0) if apart else 0
+        return gradient + scratch_bytes(self.optimizer, hidden, "float32" if self.micro.master_weights else self.micro.dtype, others=others)
+
+    def split(self, shared: Sequence[Sequence[Shape]]) -> tuple[list[Shape], list[Shape]]:
+        """Hidden layers' matrices, and the rest where the optimizer leaves it to another."""
+        apart = OPTIMIZERS[self.optimizer].outside is not None
+        hidden: list[Shape] = []
+        others: list[Shape] = []
+        for each, shapes in zip(self.parts, shared, strict=True):
+            inside = not apart or (isinstance(each.part, Linear) and each.part.component != "head")
+            for shape in shapes:
+                (hidden if inside and (not apart or len(shape) == 2) else others).append(shape)
+        return hidden, others
+
+    def shapes(self) -> list[list[Shape]]:
+        """Part → shapes of its tensors on this rank, before they are shared out; a tensor that two parts have in common stands once."""
+        seen: set[str] = set()
+        found: list[list[Shape]] = []
+        for each in self.parts:
+            tensors = {name: shape for name, shape in stored_tensors(each.part).items() if name not in seen and self.trained(each.part)}
+            seen.update(tensors)
+            found.append(list(tensors.values()))
+        return found
+
+    def trained(self, part: Part) -> bool:
+        return part.component != "pooler" or any(each.part.component == "head" for each in self.parts)
+
+    def across(self) -> list[int]:
+        """Part → ranks that its tensors are shared out over."""
+        few = expert_ranks(self.plan, self.ranks)
+        return [few if each.routed else self.ranks for each in self.parts]
+
+    def units(self) -> dict[str, _Unit]:
+        """Block, or "" for what stands outside → its unit."""
+        found: dict[str, list[int]] = {}
+        names: dict[str, set[str]] = {}
+        for each in shards(self.parts, self.ranks, expert_ranks(self.plan, self.ranks)):
+            sums = found.setdefault(each.name, [0, 0])
+            sums[0] += each.padded
+            sums[1] += each.shard
+        for placed in self.parts:
+            block = "" if placed.block in (None, "<", ">") else str(placed.block)
+            names.setdefault(block, set()).update(_gradient_names(placed.part))
+        return {
+            name: _Unit(
+                names=frozenset(names[name]), whole=round(padded * self.element), gradient=round(padded * self.wide), shard=round(shard * self.wide)
+            )
+            for name, (padded, shard) in found.items()
+        }  # fmt: skip
+
+
+def _gradient_names(part: Part) -> set[str]:
+    if isinstance(part, Linear) and part.tied_to:
+        return {*part.tensors(), f"{part.tied_to}.weight"}
+    return {*part.tensors(), *stored_tensors(part)}
+
+
+def _shards(shapes: Sequence[Shape], ranks: int) -> list[Shape]:
+    """Shapes of the fullest rank's shards: ⌈rows / ranks⌉ rows."""
+    return [(-(-shape[0] // ranks), *shape[1:]) if shape else shape for shape in shapes]
+
+
+@dataclass(kw_only=True)
+class _Hook(_Node):
+    """An operator of the backward pass that hands on its gradient and then calls."""
+
+    call: Callable[[], None]
+
+
+class _Replay(_Tuned):
+    """One micro-batch on one rank.
+
+    Attributes:
+        saved: bytes that a micro-batch holds between its forward and its backward pass.
+    """
+
+    def __init__(self, step: _Step, forward: Forward) -> None:
+        self.step, self.plan = step, step.plan
+        self.roles: dict[str, Placed] = {each.part.name: each for each in step.parts}
+        self.units = step.units() if self.plan.shard in ("zero2", "zero3") else {}
+        self.gathered: dict[str, Storage] = {}
+        self.buffers: dict[str, Storage] = {}
+        self.reduced: dict[str, Storage] = {}
+        self.reducing: Storage | None = None
+        self.copied: Storage | None = None
+        self.order = list(dict.fromkeys(str(each.block) for each in step.parts if each.block not in (None, "<", ">")))
+        self.routing = False
+        self.saved = 0
+        super().__init__(step.spec, replace(step.micro, seq_len=forward.query_len), forward)
+        if self.units and step.micro_batches > 1:
+            self.reduced = {name: self.hold(unit.shard, "gradients") for name, unit in self.units.items()}
+        self.summing = not self.units and step.micro_batches > 1
+        self.totals = self.hold(self.whole_gradients() if self.summing else 0, "gradients")
+
+    def whole_gradients(self) -> int:
+        return round(sum(math.prod(shape) for shapes in self.step.shapes() for shape in shapes) * self.element)
+
+    def gradient_bytes(self) -> int:
+        """Gradients that the optimizer finds."""
+        if self.units:
+            return sum(unit.shard for unit in self.units.values())
+        return self.whole_gradients()
+
+    def inputs_bytes(self) -> int:
+        return sum(storage.size for storage in self.inputs)
+
+    # ---- tensor parallelism ----
+
+    @property
+    def split_positions(self) -> int:
+        return self.plan.tp if self.plan.sequence_parallel else 1
+
+    def gather(self, x: Tensor) -> Tensor:
+        """What a split branch reads: all positions. Its gradient is a sum over the ranks."""
+        if self.plan.tp == 1:
+            return x
+        if not self.plan.sequence_parallel:
+            return self.record(x.view(), [x])
+        whole = x.elements * self.plan.tp
+        apart = self.hold(whole * x.element)  # as the collective gives it, before its pieces are put in order
+        made = self.tensor(whole, x.element)
+        del apart
+        return self.record(made, [x], scratch=made.bytes)
+
+    def sum_up(self, x: Tensor) -> Tensor:
+        """What a split branch gives: the sum over the ranks, of the rank's own positions with sequence parallelism."""
+        if self.plan.tp == 1:
+            return x
+        if not self.plan.sequence_parallel:
+            return self.record(x.elements, [x], passes=True)
+        apart = self.hold(x.bytes)
+        made = self.tensor(x.elements // self.plan.tp, x.element)
+        del apart
+        return self.record(made, [x], scratch=x.bytes)
+
+    def attention(self, sub: Sublayer, x: Tensor, memory: Tensor | None, after: Sequence[Part] = ()) -> tuple[Tensor, Tensor | None]:
+        core = sub.core
+        if memory is not None and isinstance(core, Attention) and reads_source(core):
+            memory = self.gather(memory)
+        return super().attention(sub, self.gather(x), memory, after)
+
+    def mlp(self, sub: Sublayer, x: Tensor) -> Tensor:
+        return super().mlp(sub, self.gather(x))
+
+    def experts(self, sub: Sublayer, x: Tensor) -> Tensor:
+        self.routing = True
+        seen = replace(sub, before=self.as_experts(sub.before), after=self.as_experts(sub.after))
+        made = super().experts(seen, self.gather(x))
+        self.routing = False
+        return self.sum_up(made)
+
+    def as_experts(self, parts: Sequence[Part]) -> tuple[Part, ...]:
+        """Parts of a branch as the replay knows experts and their router: by their number in the whole model, however many the rank has."""
+        return tuple(replace(part, experts=self.experts_of(part)) if isinstance(part, Linear) and self.is_routed(part) else part for part in parts)
+
+    def experts_of(self, part: Linear) -> int:
+        return part.experts * self.plan.ep
+
+    def fused_weights(self, parts: Sequence[Linear]) -> Mapping[str, tuple[int, ...]]:
+        held = super().fused_weights([replace(part, experts=part.experts // self.plan.ep) for part in parts])
+        return {name: shape if shape[0] * self.plan.ep == parts[0].experts else (1, *shape) for name, shape in held.items()}
+
+    def branch(self, sub: Sublayer, x: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """One expert a rank is still an expert."""
+        if isinstance(sub.core, Attention) or not any(self.is_routed(part) for part in (*sub.before, *sub.after)):
+            return super().branch(sub, x, memory)
+        out = self.experts(sub, x)
+        return self.dropout(out, self.habits.hidden_dropout), None
+
+    def is_routed(self, part: Part) -> bool:
+        return part.name in self.roles and self.roles[part.name].routed
+
+    def linear(self, part: Linear, x: Tensor) -> Tensor:
+        placed = self.roles.get(part.name)
+        if placed is None or self.plan.tp == 1:
+            return super().linear(part, x)
+        if placed.role == "vocabulary":
+            x = self.gather(x)
+        if not placed.seen and self.split_positions > 1:
+            return self.record(x.elements // part.in_features * part.out_features, [x], [x], part=part)
+        made = super().linear(part, x)
+        return self.sum_up(made) if placed.role == "row" and not self.routing else made
+
+    def embedding(self, part: Embedding, indices: Sequence[Tensor]) -> Tensor:
+        made = super().embedding(part, indices)
+        placed = self.roles.get(part.name)
+        if placed is not None and placed.role == "vocabulary":
+            return self.sum_up(made)
+        return made if self.split_positions == 1 else self.record(made.elements // self.split_positions, [made])
+
+    def fused(self, part: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """With context parallelism keys and values of all positions pass through."""
+        passing = self.hold((k.bytes + v.bytes) * self.plan.cp if self.plan.cp > 1 else 0, "temporary")
+        made = super().fused(part, q, k, v, mask)
+        del passing
+        return made
+
+    # ---- FSDP2 ----
+
+    def body(self, stream: Stream, memory: Tensor | None) -> Tensor:
+        """A stream's last hidden state, each block gathered before it runs."""
+        self.queries = self.length(stream)
+        self.keys = self.forward.key_len if stream.rows == "token" else self.queries
+        self.habits = habits(self.spec, stream.rows)
+        self.enter("")
+        embedded = self.embed(stream)
+        self.shared = self.position_tables(stream)
+        x = embedded
+        given = [memory] if memory is not None and any(isinstance(part, Attention) and reads_source(part) for part in stream.parts) else []
+        for parts in stream.blocks:
+            name = next((found for found in map(block_name, parts) if found), "")
+            self.enter(name)
+            x = self.hook(x, lambda name=name: self.scatter(name))  # type: ignore[misc]
+            run = self.block(parts)
+            x = self.checkpoint(run, x, *given) if self.workload.recompute == "full" else run(x, *given)
+            self.leave(name)
+            x = self.hook(x, lambda name=name: self.return_to(name))  # type: ignore[misc]
+        self.shared = []
+        self.bias = {}
+        x = self.sequence([part for part in stream.after if part.component == "norm"], x)
+        return self.dropout(x, self.habits.last_dropout)
+
+    def hook(self, x: Tensor, call: Callable[[], None]) -> Tensor:
+        if not self.units or not self.recording:
+            return x
+        out = x.view()
+        self.nodes.append(_Hook(outs=(out.edge,), inputs=[(x.edge, None)], call=call))
+        return out
+
+    @property
+    def gathers(self) -> bool:
+        return self.plan.shard == "zero3" and self.step.ranks > 1
+
+    def enter(self, name: str) -> None:
+        """Gather into a buffer, drop the one before, copy out."""
+        if not self.gathers or name not in self.units or name in self.gathered:
+            return
+        buffer = self.hold(self.units[name].whole, "temporary")
+        self.copied = None
+        self.gathered[name] = self.hold(self.units[name].whole, "temporary")
+        self.copied = buffer
+
+    def leave(self, name: str) -> None:
+        self.gathered.pop(name, None)
+
+    def leave_root(self) -> None:
+        """The end of the forward pass; the last block is asked for when its backward pass is near."""
+        self.copied = None
+        if self.gathers and self.order:
+            self.prefetch(len(self.order) - 1)
+
+    def prefetch(self, index: int) -> None:
+        if index >= 0:
+            self.buffers[self.order[index]] = self.hold(self.units[self.order[index]].whole, "temporary")
+
+    def return_to(self, name: str) -> None:
+        """Before a block's backward pass: its weights are copied out of their buffer, and the next ones asked for."""
+        if not self.gathers or name not in self.units:
+            return
+        self.gathered[name] = self.hold(self.units[name].whole, "temporary")
+        self.buffers.pop(name, None)
+        self.prefetch(self.order.index(name) - 1)
+
+    def scatter(self, name: str) -> None:
+        """Behind a unit's backward pass: whole weights go, gradients are copied into a buffer, which lives until the next one."""
+        if name not in self.units:
+            return
+        self.gathered.pop(name, None)
+        unit = self.units[name]
+        self.reducing = None
+        self.reducing = self.hold(unit.gradient, "temporary")
+        for each in unit.names:
+            self.gradients.pop(each, None)
+        shard = self.hold(unit.shard, "gradients")
+        if name not in self.reduced:
+            self.reduced[name] = shard
+
+    def finish(self) -> None:
+        """What stands outside the blocks comes last."""
+        self.scatter("")
+        self.reducing = None
+
+    def _step(self, node: _Node) -> None:
+        if self.summing and node.weights:
+            self._step_summing(node)
+        else:
+            super()._step(node)
+        if isinstance(node, _Hook):
+            node.call()
+
+    def _step_summing(self, node: _Node) -> None:
+        """A weight's new gradient is added to the sum and goes."""
+        made = {name: self.hold(math.prod(shape) * self.element, "temporary") for name, shape in node.weights.items()}
+        node.weights = {}
+        super()._step(node)
+        del made
