@@ -12,7 +12,8 @@ from typing import Any, Literal
 from lighten.model.spec import ModelSpec
 from lighten.recipe.recipe import Step
 
-Measure = Literal["same", "perplexity_ratio", "score_ratio"]
+Measure = Literal["same", "baseline", "perplexity_ratio", "score_ratio"]
+UNMEASURED = ("same", "baseline")
 COARSEST_GROUP = 128
 """Columns at most of what the published rows call groups (scripts/quality_ranges.py)."""
 FARTHEST = 2.0
@@ -25,7 +26,8 @@ class Quality:
     """A range of the figure after over the figure before.
 
     Attributes:
-        measure: perplexity_ratio (1 is lossless, more is worse), score_ratio (1 is lossless, less is worse), same (the same function is computed).
+        measure: perplexity_ratio (1 is lossless, more is worse), score_ratio (1 is lossless, less is worse), same (the same function is computed),
+            baseline (16-bit weights, against which the published ratios are taken).
         rows: how many published figures it was seen in.
         recalled: how many of them were written down from memory.
     """
@@ -51,8 +53,8 @@ class Quality:
         >>> str(Quality(measure="perplexity_ratio", low=1.02, high=1.07, rows=7)), str(SAME)
         ('perplexity ×1.02-1.07', 'same')
         """
-        if self.measure == "same":
-            return "same"
+        if self.measure in UNMEASURED:
+            return {"same": "same", "baseline": "16 bit"}[self.measure]
         name = self.measure.partition("_")[0]
         ends = list(dict.fromkeys(_digits(value) for value in (self.low, self.high)))
         return f"{name} ×{'-'.join(ends)}"
@@ -64,6 +66,7 @@ class Quality:
 
 
 SAME = Quality(measure="same")
+BASELINE = Quality(measure="baseline")
 
 
 def _digits(value: float) -> str:
@@ -134,10 +137,12 @@ def together(parts: Iterable[Quality | None]) -> Quality | None:
 def _both(one: Quality | None, other: Quality | None) -> Quality | None:
     if one is None or other is None:
         return None
-    if "same" not in (one.measure, other.measure) and one.measure != other.measure:
+    measures = {one.measure, other.measure} - set(UNMEASURED)
+    if len(measures) > 1:
         return None
+    plain: Measure = "baseline" if "baseline" in (one.measure, other.measure) else "same"
     return Quality(
-        measure=other.measure if one.measure == "same" else one.measure, low=one.low * other.low, high=one.high * other.high,
+        measure=measures.pop() if measures else plain, low=one.low * other.low, high=one.high * other.high,
         rows=min(filter(None, (one.rows, other.rows)), default=0), recalled=max(one.recalled, other.recalled),
         sources=tuple(dict.fromkeys((*one.sources, *other.sources))),
     )  # fmt: skip

@@ -1,0 +1,351 @@
+"""What can be turned to make a workload cheaper, as data: a step of a recipe, or an option of the commands.
+
+Each kind of lever says in which phases it can have an effect and what it would try on a case; whether it has one there, and how much, is for
+the estimate to say (`lighten.recipe.advise`). A lever's text is what `lighten estimate` takes.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from lighten.cost.passes import training_forward
+from lighten.cost.workload import PHASES, Phase
+from lighten.device.device import Device
+from lighten.device.profile import Profile
+from lighten.errors import LightenError
+from lighten.model.spec import Attention, Linear, ModelSpec
+from lighten.parallel.plan import Plan, Shard
+from lighten.recipe.case import Case, Target
+from lighten.recipe.predict import apply_recipe, compute_dtype
+from lighten.recipe.quality import BASELINE, SAME, Quality, quality_of_cache, quality_of_step
+from lighten.recipe.recipe import Recipe, Step, parse_recipe
+from lighten.recipe.steps import STEPS
+
+Kind = Literal["recipe", "flag"]
+INFERENCE: tuple[Phase, ...] = ("encode", "prefill", "decode", "generate")
+CACHED: tuple[Phase, ...] = ("decode", "generate")
+TRAIN: tuple[Phase, ...] = ("train",)
+
+STEP_ORDER = ("distill", "prune", "shrink", "cast", "quantize")
+"""Verbs in the order in which a recipe takes them: what makes weights smaller before what makes them narrower."""
+OPTIONS = {"kept_by": "--cache"}
+"""Fields whose option has another name than `--` and the field's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lever:
+    """One thing to turn.
+
+    Attributes:
+        name: its kind, a key of `LEVERS`.
+        steps: what it adds to the recipe, in its text form.
+        runtime: of the recipe, where it changes that.
+        workload, plan: fields that it sets.
+        quality: what it costs; None: not known.
+        done: whether lighten carries it out; False: predicted alone.
+        draft: whether it sets a draft beside the model, which is no part of a case.
+    """
+
+    name: str
+    steps: str = ""
+    runtime: str | None = None
+    workload: Mapping[str, Any] = field(default_factory=dict)
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    quality: Quality | None = None
+    draft: str | None = None
+
+    @property
+    def kind(self) -> Kind:
+        return "recipe" if self.recipe else "flag"
+
+    @property
+    def recipe(self) -> str:
+        """What it adds to a recipe; empty where it is options alone."""
+        return " @ ".join(filter(None, (self.steps, self.runtime))) if self.steps or not self.runtime else f"@ {self.runtime}"
+
+    @property
+    def done(self) -> bool:
+        return all((step.verb, step.method) in STEPS for step in parse_recipe(self.steps).steps)
+
+    @property
+    def spreads(self) -> bool:
+        """Whether it says the whole grid of devices."""
+        return "tp" in self.plan
+
+    def flags(self, device: str = "") -> tuple[str, ...]:
+        """The options that it sets; those of a plan with the devices that it takes, where the device is named."""
+        found: list[str] = ["--draft", self.draft] if self.draft else []
+        spread = {name: value for name, value in self.plan.items() if value != Plan.__dataclass_fields__[name].default}
+        if self.spreads and device:
+            found += ["--device", f"{device}:{Plan(**self.plan).devices}"]
+        for name, value in (*self.workload.items(), *spread.items()):
+            found.append(OPTIONS.get(name, f"--{name.replace('_', '-')}"))
+            found += [] if value is True else [str(value)]
+        return tuple(found)
+
+    def text(self, device: str = "") -> str:
+        """What the other commands take: a recipe's text, or options; both where it needs both.
+
+        >>> Lever(name="cast", steps="cast(float16)", workload={"dtype": "float16"}).text()
+        "--recipe 'cast(float16)' --dtype float16"
+        """
+        flags = shlex.join(self.flags(device))
+        if not self.recipe:
+            return flags
+        return f"--recipe {shlex.quote(self.recipe)} {flags}" if flags else self.recipe
+
+    def on(self, case: Case) -> Case:
+        """The case with the lever turned.
+
+        Raises:
+            LightenError: it does not fit the model or the rest of the case.
+        """
+        recipe = case.recipe
+        if self.recipe:
+            own = parse_recipe(self.recipe)
+            kept = own if self.runtime else recipe
+            recipe = Recipe(steps=(*recipe.steps, *own.steps), runtime=kept.runtime, dtype=kept.dtype)
+        return replace(case, recipe=recipe, workload=replace(case.workload, **self._workload(case, recipe)), plan=self._plan(case))
+
+    def _workload(self, case: Case, recipe: Recipe) -> dict[str, Any]:
+        """Fields that change: those that it sets, and the type where the recipe decides on it."""
+        fields = dict(self.workload)
+        if self.recipe and "dtype" not in fields and case.workload.dtype == compute_dtype(case.recipe, case.changed):
+            fields["dtype"] = compute_dtype(recipe, apply_recipe(recipe, case.spec))
+        return fields
+
+    def _plan(self, case: Case) -> Plan:
+        return Plan(**self.plan) if self.spreads else replace(case.plan, **self.plan)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeverKind:
+    """A kind of lever.
+
+    Attributes:
+        how: what it does, as the first words of a sentence.
+        phases: in which it can have an effect.
+        propose: the levers of this kind that are worth a try on a case.
+        excludes: kinds that cannot be turned with it; its own always.
+    """
+
+    how: str
+    phases: tuple[Phase, ...]
+    propose: Callable[[Case, Target], Iterator[Lever]]
+    excludes: tuple[str, ...] = ()
+
+
+# ---- steps of a recipe ----
+
+WIDTHS_BY_ROUNDING = (8, 4, 3, 2)
+WIDTHS_BY_GPTQ = (4, 3)
+GROUP_SIZES = (128, 96, 64, 32)
+"""Largest first: the group that divides all rows is taken, for its scales take least room."""
+PRUNED_SHARES = (0.25, 0.5)
+SMALLEST_WINDOW = 16
+
+
+def group_size_of(spec: ModelSpec) -> int | str:
+    """The largest usual group that divides every row of the linears but the head; `channel` where none does."""
+    columns = {part.in_features for part in spec.parts if isinstance(part, Linear) and part.component != "head"}
+    return next((size for size in GROUP_SIZES if all(count % size == 0 for count in columns)), "channel")
+
+
+def _step(text: str) -> Step:
+    return parse_recipe(text).steps[0]
+
+
+def _recipe(name: str, case: Case, text: str, **more: Any) -> Lever:
+    return Lever(name=name, steps=text, quality=BASELINE if name == "cast" else quality_of_step(_step(text), case.spec), **more)
+
+
+def _casts(case: Case, target: Target) -> Iterator[Lever]:
+    """The 16-bit type that the device has products of; bfloat16 where that is not asked."""
+    for dtype in ("bfloat16", "float16"):
+        if isinstance(target, Device) and dtype not in target.peak_flops_per_s:
+            continue
+        computed = compute_dtype(replace(case.recipe, steps=(*case.recipe.steps, _step(f"cast({dtype})"))), replace(case.changed, dtype=dtype))
+        if case.spec.dtype != dtype and case.workload.dtype == "float32":
+            yield _recipe("cast", case, f"cast({dtype})", workload={} if computed == dtype else {"dtype": dtype})
+            return
+
+
+def _quantized(case: Case, target: Target) -> Iterator[Lever]:
+    group = group_size_of(case.changed)
+    for runtime in _runtimes(target):
+        for method, widths in (("rtn", WIDTHS_BY_ROUNDING), ("gptq", WIDTHS_BY_GPTQ)):
+            if runtime is None or method == "rtn":
+                for bits in widths:
+                    yield _recipe("quantize", case, f"quantize({method}, bits={bits}, group_size={group})", runtime=runtime)
+        if runtime is not None:
+            yield _recipe("quantize", case, "quantize(rtn)", runtime=runtime)
+            yield _recipe("quantize", case, "quantize(dynamic)", runtime=runtime)
+
+
+def _other_runtimes(case: Case, target: Target) -> Iterator[Lever]:
+    for runtime in _runtimes(target)[1:]:
+        yield Lever(name="runtime", runtime=runtime, quality=SAME if "(" not in str(runtime) else None)
+
+
+def _runtimes(target: Target) -> tuple[str | None, ...]:
+    """Runtimes, other than the recipe's own, that the machine was probed with."""
+    if not isinstance(target, Profile):
+        return (None,)
+    engines = [name.partition("/") for name in target.engines]
+    exported = [(runtime, dtype) for runtime, _, dtype in engines if runtime in ("openvino", "onnxruntime") and dtype != "int8"]
+    return (None, *(runtime if dtype == "float32" else f"{runtime}(dtype={dtype})" for runtime, dtype in exported))
+
+
+def _sparse(case: Case, target: Target) -> Iterator[Lever]:
+    yield _recipe("sparse", case, "prune(sparsegpt, pattern=2:4)")
+
+
+def _narrow(case: Case, target: Target) -> Iterator[Lever]:
+    yield from (_recipe("narrow", case, f"prune(structured, sparsity={share})") for share in PRUNED_SHARES)
+
+
+def _shallow(case: Case, target: Target) -> Iterator[Lever]:
+    yield _recipe("student", case, "distill(student, depth=0.5)")
+
+
+def _windows(case: Case, target: Target) -> Iterator[Lever]:
+    """The largest power of two that is at most half of the context."""
+    size = 1 << (_context(case).bit_length() - 2) if _context(case) > 1 else 0
+    if size >= SMALLEST_WINDOW and case.spec.is_decoder:
+        yield _recipe("window", case, f"shrink(window, size={size})")
+
+
+def _context(case: Case) -> int:
+    asked = case.workload
+    return training_forward(case.spec, asked).key_len if asked.phase == "train" else asked.seq_len + asked.new_tokens
+
+
+# ---- options ----
+
+
+def _flags(name: str, *settings: Mapping[str, Any], quality: Quality | None = SAME) -> Iterator[Lever]:
+    yield from (Lever(name=name, workload=setting, quality=quality) for setting in settings)
+
+
+def _caches(case: Case, target: Target) -> Iterator[Lever]:
+    if any(isinstance(part, Attention) and part.causal for part in case.spec.parts):
+        for dtype in ("float8_e4m3fn", "int8", "int4"):
+            yield Lever(name="cache", workload={"kv_dtype": dtype}, quality=quality_of_cache(dtype, case.spec))
+
+
+def _attentions(case: Case, target: Target) -> Iterator[Lever]:
+    yield from _flags("attention", *({"attention": name} for name in ("flash", "sdpa") if name != case.workload.attention))
+
+
+def _recomputes(case: Case, target: Target) -> Iterator[Lever]:
+    yield from _flags("recompute", *({"recompute": name} for name in ("selective", "full") if name != case.workload.recompute))
+
+
+def _losses(case: Case, target: Target) -> Iterator[Lever]:
+    yield from _flags("loss", *({"cross_entropy": name} for name in ("chunked", "fused") if name != case.workload.cross_entropy))
+
+
+def _optimizers(case: Case, target: Target) -> Iterator[Lever]:
+    names = (name for name in ("adam8bit", "adafactor", "lion", "muon", "sgd") if name != case.workload.optimizer)
+    yield from _flags("optimizer", *({"optimizer": name} for name in names), quality=None)
+
+
+def _adapters(case: Case, target: Target) -> Iterator[Lever]:
+    if case.workload.lora_rank is None and not case.workload.master_weights:
+        yield from _flags("adapters", {"lora_rank": 16}, {"lora_rank": 16, "base_bits": 4}, quality=None)
+
+
+def _mixed(case: Case, target: Target) -> Iterator[Lever]:
+    """16-bit training, with float32 masters and without."""
+    if case.workload.dtype == "float32":
+        yield from _flags("precision", {"dtype": "bfloat16"}, {"dtype": "bfloat16", "master_weights": True}, quality=None)
+
+
+def _micro_batches(case: Case, target: Target) -> Iterator[Lever]:
+    """One sequence at a time; gradients add up to the same step."""
+    if isinstance(target, Device) and case.plan.micro_batch_size != 1:
+        yield Lever(name="micro-batch", plan={"micro_batch_size": 1}, quality=SAME)
+
+
+def _plans(case: Case, target: Target) -> Iterator[Lever]:
+    """Other ways over as many devices, and over twice, four and eight times as many."""
+    if not isinstance(target, Device):
+        return
+    training = case.workload.phase == "train"
+    seen = {case.plan}
+    for count in (case.plan.devices * more for more in (1, 2, 4, 8)):
+        for plan in _spreads(count, training=training):
+            if plan not in seen:
+                seen.add(plan)
+                yield Lever(name="plan", plan=_fields(plan), quality=SAME)
+
+
+def _spreads(count: int, *, training: bool) -> Iterator[Plan]:
+    sizes = [size for size in (1, 2, 4, 8, 16) if count % size == 0]
+    for tp in sizes:
+        for pp in (size for size in sizes if count % (tp * size) == 0):
+            dp = count // tp // pp
+            if training:
+                shards: tuple[Shard, ...] = ("none", "zero1", "zero3") if dp > 1 else ("none",)
+                for shard in shards:
+                    yield Plan(dp=dp, tp=tp, pp=pp, shard=shard)
+            elif dp == 1 or (tp == pp == 1):
+                yield Plan(dp=dp, tp=tp, pp=pp)
+
+
+def _fields(plan: Plan) -> dict[str, Any]:
+    """The sizes of a plan and how it shards, all of them said."""
+    return {name: getattr(plan, name) for name in ("tp", "pp", "dp", "shard")}
+
+
+def _none(case: Case, target: Target) -> Iterator[Lever]:
+    """Made by the advice itself: they depend on what fits, or on a second model."""
+    yield from ()
+
+
+LEVERS: dict[str, LeverKind] = {
+    "cast": LeverKind(how="16-bit weights and activations", phases=INFERENCE, propose=_casts, excludes=("sparse",)),
+    "quantize": LeverKind(how="narrower weights", phases=INFERENCE, propose=_quantized, excludes=("sparse", "runtime")),
+    "runtime": LeverKind(how="a runtime with faster kernels", phases=INFERENCE, propose=_other_runtimes, excludes=("quantize",)),
+    "sparse": LeverKind(how="2 of each 4 weights", phases=INFERENCE, propose=_sparse, excludes=("quantize", "cast")),
+    "narrow": LeverKind(how="fewer inner features in each feed-forward layer", phases=PHASES, propose=_narrow),
+    "student": LeverKind(how="a student of half the depth", phases=PHASES, propose=_shallow),
+    "window": LeverKind(how="each token sees the last ones alone", phases=("prefill", "decode", "generate", "train"), propose=_windows),
+    "cache": LeverKind(how="narrower cached keys and values", phases=CACHED, propose=_caches),
+    "attention": LeverKind(how="attention without the score matrix in memory", phases=PHASES, propose=_attentions),
+    "batch": LeverKind(how="more sequences at once share one reading of the weights", phases=INFERENCE, propose=_none),
+    "draft": LeverKind(how="a draft proposes tokens and the model checks them in one pass", phases=CACHED, propose=_none),
+    "recompute": LeverKind(how="activations are made again in the backward pass instead of being kept", phases=TRAIN, propose=_recomputes),
+    "loss": LeverKind(how="the loss is taken without all logits at once", phases=TRAIN, propose=_losses),
+    "optimizer": LeverKind(how="an optimizer of less state", phases=TRAIN, propose=_optimizers),
+    "precision": LeverKind(how="16-bit weights, activations and gradients", phases=TRAIN, propose=_mixed, excludes=("adapters",)),
+    "adapters": LeverKind(how="small adapters are trained, the rest is frozen", phases=TRAIN, propose=_adapters, excludes=("precision",)),
+    "micro-batch": LeverKind(how="one sequence at a time, gradients summed", phases=TRAIN, propose=_micro_batches),
+    "plan": LeverKind(how="the model and the work spread over devices", phases=PHASES, propose=_plans, excludes=("micro-batch",)),
+}
+"""Kind of lever → what it is. `lighten advise` tries all of them; tests/test_advise.py holds each to its phases and its text."""
+
+
+def propose(case: Case, target: Target) -> Iterator[Lever]:
+    """The levers to try, of every kind that can have an effect in the case's phase."""
+    for kind in LEVERS.values():
+        if case.workload.phase in kind.phases:
+            yield from kind.propose(case, target)
+
+
+def compatible(one: Lever, other: Lever) -> bool:
+    """Whether two levers can be turned at once."""
+    return one.name != other.name and other.name not in LEVERS[one.name].excludes and one.name not in LEVERS[other.name].excludes
+
+
+def fits_case(lever: Lever, case: Case) -> str | None:
+    """Why a lever cannot be turned on a case; None where it can."""
+    try:
+        changed = lever.on(case)
+        changed.changed  # noqa: B018 - the recipe is read on the model
+    except LightenError as error:
+        return str(error)
+    return None
