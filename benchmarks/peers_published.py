@@ -16,7 +16,8 @@ environment that has it; `--peer NAME` runs one that needs none. `--path NAME=FO
 The error of a row is |predicted / measured - 1|. Rows that a peer does not express are counted by its reason. A row is left out for everybody where
 its own note says that it is wrong or that its length varies, where it ran out of memory, or where it lacks what the quantity needs.
 
-Prints one JSON line for each prediction (to FILE with `--out FILE`), then a table, then one JSON object as the last line.
+Prints one JSON line for each prediction (to FILE with `--out FILE`), then a table, then one JSON object as the last line. `--ours FILE` takes
+other predictions, JSON lines with at least `id`, `kind` and `predicted`, and shows them beside each peer's on the rows that both express.
 """
 
 from __future__ import annotations
@@ -388,6 +389,29 @@ def by_source(lines: list[Case]) -> list[tuple[str, str, str, int, float]]:
     return [(*key, len(errors), statistics.median(errors)) for key, errors in sorted(groups.items())]
 
 
+def ours_on(path: Path, cases: list[Case]) -> list[Case]:
+    """Predictions of a file, held against what the cases measured; rows that are no case, or without a prediction, are passed over."""
+    truths = {(case["id"], case["kind"]): case for case in cases}
+    found = []
+    for line in path.read_text("utf-8").splitlines():
+        given = json.loads(line)
+        case = truths.get((given.get("id"), given.get("kind")))
+        if case is not None and given.get("predicted") is not None:
+            more = {"predicted": given["predicted"], "truth": case["truth"], "ratio": given["predicted"] / case["truth"]}
+            found.append({"id": case["id"], "source": case["source"], "kind": case["kind"], "peer": "ours"} | more)
+    return found
+
+
+def beside(lines: list[Case], ours: list[Case]) -> list[tuple[str, str, int, float, float]]:
+    """(peer, kind, rows that both express, the peer's median error there, ours)."""
+    own = {(line["id"], line["kind"]): abs(line["ratio"] - 1) for line in ours}
+    groups: defaultdict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
+    for line in lines:
+        if (line["id"], line["kind"]) in own:
+            groups[line["peer"], line["kind"]].append((abs(line["ratio"] - 1), own[line["id"], line["kind"]]))
+    return [(*key, len(found), *(statistics.median(side) for side in zip(*found, strict=True))) for key, found in sorted(groups.items())]
+
+
 def _pairs(given: list[str]) -> dict[str, str]:
     return dict(text.split("=", 1) for text in given)
 
@@ -399,6 +423,7 @@ def main() -> int:
     parser.add_argument("--path", action="append", default=[], metavar="NAME=FOLDER", help="a peer, and the checkout that it is imported from")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME", help="a peer that needs nothing but Python")
     parser.add_argument("--out", type=Path, help="where the predictions go, one JSON object a line")
+    parser.add_argument("--ours", type=Path, help="predictions to show beside each peer's, one JSON object a line")
     given = parser.parse_args()
     cases, left_out = cases_of(given.rows)
     print(f"{len(cases)} cases: " + ", ".join(f"{sum(case['kind'] == kind for case in cases)} {kind}" for kind in KINDS))
@@ -424,6 +449,11 @@ def main() -> int:
         for kind, line in table.items():
             figures = f"{line['n']:5d} {totals[kind]:5d} {line['median_error']:15.1%} {line['p90_error']:8.1%} {line['median_ratio']:19.3f}"
             print(f"{peer:14s} {kind:14s} {figures}")
+    shared = beside(everything, ours_on(given.ours, cases)) if given.ours else []
+    if shared:
+        print(f"\n{'peer':14s} {'kind':14s} {'both':>5s} {'its median':>11s} {'ours':>8s}")
+    for peer, kind, count, its, own in shared:
+        print(f"{peer:14s} {kind:14s} {count:5d} {its:11.1%} {own:8.1%}")
     print(json.dumps({"cases": dict(totals), "peers": tables}))
     return 0
 
