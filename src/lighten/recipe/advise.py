@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from lighten.cost.memory import MemoryBreakdown
-from lighten.device.device import Device
 from lighten.errors import LightenError, WorkloadError
 from lighten.model.spec import ModelSpec
 from lighten.recipe.case import Case, Cost, Target, cost_of, device_name
@@ -126,7 +125,8 @@ def advise(case: Case, target: Target = None, *, goal: Goal | None = None, draft
     search = _Search(case=case, target=target, baseline=baseline, goal=goal or default_goal(baseline), left_out={})
     lines = sorted(search.lines(draft), key=search.order)
     return Advice(
-        case=case, device=device_name(target), goal=search.goal, baseline=baseline, lines=tuple(lines), together=search.together(lines, most_loss),
+        case=case, device=device_name(target), goal=search.goal, baseline=baseline, lines=tuple(lines),
+        together=search.together(lines, most_loss, draft),
         left_out=tuple(search.left_out.items()), notes=tuple(search.notes()),
     )  # fmt: skip
 
@@ -176,7 +176,8 @@ class _Search:
 
     def line(self, levers: Sequence[Lever], lever: Lever, cost: Cost, quality: Quality | None, speculation: Speculation | None = None) -> Line:
         before = self.baseline
-        how = " and ".join(LEVERS[each.name].how for each in levers) if speculation is None else _speculating(speculation)
+        how = LEVERS[levers[0].name].how if speculation is None else _speculating(speculation)
+        how = how if len(levers) == 1 else f"{len(levers)} levers at once"
         return Line(
             levers=tuple(levers), lever=lever, cost=cost, quality=quality, why=explain(how, before, cost), speculation=speculation,
             memory=cost.needed_bytes / before.needed_bytes, flops=cost.flops / cost.tokens / (before.flops / before.tokens),
@@ -186,7 +187,7 @@ class _Search:
 
     def _speculated(self, draft: ModelSpec) -> Line:
         found = speculate(self.case, self.target, draft, plain=self.baseline)
-        lever = Lever(name="draft", draft=draft.source or draft.name, quality=SAME)
+        lever = _draft_lever(draft)
         return self.line((lever,), lever, found.cost, SAME, found)
 
     # ---- batches ----
@@ -247,8 +248,9 @@ class _Search:
 
     # ---- together ----
 
-    def together(self, lines: Sequence[Line], most_loss: float) -> Line | None:
-        """The levers that improve the goal when they are added one after the other, best first, within the loss of quality that is allowed.
+    def together(self, lines: Sequence[Line], most_loss: float, draft: ModelSpec | None = None) -> Line | None:
+        """The levers that improve the goal when they are added one after the other, best first, within the loss of quality that is allowed;
+        a draft, which costs none, after all others.
 
         On as many devices as there are, unless nothing fits there.
         """
@@ -267,7 +269,18 @@ class _Search:
             cost = self._joined_cost([*taken, lever])
             if cost is not None and self.score(cost, SAME) < self.score(best, SAME):
                 taken, best, quality = [*taken, lever], cost, joined
+        spoken = self._speculated_with(taken, draft) if draft is not None and taken else None
+        if spoken is not None and draft is not None and self.score(spoken.cost, SAME) < self.score(best, SAME):
+            lever = _draft_lever(draft)
+            return self.line([*taken, lever], replace(join(taken), draft=lever.draft), spoken.cost, quality, spoken)
         return self.line(taken, join(taken), best, quality) if len(taken) > 1 else None
+
+    def _speculated_with(self, levers: Sequence[Lever], draft: ModelSpec) -> Speculation | None:
+        try:
+            return speculate(join(levers).on(self.case), self.target, draft)
+        except LightenError as error:
+            self.left_out[f"{join(levers).text()} --draft {draft.name}"] = str(error)
+            return None
 
     def _joined_cost(self, levers: Sequence[Lever]) -> Cost | None:
         try:
@@ -283,8 +296,6 @@ class _Search:
             yield "as it is it does not fit: its time is what it would be with more memory"
         if self.goal == "cost" and self.baseline.usd is None:
             yield "no price is known: ranked by the time of all devices; --price gives one"
-        if isinstance(self.target, Device):
-            yield "steps that are predicted alone cannot be carried out by lighten compress yet"
 
 
 def join(levers: Sequence[Lever]) -> Lever:
@@ -298,6 +309,10 @@ def join(levers: Sequence[Lever]) -> Lever:
         workload={name: value for each in levers for name, value in each.workload.items()},
         plan={name: value for each in levers for name, value in each.plan.items()},
     )  # fmt: skip
+
+
+def _draft_lever(draft: ModelSpec) -> Lever:
+    return Lever(name="draft", draft=draft.source or draft.name, quality=SAME)
 
 
 def gains(line: Line) -> bool:

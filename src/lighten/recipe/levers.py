@@ -45,8 +45,7 @@ class Lever:
         runtime: of the recipe, where it changes that.
         workload, plan: fields that it sets.
         quality: what it costs; None: not known.
-        done: whether lighten carries it out; False: predicted alone.
-        draft: whether it sets a draft beside the model, which is no part of a case.
+        draft: the model that proposes tokens, which is no part of a case.
     """
 
     name: str
@@ -68,7 +67,8 @@ class Lever:
 
     @property
     def done(self) -> bool:
-        return all((step.verb, step.method) in STEPS for step in parse_recipe(self.steps).steps)
+        """Whether lighten carries it out; False: it is predicted alone."""
+        return self.draft is None and all((step.verb, step.method) in STEPS for step in parse_recipe(self.steps).steps)
 
     @property
     def spreads(self) -> bool:
