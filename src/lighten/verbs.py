@@ -6,17 +6,21 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from lighten.cost.workload import Phase, Workload, check_workload
-from lighten.device.find import find_device
+from lighten.device.device import Device
+from lighten.device.find import find_device, find_place
 from lighten.errors import DeviceError, ModelError, RecipeError, TextError, WorkloadError
 from lighten.model import ModelSpec
 from lighten.model.runnable import read_runnable
+from lighten.parallel.plan import Plan
 from lighten.recipe import Recipe, apply_recipe, read_recipe
 from lighten.recipe.estimate import Estimate
+from lighten.recipe.placement import default_plan
 from lighten.recipe.predict import compute_dtype
 from lighten.trace.open import open_live, open_model
 from lighten.trace.program import Followed
@@ -65,7 +69,7 @@ def make_workload(spec: ModelSpec, *, phase: Phase | None = None, dtype: str | N
 
 def estimate(
     model: Any, *, recipe: str | None = None, device: str | None = None, method: Method = "auto", inputs: Any = None,
-    trust_remote_code: bool = False, **workload: Any,
+    trust_remote_code: bool = False, **options: Any,
 ) -> Estimate:  # fmt: skip
     """What a model costs: parameters, FLOPs, memory, and with `device` the time. No weight is loaded.
 
@@ -73,11 +77,13 @@ def estimate(
         model: a folder in Hugging Face format, a config.json, a .safetensors, .gguf, .onnx or .keras file, a hub id, `pkg.module:factory`,
             or a live torch module or Keras model.
         recipe: a recipe's text or file, read on the model's spec; it needs the formula.
-        device: `this`, the machine that `lighten probe` measured.
+        device: `this`, the machine that `lighten probe` measured; or NAME[:COUNT] of `lighten devices`, or of a TOML file.
         method: formula; trace (the model is followed on tensors without memory, which needs torch); or auto: the formula where there is one.
         inputs: of a live module: an example of what its forward takes.
         trust_remote_code: run code that the model's folder brings.
-        workload: phase, batch_size, seq_len, new_tokens, dtype, kv_dtype, attention, optimizer, recompute, …: the fields of `Workload`.
+        options: phase, batch_size, seq_len, new_tokens, dtype, kv_dtype, attention, optimizer, recompute, …: the fields of `Workload`. Of devices
+            of published figures also those of `Plan` (dp, tp, pp, cp, ep, shard, …; what is not given follows from the count), price, network and
+            devices_per_node (what is the user's own), and stack, the kind of software that runs it there.
 
     Raises:
         LightenError: whatever of this cannot be read or does not fit together.
@@ -87,16 +93,35 @@ def estimate(
 
     if method not in get_args(Method):
         raise WorkloadError(f"method {method!r} is not known; known: {', '.join(get_args(Method))}.")
-    profile = find_device(device) if device else None
+    spread, own = ({name: options.pop(name) for name in names & options.keys()} for names in (PLAN_OPTIONS, PLACE_OPTIONS))
+    stack = own.pop("stack", None)
+    where, count = find_place(device, **own) if device else (None, 1)
+    if not isinstance(where, Device):
+        _refuse_placeless({**spread, **own, "stack": stack})
     found = _opened(model, method, inputs, trust_remote_code=trust_remote_code)
     if not isinstance(found, ModelSpec):
         if recipe:
             raise RecipeError(f"a recipe is read on a formula's spec; {found.name} is followed ({found.architecture}), so it takes no recipe.")
-        return estimate_followed(found, followed_workload(found, **workload), device=profile)
+        if isinstance(where, Device):
+            raise DeviceError(f"{found.name} is followed ({found.architecture}); on {where.name} the time of a formula's model alone is known.")
+        return estimate_followed(found, followed_workload(found, **options), device=where)
     said = read_recipe(recipe) if recipe else Recipe()
-    asked_dtype = workload.pop("dtype", None)
+    asked_dtype = options.pop("dtype", None)
     dtype = asked_dtype or compute_dtype(said, apply_recipe(said, found))
-    return estimate_spec(found, make_workload(found, dtype=dtype, **workload), recipe=said, device=profile)
+    asked = make_workload(found, dtype=dtype, **options)
+    plan = default_plan(asked, count, spread) if isinstance(where, Device) else None
+    return estimate_spec(found, asked, recipe=said, device=where, plan=plan, stack=stack)
+
+
+PLAN_OPTIONS = frozenset(field.name for field in fields(Plan))
+PLACE_OPTIONS = frozenset({"price", "network", "devices_per_node", "stack"})
+
+
+def _refuse_placeless(options: Mapping[str, Any]) -> None:
+    for name, value in options.items():
+        if value is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise WorkloadError(f"{option}={value} has no effect without a --device of published figures; `lighten devices` lists them.")
 
 
 def _opened(model: Any, method: Method, inputs: Any, *, trust_remote_code: bool) -> ModelSpec | Followed:

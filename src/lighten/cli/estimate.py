@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lighten import verbs
-from lighten.cli.options import add_json, add_numerics, add_sizes, print_json, workload_of
+from lighten.cli.options import add_device, add_json, add_numerics, add_plan, add_sizes, place_of, plan_of, print_json, workload_of
 from lighten.cost.sizes import SIZE_NAMES
 from lighten.recipe.estimate import Estimate
 from lighten.units import format_bytes, format_count, format_seconds
@@ -26,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_sizes(parser)
     add_numerics(parser)
-    parser.add_argument("--device", metavar="NAME", help="this: the machine that `lighten probe` measured")
+    add_device(parser)
+    add_plan(parser)
     parser.add_argument("--recipe", metavar="TEXT|FILE", help="what the model becomes first, such as 'quantize(rtn, bits=4, group_size=64)'")
     parser.add_argument("--method", choices=METHODS, default="auto", help="default auto: the formula where there is one, else by following the model")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the code that a model's folder brings, to follow it")
@@ -57,6 +58,8 @@ def estimate_at(arguments: argparse.Namespace, sizes: dict[str, int]) -> Estimat
         device=arguments.device,
         method=arguments.method,
         trust_remote_code=arguments.trust_remote_code,
+        **place_of(arguments),
+        **plan_of(arguments),
         **words,
     )
 

@@ -95,6 +95,10 @@ _PLAN: dict[str, dict[str, Any]] = {
 """Field of `Plan` → its option."""
 
 
+STACKS = ("fused", "compiled", "eager", "engine", "ggml", "local")
+"""Kinds of software that train, then kinds that run inference; which phase takes which is checked where they are used."""
+
+
 def add_plan(parser: argparse.ArgumentParser) -> None:
     """How a workload is spread over the devices of --device NAME:COUNT; what is not given is None."""
     group = parser.add_argument_group("how --device NAME:COUNT is used")
@@ -115,6 +119,13 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--price", metavar="USD/h", help="of one device, such as 2.10/h (default: its list price, where one is known)")
     parser.add_argument("--network", metavar="RATE", help="between nodes, of one device and direction, such as 400Gb/s or 50GB/s")
     parser.add_argument("--devices-per-node", type=int, metavar="N", help="that the innermost link joins (default: the device's own)")
+    parser.add_argument("--stack", choices=STACKS, help="kind of software: of training fused (default), compiled, eager; else engine (default), …")
+
+
+def place_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What of the device is the user's own, and the software, where given."""
+    names = ("price", "network", "devices_per_node", "stack")
+    return {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
 
 
 def workload_of(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 from lighten.errors import WorkloadError
@@ -59,6 +59,11 @@ class Plan:
             raise WorkloadError(f"schedule={self.schedule} with virtual_stages={self.virtual_stages}: interleaved has at least 2, others 1.")
         if self.sequence_parallel and self.tp == 1:
             raise WorkloadError("sequence_parallel has no effect with tp=1.")
+
+    def __str__(self) -> str:
+        """What differs from one device, such as dp=8 tp=4 shard=zero1."""
+        given = (f"{each.name}={getattr(self, each.name)}" for each in fields(self) if getattr(self, each.name) != each.default)
+        return " ".join(given) or "one device"
 
     @property
     def devices(self) -> int:

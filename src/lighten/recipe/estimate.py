@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lighten.cost.adapters import adapter_parameters
@@ -13,10 +13,12 @@ from lighten.cost.operators import Op, forward_operators
 from lighten.cost.passes import first_forward, step_forward, steps_after_first, training_forward
 from lighten.cost.tuning import is_plain, memory_of
 from lighten.cost.workload import Workload, check_workload
+from lighten.device.device import Device
 from lighten.device.profile import Profile
 from lighten.device.roofline import TimePrediction
-from lighten.errors import WorkloadError
+from lighten.errors import DeviceError, WorkloadError
 from lighten.model.spec import Embedding, Linear, ModelSpec
+from lighten.parallel.plan import Plan
 from lighten.recipe.on_machine import place_followed, place_on_machine
 from lighten.recipe.placement import Placed
 from lighten.recipe.predict import apply_recipe, artifact_bytes
@@ -62,10 +64,15 @@ class Estimate:
 
     @property
     def mfu(self) -> float | None:
-        """Share of the device's peak that goes into the matrix products of the forward pass, and of the backward pass in training."""
+        """Share of the devices' peak that goes into the model's own matrix products: attention in full, nothing that is recomputed."""
         if self.placed is None or self.placed.time is None or self.placed.peak_flops_per_s is None:
             return None
-        return sum(self.matmul.values()) / self.placed.time.seconds / self.placed.peak_flops_per_s
+        matmul, spec = sum(self.matmul.values()), self.spec
+        if self.workload.recompute != "none":
+            if not isinstance(spec, ModelSpec):
+                return None
+            matmul = workload_flops(spec, replace(self.workload, recompute="none"))["matmul"]
+        return matmul / self.placed.time.seconds / self.placed.peak_flops_per_s
 
     @property
     def process_bytes(self) -> int | None:
@@ -128,8 +135,15 @@ class Estimate:
         }  # fmt: skip
 
 
-def estimate(spec: ModelSpec, workload: Workload, *, recipe: Recipe | None = None, device: Profile | None = None) -> Estimate:
+def estimate(
+    spec: ModelSpec, workload: Workload, *, recipe: Recipe | None = None, device: Profile | Device | None = None, plan: Plan | None = None,
+    stack: str | None = None,
+) -> Estimate:  # fmt: skip
     """Parameters, FLOPs and memory of a workload on a model as the recipe leaves it, and on a device its time.
+
+    Args:
+        device: a machine that was probed, or one of published figures.
+        plan, stack: of a device of published figures: how the workload is spread over several, and the kind of software that runs it.
 
     Raises:
         WorkloadError, RecipeError, DeviceError: what is asked does not fit the model, the runtime or the device.
@@ -141,7 +155,7 @@ def estimate(spec: ModelSpec, workload: Workload, *, recipe: Recipe | None = Non
         raise WorkloadError("phase train of quantized weights is not supported: codes have no gradient; train first, then quantize.")
     flops = workload_flops(changed, workload)
     memory = memory_of(changed, workload)
-    placed = place_on_machine(forward_passes(changed, workload), changed, workload, recipe, memory, device) if device else None
+    placed = _placed(changed, workload, recipe, memory, device, plan, stack)
     return Estimate(
         spec=changed, workload=workload, matmul={name.partition("/")[2]: value for name, value in flops.items() if name.startswith("matmul/")},
         matmul_causal=flops["matmul_causal"], total_flops=flops["total_flops"], memory=placed.memory if placed else memory,
@@ -149,6 +163,24 @@ def estimate(spec: ModelSpec, workload: Workload, *, recipe: Recipe | None = Non
         assumptions=(*_assumptions(workload, recipe, placed), *_of_memory(changed), *changed.notes),
         warnings=_warnings(placed), labels=FORMULA_LABELS | _time_label(placed),
     )  # fmt: skip
+
+
+def _placed(  # noqa: PLR0913  what is asked, and of what
+    spec: ModelSpec,
+    workload: Workload,
+    recipe: Recipe,
+    memory: MemoryBreakdown,
+    device: Profile | Device | None,
+    plan: Plan | None,
+    stack: str | None,
+) -> Placed | None:
+    if isinstance(device, Device):
+        from lighten.recipe.on_devices import place_on_devices
+
+        return place_on_devices(spec, workload, recipe, memory, device, plan=plan or Plan(), stack=stack)
+    if stack is not None or (plan or Plan()).devices > 1:
+        raise DeviceError("a plan and a stack are of devices with published figures; `lighten devices` lists them. This machine is measured as one.")
+    return place_on_machine(forward_passes(spec, workload), spec, workload, recipe, memory, device) if device else None
 
 
 FORMULA_LABELS = {"parameters": "exact", "flops": "formula", "memory": "formula"}

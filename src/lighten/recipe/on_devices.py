@@ -1,0 +1,72 @@
+"""What a workload takes on devices that are known by published figures, one or many under a plan."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lighten.cost.memory import MemoryBreakdown
+from lighten.cost.workload import Workload
+from lighten.device.device import Device
+from lighten.device.roofline import TimePrediction
+from lighten.errors import DeviceError, WorkloadError
+from lighten.model.spec import ModelSpec
+from lighten.parallel.memory import rank_memory
+from lighten.parallel.plan import Plan
+from lighten.parallel.serving import STACKS, inference_time
+from lighten.parallel.step_time import SOFTWARES, Stack, step_time
+from lighten.recipe.placement import Placed
+from lighten.recipe.recipe import Recipe
+
+ONE_DEVICE = Plan()
+FOR_TRAINING = ("cp", "ep", "shard", "shard_group", "sequence_parallel", "schedule", "virtual_stages", "micro_batch_size", "offload")
+"""Fields of a plan that have no effect outside training."""
+
+
+def place_on_devices(  # noqa: PLR0913  what is asked, of what, and where
+    spec: ModelSpec, workload: Workload, recipe: Recipe, memory: MemoryBreakdown, device: Device, *, plan: Plan, stack: str | None
+) -> Placed:
+    """A recipe's model on devices.
+
+    Args:
+        memory: of the workload on one device.
+        stack: the kind of software, of `SOFTWARES` in training, of `STACKS` elsewhere; None: what is usual for a well-tuned run.
+
+    Raises:
+        DeviceError: a figure that the time needs is not known, or the recipe's runtime is of this machine alone.
+        WorkloadError: a plan that does not fit the workload or the model.
+    """
+    if recipe.runtime != Recipe().runtime:
+        raise DeviceError(f"runtime {recipe.runtime} is timed on this machine alone; on {device.name} --stack says the kind of software.")
+    timed, peak = _trained(spec, workload, device, plan, stack) if workload.phase == "train" else _inferred(spec, workload, device, plan, stack)
+    return Placed(
+        device=device.name, count=plan.devices, memory=memory if plan == ONE_DEVICE else rank_memory(spec, workload, plan),
+        capacity_bytes=device.memory_bytes, time=timed, peak_flops_per_s=peak * plan.devices, label="fitted", plan=plan,
+        assumptions=_assumptions(device, plan),
+    )  # fmt: skip
+
+
+def _trained(spec: ModelSpec, workload: Workload, device: Device, plan: Plan, stack: str | None) -> tuple[TimePrediction, float]:
+    if stack is not None and stack not in SOFTWARES:
+        raise WorkloadError(f"stack={stack!r} does not train; kinds of software that do: {', '.join(SOFTWARES)}.")
+    software = Stack() if stack is None else Stack(software=stack)  # type: ignore[arg-type]
+    found = step_time(spec, workload, plan, device, stack=software)
+    time = TimePrediction(seconds=found.seconds, low=found.low, high=found.high, bound_by=found.bound_by)
+    return time, device.peak(software.linear_dtype or workload.dtype)
+
+
+def _inferred(spec: ModelSpec, workload: Workload, device: Device, plan: Plan, stack: str | None) -> tuple[TimePrediction, float]:
+    for name in FOR_TRAINING:
+        if getattr(plan, name) != getattr(ONE_DEVICE, name):
+            raise WorkloadError(f"{name}={getattr(plan, name)} has no effect in phase {workload.phase}, which takes dp, tp and pp.")
+    if stack is not None and stack not in STACKS:
+        raise WorkloadError(f"stack={stack!r} runs no inference; kinds of software that do: {', '.join(STACKS)}.")
+    share = replace(workload, batch_size=plan.micro_batch(workload.batch_size))
+    found = inference_time(spec, share, device, tp=plan.tp, pp=plan.pp, **({} if stack is None else {"stack": stack}))
+    return TimePrediction(seconds=found.seconds, low=found.low, high=found.high, bound_by=found.bound_by), device.peak(workload.dtype)
+
+
+def _assumptions(device: Device, plan: Plan) -> tuple[str, ...]:
+    said = [f"time from the data sheet of {device.name} and the shares of it that published runs reach; low to high is a 90 % range"]
+    if plan.devices > 1:
+        said.append(f"memory of the fullest of {plan.devices} devices: {plan}")
+    return tuple(said)
