@@ -20,7 +20,7 @@ from lighten.model.runnable import read_runnable
 from lighten.parallel.plan import Plan
 from lighten.recipe import Recipe, apply_recipe, read_recipe
 from lighten.recipe.estimate import Estimate
-from lighten.recipe.placement import default_plan
+from lighten.recipe.placement import Use, default_plan
 from lighten.recipe.predict import compute_dtype
 from lighten.trace.open import open_live, open_model
 from lighten.trace.program import Followed
@@ -83,7 +83,7 @@ def estimate(
         trust_remote_code: run code that the model's folder brings.
         options: phase, batch_size, seq_len, new_tokens, dtype, kv_dtype, attention, optimizer, recompute, …: the fields of `Workload`. Of devices
             of published figures also those of `Plan` (dp, tp, pp, cp, ep, shard, …; what is not given follows from the count), price, network and
-            devices_per_node (what is the user's own), and stack, the kind of software that runs it there.
+            devices_per_node (what is the user's own), and stack, tokens and concurrency (`Use`).
 
     Raises:
         LightenError: whatever of this cannot be read or does not fit together.
@@ -94,10 +94,10 @@ def estimate(
     if method not in get_args(Method):
         raise WorkloadError(f"method {method!r} is not known; known: {', '.join(get_args(Method))}.")
     spread, own = ({name: options.pop(name) for name in names & options.keys()} for names in (PLAN_OPTIONS, PLACE_OPTIONS))
-    stack = own.pop("stack", None)
+    use: dict[str, Any] = {name: own.pop(name) for name in ("stack", "tokens", "concurrency") if name in own}
     where, count = find_place(device, **own) if device else (None, 1)
     if not isinstance(where, Device):
-        _refuse_placeless({**spread, **own, "stack": stack})
+        _refuse_placeless({**spread, **own, **use})
     found = _opened(model, method, inputs, trust_remote_code=trust_remote_code)
     if not isinstance(found, ModelSpec):
         if recipe:
@@ -110,11 +110,11 @@ def estimate(
     dtype = asked_dtype or compute_dtype(said, apply_recipe(said, found))
     asked = make_workload(found, dtype=dtype, **options)
     plan = default_plan(asked, count, spread) if isinstance(where, Device) else None
-    return estimate_spec(found, asked, recipe=said, device=where, plan=plan, stack=stack)
+    return estimate_spec(found, asked, recipe=said, device=where, plan=plan, use=Use(**use) if use else None)
 
 
 PLAN_OPTIONS = frozenset(field.name for field in fields(Plan))
-PLACE_OPTIONS = frozenset({"price", "network", "devices_per_node", "stack"})
+PLACE_OPTIONS = frozenset({"price", "network", "devices_per_node", "stack", "tokens", "concurrency"})
 
 
 def _refuse_placeless(options: Mapping[str, Any]) -> None:

@@ -7,9 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 from lighten import verbs
-from lighten.cli.options import add_device, add_json, add_numerics, add_plan, add_sizes, place_of, plan_of, print_json, workload_of
+from lighten.cli.options import add_device, add_json, add_numerics, add_plan, add_sizes, place_of, plan_of, positive, print_json, workload_of
 from lighten.cost.sizes import SIZE_NAMES
+from lighten.device.bill import Bill
+from lighten.errors import LightenError
 from lighten.recipe.estimate import Estimate
+from lighten.recipe.placement import Placed
 from lighten.units import format_bytes, format_count, format_seconds
 
 METHODS = ("auto", "formula", "trace")
@@ -27,6 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sizes(parser)
     add_numerics(parser)
     add_device(parser)
+    parser.add_argument("--tokens", type=_tokens, metavar="N", help="of a whole training run, such as 2T: days, MWh and money")
+    parser.add_argument(
+        "--concurrency", type=_concurrency, metavar="N|max", help="of phase generate: serve so many requests at once, batched in flight"
+    )
     add_plan(parser)
     parser.add_argument("--recipe", metavar="TEXT|FILE", help="what the model becomes first, such as 'quantize(rtn, bits=4, group_size=64)'")
     parser.add_argument("--method", choices=METHODS, default="auto", help="default auto: the formula where there is one, else by following the model")
@@ -36,6 +43,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--csv", metavar="FILE", help="write the points of a sweep")
     parser.add_argument("--plot", metavar="FILE", help=".html or .svg: memory and FLOPs against length, and what has the parameters and FLOPs")
     add_json(parser)
+
+
+def _tokens(text: str) -> int:
+    from lighten.device.bill import parse_tokens
+
+    try:
+        return parse_tokens(text)
+    except LightenError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _concurrency(text: str) -> int:
+    return 0 if text == "max" else positive(text)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -78,12 +98,8 @@ def estimate_text(found: Estimate) -> str:
         f"  memory      {format_bytes(memory.peak)}  ({_shares({k.replace('_', ' '): v for k, v in parts.items() if v}, format_bytes)})",
         f"  on disk     {format_bytes(found.size_bytes)}",
     ]
-    if found.placed and found.time:
-        time = found.time
-        range_ = f" ({format_seconds(time.low)} to {format_seconds(time.high)})" if time.low is not None else ""
-        rate = f"{asked.tokens / time.seconds:,.0f} tokens/s"
-        mfu = f", {found.mfu:.0%} of the measured peak" if found.mfu is not None else ""
-        lines.append(f"  time        {format_seconds(time.seconds)}{range_} on {found.placed.device}: {rate}, bound by {time.bound_by}{mfu}")
+    if found.placed:
+        lines += _placed_lines(found.placed, asked.tokens, found.mfu)
     if found.process_bytes:
         lines.append(f"  process     {format_bytes(found.process_bytes)} resident at the peak, the runtime included")
     if found.reserved_bytes is not None:
@@ -91,6 +107,47 @@ def estimate_text(found: Estimate) -> str:
     lines += [f"  · {line}" for line in found.assumptions]
     lines += [f"  ! {line}" for line in found.warnings]
     return "\n".join(lines)
+
+
+def _placed_lines(placed: Placed, tokens: int, mfu: float | None) -> list[str]:
+    """Time, whether it fits, money, a whole run, a server."""
+    lines, name = [], placed.device if placed.count == 1 else f"{placed.count} × {placed.device}"
+    if time := placed.time:
+        range_ = f" ({format_seconds(time.low)} to {format_seconds(time.high)})" if time.low is not None else ""
+        share = f", {mfu:.0%} of the {'measured' if placed.label == 'calibrated' else 'published'} peak" if mfu is not None else ""
+        lines.append(
+            f"  time        {format_seconds(time.seconds)}{range_} on {name}: {tokens / time.seconds:,.0f} tokens/s, bound by {time.bound_by}{share}"
+        )
+    if placed.free_bytes is not None:
+        verdict = (
+            f"fits, {format_bytes(placed.free_bytes)} free"
+            if placed.free_bytes >= 0
+            else f"does not fit, {format_bytes(-placed.free_bytes)} too much"
+        )
+        lines.append(f"  of {format_bytes(placed.capacity_bytes)}  {verdict}" + (", on the fullest device" if placed.count > 1 else ""))
+    if placed.bill:
+        lines.append(f"  cost        {_bill(placed.bill)}")
+    if placed.run:
+        run = placed.run
+        energy = f"{run.megawatt_hours:,.4g} MWh at most" if run.megawatt_hours is not None else "energy not known"
+        money = f"${run.usd:,.0f}" if run.usd is not None else "price not known, --price gives one"
+        lines.append(f"  whole run   {run.days:,.1f} days for {format_count(run.tokens)} tokens, {energy}, {money}")
+    if placed.serving:
+        serving = placed.serving
+        low, high = (f"{serving.output_tokens_per_s * factor:,.0f}" for factor in (serving.low, serving.high))
+        lines.append(
+            f"  serving     {serving.concurrency} requests at once (at most {serving.largest_concurrency}): "
+            f"{serving.output_tokens_per_s:,.0f} new tokens/s ({low} to {high}), "
+            f"first token {format_seconds(serving.ttft_s)}, then {format_seconds(serving.tpot_s)} each"
+        )
+    return lines
+
+
+def _bill(bill: Bill) -> str:
+    energy = f"{bill.joules:,.3g} J at most" if bill.joules is not None else "energy not known"
+    if bill.usd is None:
+        return f"{energy}; price not known, --price gives one"
+    return f"{energy}; ${bill.usd:,.3g}, ${bill.usd_per_million_tokens:,.3g} a million tokens"
 
 
 def _shares(parts: dict[str, int], say: Callable[[float], str]) -> str:

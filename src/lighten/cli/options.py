@@ -124,7 +124,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def place_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """What of the device is the user's own, and the software, where given."""
-    names = ("price", "network", "devices_per_node", "stack")
+    names = ("price", "network", "devices_per_node", "stack", "tokens", "concurrency")
     return {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
 
 

@@ -20,7 +20,7 @@ from lighten.errors import DeviceError, WorkloadError
 from lighten.model.spec import Embedding, Linear, ModelSpec
 from lighten.parallel.plan import Plan
 from lighten.recipe.on_machine import place_followed, place_on_machine
-from lighten.recipe.placement import Placed
+from lighten.recipe.placement import Placed, Use
 from lighten.recipe.predict import apply_recipe, artifact_bytes
 from lighten.recipe.recipe import Recipe
 from lighten.trace.allocator import simulate
@@ -114,6 +114,7 @@ class Estimate:
             "size_bytes": self.size_bytes,
             "time": self._time_json(),
             "fits": [] if self.placed is None else [{"device": self.placed.device, "count": self.placed.count, "free": self.placed.free_bytes}],
+            **(self.placed.as_json() if self.placed else dict.fromkeys(("plan", "bill", "run", "serving"))),
             "assumptions": list(self.assumptions), "warnings": list(self.warnings),
         }  # fmt: skip
 
@@ -137,13 +138,13 @@ class Estimate:
 
 def estimate(
     spec: ModelSpec, workload: Workload, *, recipe: Recipe | None = None, device: Profile | Device | None = None, plan: Plan | None = None,
-    stack: str | None = None,
+    use: Use | None = None,
 ) -> Estimate:  # fmt: skip
     """Parameters, FLOPs and memory of a workload on a model as the recipe leaves it, and on a device its time.
 
     Args:
         device: a machine that was probed, or one of published figures.
-        plan, stack: of a device of published figures: how the workload is spread over several, and the kind of software that runs it.
+        plan, use: of a device of published figures: how the workload is spread over several, and what else is asked of them.
 
     Raises:
         WorkloadError, RecipeError, DeviceError: what is asked does not fit the model, the runtime or the device.
@@ -155,7 +156,7 @@ def estimate(
         raise WorkloadError("phase train of quantized weights is not supported: codes have no gradient; train first, then quantize.")
     flops = workload_flops(changed, workload)
     memory = memory_of(changed, workload)
-    placed = _placed(changed, workload, recipe, memory, device, plan, stack)
+    placed = _placed(changed, workload, recipe, memory, device, plan, use)
     return Estimate(
         spec=changed, workload=workload, matmul={name.partition("/")[2]: value for name, value in flops.items() if name.startswith("matmul/")},
         matmul_causal=flops["matmul_causal"], total_flops=flops["total_flops"], memory=placed.memory if placed else memory,
@@ -172,14 +173,16 @@ def _placed(  # noqa: PLR0913  what is asked, and of what
     memory: MemoryBreakdown,
     device: Profile | Device | None,
     plan: Plan | None,
-    stack: str | None,
+    use: Use | None,
 ) -> Placed | None:
     if isinstance(device, Device):
         from lighten.recipe.on_devices import place_on_devices
 
-        return place_on_devices(spec, workload, recipe, memory, device, plan=plan or Plan(), stack=stack)
-    if stack is not None or (plan or Plan()).devices > 1:
-        raise DeviceError("a plan and a stack are of devices with published figures; `lighten devices` lists them. This machine is measured as one.")
+        return place_on_devices(spec, workload, recipe, memory, device, plan=plan or Plan(), use=use or Use())
+    if use is not None or (plan or Plan()).devices > 1:
+        raise DeviceError(
+            "a plan and what else is asked of it are of devices with published figures, which `lighten devices` lists; this machine is one."
+        )
     return place_on_machine(forward_passes(spec, workload), spec, workload, recipe, memory, device) if device else None
 
 

@@ -6,15 +6,16 @@ from dataclasses import replace
 
 from lighten.cost.memory import MemoryBreakdown
 from lighten.cost.workload import Workload
+from lighten.device.bill import Bill, bill_of, training_run
 from lighten.device.device import Device
 from lighten.device.roofline import TimePrediction
 from lighten.errors import DeviceError, WorkloadError
 from lighten.model.spec import ModelSpec
 from lighten.parallel.memory import rank_memory
 from lighten.parallel.plan import Plan
-from lighten.parallel.serving import STACKS, inference_time
+from lighten.parallel.serving import STACKS, Serving, inference_time, serve
 from lighten.parallel.step_time import SOFTWARES, Stack, step_time
-from lighten.recipe.placement import Placed
+from lighten.recipe.placement import Placed, Use
 from lighten.recipe.recipe import Recipe
 
 ONE_DEVICE = Plan()
@@ -23,13 +24,12 @@ FOR_TRAINING = ("cp", "ep", "shard", "shard_group", "sequence_parallel", "schedu
 
 
 def place_on_devices(  # noqa: PLR0913  what is asked, of what, and where
-    spec: ModelSpec, workload: Workload, recipe: Recipe, memory: MemoryBreakdown, device: Device, *, plan: Plan, stack: str | None
+    spec: ModelSpec, workload: Workload, recipe: Recipe, memory: MemoryBreakdown, device: Device, *, plan: Plan, use: Use
 ) -> Placed:
     """A recipe's model on devices.
 
     Args:
         memory: of the workload on one device.
-        stack: the kind of software, of `SOFTWARES` in training, of `STACKS` elsewhere; None: what is usual for a well-tuned run.
 
     Raises:
         DeviceError: a figure that the time needs is not known, or the recipe's runtime is of this machine alone.
@@ -37,10 +37,12 @@ def place_on_devices(  # noqa: PLR0913  what is asked, of what, and where
     """
     if recipe.runtime != Recipe().runtime:
         raise DeviceError(f"runtime {recipe.runtime} is timed on this machine alone; on {device.name} --stack says the kind of software.")
-    timed, peak = _trained(spec, workload, device, plan, stack) if workload.phase == "train" else _inferred(spec, workload, device, plan, stack)
+    timed, peak = (_trained if workload.phase == "train" else _inferred)(spec, workload, device, plan, use.stack)
     return Placed(
         device=device.name, count=plan.devices, memory=memory if plan == ONE_DEVICE else rank_memory(spec, workload, plan),
         capacity_bytes=device.memory_bytes, time=timed, peak_flops_per_s=peak * plan.devices, label="fitted", plan=plan,
+        bill=bill_of(device, plan.devices, timed.seconds, workload.tokens), run=_run(workload, device, plan, timed, use),
+        serving=_served(spec, workload, device, plan, use),
         assumptions=_assumptions(device, plan),
     )  # fmt: skip
 
@@ -63,6 +65,27 @@ def _inferred(spec: ModelSpec, workload: Workload, device: Device, plan: Plan, s
     share = replace(workload, batch_size=plan.micro_batch(workload.batch_size))
     found = inference_time(spec, share, device, tp=plan.tp, pp=plan.pp, **({} if stack is None else {"stack": stack}))
     return TimePrediction(seconds=found.seconds, low=found.low, high=found.high, bound_by=found.bound_by), device.peak(workload.dtype)
+
+
+def _run(workload: Workload, device: Device, plan: Plan, time: TimePrediction, use: Use) -> Bill | None:
+    if use.tokens is None:
+        return None
+    if workload.phase != "train":
+        raise WorkloadError(f"--tokens has no effect in phase {workload.phase}: it is the length of a training run.")
+    return training_run(device, plan.devices, tokens=use.tokens, tokens_per_s=workload.tokens / time.seconds)
+
+
+def _served(spec: ModelSpec, workload: Workload, device: Device, plan: Plan, use: Use) -> Serving | None:
+    if use.concurrency is None:
+        return None
+    if workload.phase != "generate":
+        raise WorkloadError(f"--concurrency has no effect in phase {workload.phase}: requests are of phase generate.")
+    if plan.dp > 1:
+        raise WorkloadError(f"--concurrency is of one copy of the model; dp={plan.dp} copies serve {plan.dp} times as much.")
+    return serve(
+        spec, device, input_len=workload.seq_len, output_len=workload.new_tokens, concurrency=use.concurrency or None, dtype=workload.dtype,
+        kv_dtype=workload.kv_dtype, tp=plan.tp, pp=plan.pp, **({} if use.stack is None else {"stack": use.stack}),
+    )  # fmt: skip
 
 
 def _assumptions(device: Device, plan: Plan) -> tuple[str, ...]:

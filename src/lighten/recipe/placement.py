@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from lighten.cost.memory import MemoryBreakdown
 from lighten.cost.workload import Workload
 from lighten.device.roofline import TimePrediction
 from lighten.errors import WorkloadError
 from lighten.parallel.plan import Plan
+
+if TYPE_CHECKING:
+    from lighten.device.bill import Bill
+    from lighten.parallel.serving import Serving
+
+
+@dataclass(frozen=True, kw_only=True)
+class Use:
+    """What else is asked of devices of published figures.
+
+    Attributes:
+        stack: the kind of software: of training fused, compiled or eager; else engine, ggml, local or eager; None: the first of these.
+        tokens: of a whole training run.
+        concurrency: requests that are served at once; 0: as many as fit.
+    """
+
+    stack: str | None = None
+    tokens: int | None = None
+    concurrency: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +43,9 @@ class Placed:
         time: of the whole workload; None: not known.
         peak_flops_per_s: of all devices together, in the type that most is computed in; None: not known.
         plan: how it is spread; None: on one machine.
+        bill: energy and money of the workload; None on a machine of one's own.
+        run: the same of a whole training run.
+        serving: batching in flight at a steady load of requests like this one.
         label: how the time was found: calibrated (by measurements on the device) or fitted (to published runs of others).
     """
 
@@ -35,7 +58,18 @@ class Placed:
     peak_flops_per_s: float | None = None
     label: str = "calibrated"
     plan: Plan | None = None
+    bill: Bill | None = None
+    run: Bill | None = None
+    serving: Serving | None = None
     assumptions: tuple[str, ...] = field(default=())
+
+    def as_json(self) -> dict[str, Any]:
+        """Beside time and memory: the plan, what it costs, a whole run, a server."""
+        return {
+            "plan": None if self.plan is None else asdict(self.plan), "bill": None if self.bill is None else bill_json(self.bill),
+            "run": None if self.run is None else {"tokens": self.run.tokens, "seconds": self.run.seconds, **bill_json(self.run)},
+            "serving": None if self.serving is None else self.serving.as_json(),
+        }  # fmt: skip
 
     @property
     def needed_bytes(self) -> int:
@@ -46,6 +80,13 @@ class Placed:
     def free_bytes(self) -> int | None:
         """What is left; negative where it does not fit; None where the device's memory is not known."""
         return None if self.capacity_bytes is None else self.capacity_bytes - self.needed_bytes
+
+
+def bill_json(bill: Bill) -> dict[str, float | None]:
+    """Energy and money in base units."""
+    return {
+        "joules": bill.joules, "joules_per_token": bill.joules_per_token, "usd": bill.usd, "usd_per_million_tokens": bill.usd_per_million_tokens,
+    }  # fmt: skip
 
 
 def default_plan(workload: Workload, count: int, asked: dict[str, object]) -> Plan:
