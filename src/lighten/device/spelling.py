@@ -111,7 +111,7 @@ def choose(asked: Spelling, found: Sequence[Device]) -> list[Device]:
 
 
 def certain(asked: Spelling, found: Device) -> bool:
-    """Whether the only device that a text may mean among the known ones is the only one that there is: it leaves open neither form nor kind of memory."""
+    """Whether the text says all that tells devices apart, known here or not: it leaves open neither the form nor the kind of memory."""
     if _rank(asked, found) == 2:
         return True
     names = [name for name in _names(found.name, found.full_name, *found.aliases) if asked.words <= name.words]
@@ -130,6 +130,7 @@ def common(found: Sequence[Device]) -> Device | None:
         first,
         name=names,
         full_name=" or ".join(one.full_name for one in found),
+        memory_bytes=first.memory_bytes if all(_same(first.memory_bytes, one.memory_bytes) for one in found) else None,
         peak_flops_per_s=_shared([one.peak_flops_per_s for one in found]),
         measured_flops_per_s={},
         links=first.links if all(one.links == first.links for one in found) else (),
