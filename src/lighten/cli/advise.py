@@ -5,19 +5,14 @@ from __future__ import annotations
 import argparse
 import textwrap
 
-from lighten.cli.options import add_device, add_json, add_numerics, add_plan, add_workload, positive, print_json, workload_of
-from lighten.cli.places import place_of, plan_for
-from lighten.errors import UnsupportedFamily
-from lighten.model.spec import ModelSpec
+from lighten.cli.cases import case_of, open_spec
+from lighten.cli.options import add_device, add_json, add_numerics, add_plan, add_workload, positive, print_json
 from lighten.recipe.advise import GOALS, MOST_LOSS, Advice, Line, advise
-from lighten.recipe.case import Case, Cost
-from lighten.recipe.predict import apply_recipe, compute_dtype
+from lighten.recipe.case import Cost
 from lighten.recipe.quality import Quality
 from lighten.recipe.recipe import Recipe, read_recipe
 from lighten.report.table import WIDTH, format_table
-from lighten.trace.open import open_model
 from lighten.units import format_bytes, format_seconds
-from lighten.verbs import make_workload
 
 EXAMPLE = """lighten advise .models/smollm2-135m --device l4 --phase decode --seq-len 512 --new-tokens 64
   lighten advise .models/smollm2-135m --device rtx-3060 --phase train --batch-size 8 --seq-len 1024 --goal fits"""
@@ -43,34 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    spec = open_spec(arguments.model)
-    target, count = place_of(arguments.device, arguments)
-    case = make_case(spec, arguments, read_recipe(arguments.recipe) if arguments.recipe else Recipe())
-    plan = plan_for(arguments, target, count, case.workload.phase)
-    case = Case(spec=spec, workload=case.workload, recipe=case.recipe, plan=plan)
+    recipe = read_recipe(arguments.recipe) if arguments.recipe else Recipe()
+    case, target = case_of(open_spec(arguments.model), arguments, recipe, arguments.device)
     draft = open_spec(arguments.draft) if arguments.draft else None
     found = advise(case, target, goal=arguments.goal, draft=draft, most_loss=arguments.most_loss)
     print_json(found.as_json()) if arguments.json else print(advice_text(found, arguments.top))
     return 0
-
-
-def open_spec(model: str) -> ModelSpec:
-    """The spec of a model that has a formula: a recipe is read on nothing else.
-
-    Raises:
-        UnsupportedFamily: it has none.
-    """
-    found = open_model(model, method="formula")
-    if not isinstance(found, ModelSpec):
-        raise UnsupportedFamily(f"{model}: levers are read on a formula's spec; this model has none.")
-    return found
-
-
-def make_case(spec: ModelSpec, arguments: argparse.Namespace, recipe: Recipe) -> Case:
-    """The model with what the options ask for; its type is that of the weights after the recipe where none is given."""
-    words = workload_of(arguments)
-    dtype = words.pop("dtype", None) or compute_dtype(recipe, apply_recipe(recipe, spec))
-    return Case(spec=spec, workload=make_workload(spec, dtype=dtype, **words), recipe=recipe)
 
 
 def _factor(text: str) -> float:

@@ -7,19 +7,20 @@ from typing import Any, TypeAlias
 
 from lighten.cost.memory import MemoryBreakdown
 from lighten.cost.workload import Workload
+from lighten.device.bill import bill_of
 from lighten.device.device import Device
 from lighten.device.profile import Profile
 from lighten.device.roofline import TimePrediction
 from lighten.model.spec import Linear, ModelSpec
 from lighten.parallel.plan import Plan
 from lighten.recipe.estimate import Estimate, estimate, forward_passes
+from lighten.recipe.placement import Use
 from lighten.recipe.predict import apply_recipe
 from lighten.recipe.predicted import is_packed
 from lighten.recipe.recipe import Recipe
 
 Target: TypeAlias = Device | Profile | None
 """Where it runs: a device of published figures, a machine that was probed, or nowhere: then memory and FLOPs alone are known."""
-HOUR_S = 3600
 SPARSE_SPEEDUP = 2.0
 """Dense rate → rate of 2:4 products. Source: Mishra et al. 2021 (arXiv:2104.08378), section 3."""
 
@@ -30,12 +31,14 @@ class Case:
 
     Attributes:
         plan: over devices of one kind; all sizes 1: one device.
+        stack: the kind of software on a device of published figures; None: the usual.
     """
 
     spec: ModelSpec
     workload: Workload
     recipe: Recipe = field(default_factory=Recipe)
     plan: Plan = field(default_factory=Plan)
+    stack: str | None = None
 
     @property
     def changed(self) -> ModelSpec:
@@ -54,7 +57,7 @@ class Cost:
         capacity_bytes: that there are; None: not known.
         time: of the whole workload; None: not known, or no device.
         devices: that it runs on.
-        usd: of the whole workload; None: no price, or no time.
+        usd, joules: of the whole workload; None: no price or power, or no time. Joules are the most that the devices may draw.
     """
 
     estimate: Estimate
@@ -63,7 +66,8 @@ class Cost:
     capacity_bytes: int | None
     time: TimePrediction | None
     devices: int
-    usd: float | None
+    usd: float | None = None
+    joules: float | None = None
 
     @property
     def tokens(self) -> int:
@@ -104,7 +108,7 @@ class Cost:
                 "seconds": time.seconds, "low": time.low, "high": time.high, "bound_by": time.bound_by,
                 "tokens_per_second": self.tokens / time.seconds,
             },
-            "usd": self.usd, "usd_per_million_tokens": None if self.usd is None else self.usd / self.tokens * 1e6,
+            "joules": self.joules, "usd": self.usd, "usd_per_million_tokens": None if self.usd is None else self.usd / self.tokens * 1e6,
         }  # fmt: skip
 
 
@@ -120,15 +124,17 @@ def cost_of(case: Case, target: Target = None) -> Cost:
         time = _sparse_time(case, target, time)
     cost = Cost(
         estimate=found, memory=found.memory, needed_bytes=placed.needed_bytes if placed else found.memory.peak,
-        capacity_bytes=placed.capacity_bytes if placed else None, time=time, devices=case.plan.devices, usd=None,
+        capacity_bytes=placed.capacity_bytes if placed else None, time=time, devices=case.plan.devices,
     )  # fmt: skip
     return priced(cost, target)
 
 
 def priced(cost: Cost, target: Target) -> Cost:
-    """The same with its money: the time of all devices at the device's price."""
-    price = target.price if isinstance(target, Device) else None
-    return replace(cost, usd=price.usd_per_hour * cost.devices * cost.time.seconds / HOUR_S if price and cost.time else None)
+    """The same with its money and energy: the time of all devices at the device's price and power."""
+    if not isinstance(target, Device) or cost.time is None:
+        return replace(cost, usd=None, joules=None)
+    bill = bill_of(target, cost.devices, cost.time.seconds, cost.tokens)
+    return replace(cost, usd=bill.usd, joules=bill.joules)
 
 
 def device_name(target: Target) -> str | None:
@@ -146,7 +152,9 @@ def has_sparse_products(device: Device) -> bool:
 
 
 def _estimated(case: Case, target: Target) -> Estimate:
-    return estimate(case.spec, case.workload, recipe=case.recipe, device=target)  # type: ignore[arg-type]
+    if isinstance(target, Device):
+        return estimate(case.spec, case.workload, recipe=case.recipe, device=target, plan=case.plan, use=Use(stack=case.stack))
+    return estimate(case.spec, case.workload, recipe=case.recipe, device=target)
 
 
 def _sparse_time(case: Case, target: Target, packed: TimePrediction) -> TimePrediction | None:
