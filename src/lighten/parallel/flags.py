@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import yaml
 
@@ -21,6 +22,7 @@ from lighten.cost.workload import Workload
 from lighten.errors import WorkloadError
 from lighten.model.spec import Linear, ModelSpec
 from lighten.parallel.plan import Plan
+from lighten.parallel.rank import block_names, stage_blocks
 from lighten.units import DTYPE_BITS
 
 
@@ -69,6 +71,16 @@ class _Asked:
     @property
     def has_experts(self) -> bool:
         return any(isinstance(part, Linear) and part.experts > 1 for part in self.spec.parts)
+
+    @property
+    def pieces(self) -> list[range]:
+        """Layers of each piece of the pipeline, in the order in which a batch meets them."""
+        stages = stage_blocks(len(block_names(self.spec)), self.plan, self.spec.name)
+        return [stages[piece % self.plan.pp][piece // self.plan.pp] for piece in range(self.plan.pp * self.plan.virtual_stages)]
+
+    @property
+    def is_even(self) -> bool:
+        return len({len(piece) for piece in self.pieces}) == 1
 
     @property
     def shard_over(self) -> int:
@@ -131,9 +143,6 @@ def _refuse_torchtitan(asked: _Asked) -> list[str]:
         missing.append(f"shard_group={plan.shard_group}, it shards over all cp={plan.cp} ranks; use a multiple of cp")
     if plan.tp > 1 and not plan.sequence_parallel:
         missing.append("tp without sequence_parallel, which it always has")
-    chunks = plan.pp * plan.virtual_stages
-    if plan.virtual_stages > 2 and -(-asked.spec.layers // -(-asked.spec.layers // chunks)) != chunks:
-        missing.append(f"{asked.spec.layers} layers in {chunks} pieces, it cuts pieces of one size and a rest")
     if plan.offload != "none":
         missing.append(f"offload={plan.offload}, it offloads weights, gradients and state together")
     if workload.recompute == "selective":
@@ -150,32 +159,39 @@ def _refuse_torchtitan(asked: _Asked) -> list[str]:
 def _write_torchtitan(asked: _Asked) -> Flags:
     plan, workload = asked.plan, asked.workload
     replicate, shard = asked.fsdp_sizes()
-    parallelism: dict[str, str | int | bool] = {
+    parallelism: dict[str, Any] = {
         "data_parallel_replicate_degree": replicate, "data_parallel_shard_degree": shard, "tensor_parallel_degree": plan.tp,
         "context_parallel_degree": plan.cp, "pipeline_parallel_degree": plan.pp,
     }  # fmt: skip
     if plan.shard in _RESHARD:
         parallelism["fsdp_reshard_after_forward"] = _RESHARD[plan.shard]
     if plan.pp > 1:
-        parallelism |= {
-            "pipeline_parallel_schedule": _TITAN_SCHEDULES[plan.schedule], "pipeline_parallel_microbatch_size": asked.micro_batch,
-            "pipeline_parallel_first_stage_less_layers": 0, "pipeline_parallel_last_stage_less_layers": 0,
-        }  # fmt: skip
-        if plan.virtual_stages > 2:  # 2 are its default
-            parallelism["pipeline_parallel_layers_per_stage"] = -(-asked.spec.layers // (plan.pp * plan.virtual_stages))
+        parallelism |= {"pipeline_parallel_schedule": _TITAN_SCHEDULES[plan.schedule], "pipeline_parallel_microbatch_size": asked.micro_batch}
+        parallelism |= _titan_stages(asked)
     if asked.has_experts:
         parallelism |= {"expert_parallel_degree": plan.ep, "expert_tensor_parallel_degree": plan.tp}
     in_16 = asked.narrow and not asked.mixed
-    training: dict[str, str | int | bool] = {
+    training: dict[str, Any] = {
         "local_batch_size": asked.micro_batch * (asked.micro_batches if plan.pp > 1 else 1), "global_batch_size": workload.batch_size,
         "seq_len": workload.seq_len, "dtype": "bfloat16" if in_16 else "float32", "mixed_precision_param": workload.dtype,
     }  # fmt: skip
-    sections: dict[str, dict[str, str | int | bool]] = {
+    sections: dict[str, dict[str, Any]] = {
         "training": training, "parallelism": parallelism, "activation_checkpoint": {"mode": workload.recompute},
         "optimizer": {"name": _TITAN_OPTIMIZERS[str(workload.optimizer)]},
     }  # fmt: skip
-    beside = ("merge these sections into the job's TOML file; later than 0.2.2 the same names are fields of a Python configuration",)
+    beside = (
+        "merge these sections into a job file of torchtitan 0.2.2; later versions are configured in Python and count tokens for sequences",
+    )
     return Flags(framework="torchtitan", text=_comments(beside) + _toml(sections), suffix=".toml", beside=beside)
+
+
+def _titan_stages(asked: _Asked) -> dict[str, Any]:
+    """Layers of each piece of the pipeline: by their number where all pieces have as many, else by name."""
+    if asked.is_even:
+        even = {"pipeline_parallel_first_stage_less_layers": 0, "pipeline_parallel_last_stage_less_layers": 0}
+        return even | {"pipeline_parallel_layers_per_stage": len(asked.pieces[0])}
+    names = [[f"layers.{layer}" for layer in piece] for piece in asked.pieces]
+    return {"module_fqns_per_model_part": [["tok_embeddings", *names[0]], *names[1:-1], [*names[-1], "norm", "output"]]}
 
 
 # Megatron-LM
@@ -207,15 +223,14 @@ def _refuse_megatron(asked: _Asked) -> list[str]:
 
 
 def _write_megatron(asked: _Asked) -> Flags:
-    plan, workload, layers = asked.plan, asked.workload, asked.spec.layers
+    plan, workload = asked.plan, asked.workload
     lines = [
         f"--tensor-model-parallel-size {plan.tp}", f"--pipeline-model-parallel-size {plan.pp}", f"--context-parallel-size {plan.cp}",
         f"--micro-batch-size {asked.micro_batch}", f"--global-batch-size {workload.batch_size}", f"--seq-length {workload.seq_len}",
         f"--optimizer {_MEGATRON_OPTIMIZERS[str(workload.optimizer)]}",
     ]  # fmt: skip
-    chunks = plan.pp * plan.virtual_stages
-    if layers % chunks:
-        lines.append(f"--pipeline-model-parallel-layout {_layout(layers, chunks)}")
+    if not asked.is_even:
+        lines.append(f"--pipeline-model-parallel-layout {_layout(asked.pieces)}")
     elif plan.virtual_stages > 1:
         lines.append(f"--num-virtual-stages-per-pipeline-rank {plan.virtual_stages}")
     if asked.has_experts:
@@ -249,22 +264,13 @@ def _megatron_sharding(plan: Plan) -> list[str]:
     return lines
 
 
-def _layout(layers: int, chunks: int) -> str:
+def _layout(pieces: list[range]) -> str:
     """Stages in Megatron-LM's letters (E embedding, t layer, L loss), where they do not all hold as many.
 
-    >>> _layout(10, 4)
-    'Ettt|ttt|tt|ttL'
+    >>> _layout([range(0, 2), range(2, 5), range(5, 7)])
+    'Ett|ttt|ttL'
     """
-    return "E" + "|".join("t" * count for count in stage_layers(layers, chunks)) + "L"
-
-
-def stage_layers(layers: int, chunks: int) -> list[int]:
-    """Layers of each of the pieces of a pipeline: as even as can be, the first ones hold one more.
-
-    >>> stage_layers(10, 4)
-    [3, 3, 2, 2]
-    """
-    return [layers // chunks + (chunk < layers % chunks) for chunk in range(chunks)]
+    return "E" + "|".join("t" * len(piece) for piece in pieces) + "L"
 
 
 # DeepSpeed
@@ -401,8 +407,8 @@ def _comments(lines: tuple[str, ...]) -> str:
     return "".join(f"# {line}\n" for line in lines)
 
 
-def _toml(sections: dict[str, dict[str, str | int | bool]]) -> str:
-    """Sections of TOML; strings, whole numbers and truth values are written as JSON writes them."""
+def _toml(sections: dict[str, dict[str, Any]]) -> str:
+    """Sections of TOML; strings, whole numbers, truth values and lists of strings are written as JSON writes them."""
     blocks = ["\n".join([f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]) for name, values in sections.items()]
     return "\n\n".join(blocks) + "\n"
 
