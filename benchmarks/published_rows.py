@@ -487,6 +487,15 @@ def device_of_row(row: Row) -> Device:
     return with_network(found, row.get("interconnect") or "")
 
 
+def joined(device: Device, devices: int) -> tuple[Device, bool]:
+    """The device with a link that joins so many, and whether that had to be added since none is known: `OUTSIDE` is then its speed."""
+    if devices == 1 or (device.links and any(link.devices is None or link.devices >= devices for link in device.links)):
+        return device, False
+    return replace(device, links=(*device.links, Link(name="not stated", bytes_per_s=OUTSIDE, devices=None))), True
+
+
+OUTSIDE = 12.5e9
+"""Bytes per second of a device's network where none is known: 100 Gb/s."""
 PER_NODE = 8
 """Devices of a node, where a row gives a node's network and not how many share it."""
 
@@ -529,7 +538,7 @@ class TrainingCase:
     Attributes:
         linear_dtype: the type that products of weights run in, where it is not the workload's.
         software: fused, compiled, eager or None where the framework's name does not tell (`lighten.parallel.step_time`).
-        unsaid: what the row leaves out: recompute, batch, plan, software, shape, power.
+        unsaid: what the row leaves out: recompute, batch, plan, software, shape, length, precision, network, power.
     """
 
     spec: ModelSpec
@@ -635,6 +644,9 @@ def plan_of_row(row: Row) -> tuple[Plan, tuple[str, ...]]:
     if (dp * cp) % ep:
         ep = math.gcd(dp * cp, ep)
     stages = count_of(row, "vp") or 1
+    if pp > 1 and count_of(row, "vp") is None:
+        unsaid = (*unsaid, "schedule")
+        stages = TYPICAL_STAGES if "interleav" in (row.get("note") or "").lower() else 1
     micro = count_of(row, "micro_batch")
     return Plan(
         dp=dp, tp=tp, pp=pp, cp=cp, ep=ep, shard=shard if dp * cp > 1 else "none",  # type: ignore[arg-type]
@@ -650,16 +662,17 @@ def training_case(row: Row) -> TrainingCase:
         NotGradable, LeftOut, LightenError: what is missing, or does not fit together.
     """
     spec, unsaid = spec_of_row(row)
-    device = device_of_row(row)
     plan, no_plan = plan_of_row(row)
+    device, no_network = joined(device_of_row(row), plan.devices)
     dtype, products = types_of(row)
     software, early = software_of(row)
     recompute, said = _recompute_of(row)
     seq_len = count_of(row, "seq_len")
-    batch, plan, no_batch = _batch_of(row, plan, seq_len or DEFAULT_LEN)
+    batch, plan, no_batch = _batch_of(row, plan, seq_len or DEFAULT_LEN, spread="plan" not in no_plan)
     missing = {
-        "shape": bool(unsaid), "plan": bool(no_plan), "batch": no_batch, "recompute": not said, "length": seq_len is None,
-        "software": software is None, "precision": not row.get("precision"), "power": bool(re.search(r"\d+w\b", row["hardware"].lower())),
+        "shape": bool(unsaid), "plan": "plan" in no_plan, "schedule": "schedule" in no_plan, "batch": no_batch, "recompute": not said,
+        "length": seq_len is None or "varies" in (row.get("note") or ""), "network": no_network, "software": software is None,
+        "precision": not row.get("precision"), "power": bool(re.search(r"\d+w\b", row["hardware"].lower())),
     }  # fmt: skip
     adapters = row.get("method") in ("lora", "qlora", "dora")
     workload = Workload(
@@ -674,6 +687,8 @@ def training_case(row: Row) -> TrainingCase:
     )  # fmt: skip
 
 
+TYPICAL_STAGES = 2
+"""Pieces of a device's layers where a row says that its schedule is interleaved and not how many there are."""
 DEFAULT_LEN = 2048
 """Tokens of a sequence where a row gives none: the range is widened for it."""
 LORA_RANK = 8
@@ -686,7 +701,7 @@ def _optimizer_of(row: Row) -> str:
     return "adam8bit" if "8bit" in text else "adamw"
 
 
-def _batch_of(row: Row, plan: Plan, seq_len: int) -> tuple[int, Plan, bool]:
+def _batch_of(row: Row, plan: Plan, seq_len: int, *, spread: bool) -> tuple[int, Plan, bool]:
     """Sequences of a step, the plan with a micro-batch that divides them, and whether the row leaves it open."""
     batch = count_of(row, "global_batch_seqs")
     tokens = number(row, "global_batch_tokens")
@@ -701,7 +716,7 @@ def _batch_of(row: Row, plan: Plan, seq_len: int) -> tuple[int, Plan, bool]:
         batch = micro * plan.dp * (accumulated or (4 * plan.pp if plan.pp > 1 else 1))
     share = max(1, round(batch / plan.dp))
     if micro is None:
-        most = max(1, round(DEFAULT_MICRO_TOKENS * plan.cp / seq_len))
+        most = max(1, round(DEFAULT_MICRO_TOKENS * plan.cp / seq_len)) if spread else share  # a plan that is not said is taken as one without waits
         micro = next(size for size in range(min(share, most), 0, -1) if share % size == 0)
         unsaid = True
     share = max(1, round(share / micro)) * micro

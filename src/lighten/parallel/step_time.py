@@ -30,7 +30,7 @@ from lighten.cost.optimizer_state import OPTIMIZERS
 from lighten.cost.passes import training_forward
 from lighten.cost.workload import Workload, check_workload
 from lighten.device.datasheet import RATES_FOLDER, Bound, attention_type, device_class, type_class
-from lighten.device.device import Device
+from lighten.device.device import Device, Link
 from lighten.errors import DeviceError, WorkloadError
 from lighten.model.spec import Attention, Linear, ModelSpec, Part, block_name
 from lighten.parallel.plan import Plan
@@ -87,7 +87,7 @@ class TrainingRates:
         collective_s: seconds of the smallest collective.
         tp_exposed, ep_exposed, cp_exposed: share of that traffic that computing does not hide.
         dp_hidden: share of a step's computing behind which data-parallel traffic hides; dp_exposed: share of it that never does.
-        operator_s: seconds between the starts of two kernels; a pass takes no less.
+        operator_s: kind of software → seconds that the host takes to start what one operator is made of; it does so while others run.
         step_s: of each step, beside all else.
         spread: standard deviation of log(predicted / measured) on steps of sources that were not fitted; by what is not known, what adds to it.
     """
@@ -115,7 +115,7 @@ class TrainingRates:
     cp_exposed: float = 0.3
     dp_hidden: float = 0.7
     dp_exposed: float = 0.1
-    operator_s: float = 4e-6
+    operator_s: Mapping[str, float] = field(default_factory=dict)
     step_s: float = 0.0
     spread: Mapping[str, float] = field(default_factory=dict)
     sources: tuple[str, ...] = ()
@@ -459,7 +459,7 @@ class _Work:
         whole = self.plan.tp if self.plan.sequence_parallel else 1
         moved = (shape.split_bytes / split + shape.whole_bytes / whole) * self.micro / self.plan.cp
         memory += (3 + again) * moved * self.pointwise / self.bytes_per_s
-        started = shape.kernels * (3 + again) * self.rates.operator_s * (1.0 + (self.stack.software == "eager"))
+        started = shape.kernels * (3 + again) * self.rates.of_software(self.rates.operator_s, self.stack.software)
         # kernels are started while others run: what shows is what computing does not cover
         busy = compute + memory
         overhead = started * started / (started + busy) if started else 0.0
@@ -532,9 +532,11 @@ class _Work:
 # ---- links ----
 
 
-def node_devices(device: Device) -> int | None:
-    """Devices that the innermost link joins; None: any number."""
-    return device.links[0].devices if device.links else None
+def _levels(device: Device, span: int) -> tuple[Link, Link]:
+    """The link that joins so many devices, and the one inside of it (itself where there is none)."""
+    outer = device.link(span)
+    at = device.links.index(outer)
+    return device.links[max(0, at - 1)], outer
 
 
 def group_bytes_per_s(device: Device, size: int, stride: int, rates: TrainingRates) -> float:
@@ -546,11 +548,10 @@ def group_bytes_per_s(device: Device, size: int, stride: int, rates: TrainingRat
     Raises:
         DeviceError: no known link joins so many.
     """
-    inner, outer = device.links[0] if device.links else None, device.link(size * stride)
-    if inner is None or outer is inner:
+    inner, outer = _levels(device, size * stride)
+    if outer is device.links[0]:
         return outer.bytes_per_s * rates.link_share
-    node = inner.devices or 1
-    members = max(1.0, min(size, node / stride))
+    members = max(1.0, min(size, (inner.devices or 1) / stride))
     return min(inner.bytes_per_s * rates.link_share, outer.bytes_per_s * members * rates.network_share)
 
 
@@ -560,8 +561,8 @@ def all_to_all_bytes_per_s(device: Device, size: int, stride: int, rates: Traini
     Raises:
         DeviceError: no known link joins so many.
     """
-    inner, outer = device.links[0] if device.links else None, device.link(size * stride)
-    if inner is None or outer is inner:
+    inner, outer = _levels(device, size * stride)
+    if outer is device.links[0]:
         return outer.bytes_per_s * rates.link_share
     members = max(1.0, min(size, (inner.devices or 1) / stride))
     leaves = 1 - members / size
@@ -667,14 +668,11 @@ def step_time(  # noqa: PLR0913 - what and where, and three refinements
     """
     stack, rates = stack or Stack(), rates or load_training_rates()
     check_workload(spec, workload)
+    if plan.pp > spec.layers:
+        raise WorkloadError(f"pp={plan.pp} is more than the {spec.layers} layers of {spec.name}; use at most {spec.layers}.")
     pieces = layer_pieces(spec, workload, plan, device, stack=stack, rates=rates)
     micro_batches = plan.micro_batches(workload.batch_size)
-    if plan.pp > pieces.layers:
-        raise WorkloadError(f"pp={plan.pp} is more than the {pieces.layers} layers of {spec.name}; use at most {pieces.layers}.")
-    parts = assemble(
-        pieces, traffic(plan, device, rates), rates, pp=plan.pp, dp=plan.dp * plan.cp, ep=plan.ep, gathers=float(plan.shard == "zero3"),
-        shards=plan.sharing_ranks if plan.shard != "none" else 1, micro_batches=micro_batches, virtual_stages=plan.virtual_stages,
-    )  # fmt: skip
+    parts = _assembled(pieces, workload, plan, device, rates)
     seconds = sum(parts.values())
     missing = unsaid + (("software",) if stack.software is None and "software" not in unsaid else ())
     factor = range_factor(rates, missing)
@@ -687,6 +685,26 @@ def step_time(  # noqa: PLR0913 - what and where, and three refinements
     return StepTime(
         seconds=seconds, low=seconds / factor, high=seconds * factor, bound_by=max(by_bound, key=lambda bound: by_bound[bound]), parts=parts,
         mfu=model_flops / seconds / peak / plan.devices, tokens_per_s=workload.tokens / seconds,
+    )  # fmt: skip
+
+
+def step_seconds_of(
+    spec: ModelSpec, workload: Workload, plan: Plan, device: Device, *, stack: Stack, rates: TrainingRates
+) -> float:  # fmt: skip
+    """The seconds of `step_time` alone, without its checks: for fits, which ask for it a hundred thousand times.
+
+    Raises:
+        DeviceError, WorkloadError: a figure of the device is not known, or the batch does not divide.
+    """
+    pieces = layer_pieces(spec, workload, plan, device, stack=stack, rates=rates)
+    return float(sum(_assembled(pieces, workload, plan, device, rates).values()))
+
+
+def _assembled(pieces: Pieces, workload: Workload, plan: Plan, device: Device, rates: TrainingRates) -> dict[str, Any]:
+    return assemble(
+        pieces, traffic(plan, device, rates), rates, pp=plan.pp, dp=plan.dp * plan.cp, ep=plan.ep, gathers=float(plan.shard == "zero3"),
+        shards=plan.sharing_ranks if plan.shard != "none" else 1, micro_batches=plan.micro_batches(workload.batch_size),
+        virtual_stages=plan.virtual_stages,
     )  # fmt: skip
 
 
