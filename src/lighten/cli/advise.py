@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import textwrap
 
 from lighten.cli.cases import case_of, open_spec
@@ -41,9 +42,14 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = read_recipe(arguments.recipe) if arguments.recipe else Recipe()
     case, target = case_of(open_spec(arguments.model), arguments, recipe, arguments.device)
     draft = open_spec(arguments.draft) if arguments.draft else None
-    found = advise(case, target, goal=arguments.goal, draft=draft, most_loss=arguments.most_loss)
+    found = advise(case, target, goal=arguments.goal, draft=draft, most_loss=arguments.most_loss, device=_named(arguments.device))
     print_json(found.as_json()) if arguments.json else print(advice_text(found, arguments.top))
     return 0
+
+
+def _named(device: str | None) -> str | None:
+    """What --device says, without the count."""
+    return device and re.sub(r":\d+$", "", device)
 
 
 def _factor(text: str) -> float:

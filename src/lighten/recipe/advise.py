@@ -98,7 +98,10 @@ class Advice:
         }  # fmt: skip
 
 
-def advise(case: Case, target: Target = None, *, goal: Goal | None = None, draft: ModelSpec | None = None, most_loss: float = MOST_LOSS) -> Advice:
+def advise(
+    case: Case, target: Target = None, *, goal: Goal | None = None, draft: ModelSpec | None = None, most_loss: float = MOST_LOSS,
+    device: str | None = None,
+) -> Advice:  # fmt: skip
     """Every lever on a case, ranked.
 
     Args:
@@ -108,6 +111,7 @@ def advise(case: Case, target: Target = None, *, goal: Goal | None = None, draft
             device, else latency.
         draft: a smaller model of the same vocabulary, for speculative decoding.
         most_loss: what levers that are put together may lose in quality, as a factor of perplexity.
+        device: how `--device` named it, without a count; None: its own name.
 
     Raises:
         WorkloadError: the goal is not known or needs a device, or the draft does not fit the model.
@@ -122,10 +126,12 @@ def advise(case: Case, target: Target = None, *, goal: Goal | None = None, draft
         if target is None:
             raise WorkloadError(f"draft {draft.name}: its gain is one of time, which is known on a device alone; use --device.")
     baseline = cost_of(case, target)
-    search = _Search(case=case, target=target, baseline=baseline, goal=goal or default_goal(baseline), left_out={})
+    search = _Search(
+        case=case, target=target, baseline=baseline, goal=goal or default_goal(baseline), left_out={}, device=device or device_name(target) or ""
+    )
     lines = sorted(search.lines(draft), key=search.order)
     return Advice(
-        case=case, device=device_name(target), goal=search.goal, baseline=baseline, lines=tuple(lines),
+        case=case, device=search.device or None, goal=search.goal, baseline=baseline, lines=tuple(lines),
         together=search.together(lines, most_loss, draft),
         left_out=tuple(search.left_out.items()), notes=tuple(search.notes()),
     )  # fmt: skip
@@ -144,6 +150,7 @@ class _Search:
     baseline: Cost
     goal: Goal
     left_out: dict[str, str]
+    device: str
 
     # ---- lines ----
 
@@ -162,15 +169,14 @@ class _Search:
             yield self._speculated(draft)
 
     def _tried(self, lever: Lever) -> Line | None:
-        device = device_name(self.target) or ""
         try:
             cost = cost_of(lever.on(self.case), self.target)
         except LightenError as error:
-            self.left_out[lever.text(device)] = str(error)
+            self.left_out[lever.text(self.device)] = str(error)
             return None
         line = self.line((lever,), lever, cost, lever.quality)
         if not gains(line):
-            self.left_out[lever.text(device)] = "gains nothing here"
+            self.left_out[lever.text(self.device)] = "gains nothing here"
             return None
         return line
 
@@ -286,7 +292,7 @@ class _Search:
         try:
             return cost_of(join(levers).on(self.case), self.target)
         except LightenError as error:
-            self.left_out[join(levers).text(device_name(self.target) or "")] = str(error)
+            self.left_out[join(levers).text(self.device)] = str(error)
             return None
 
     def notes(self) -> Iterator[str]:

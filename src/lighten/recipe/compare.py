@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lighten.errors import LightenError
-from lighten.recipe.case import Case, Cost, Target, cost_of, device_name
-from lighten.recipe.recipe import Recipe
+from lighten.recipe.case import Case, Cost, Target, cost_of
+
+WORKLOAD = ("phase", "batch_size", "seq_len", "new_tokens", "dtype", "kv_dtype", "optimizer")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """One combination to look at."""
+    """One combination to look at, by the names that it was asked for by.
 
-    case: Case
-    target: Target = None
+    Attributes:
+        recipe, device: None: the model as it is; nowhere.
+        make: its case and where it runs; what cannot be is an error there.
+    """
 
-    @property
-    def device(self) -> str | None:
-        """As `--device` takes it."""
-        name, count = device_name(self.target), self.case.plan.devices
-        return name if name is None or count == 1 else f"{name}:{count}"
+    model: str
+    recipe: str | None
+    device: str | None
+    make: Callable[[], tuple[Case, Target]]
 
-    @property
-    def recipe(self) -> str | None:
-        """Its text; None where the model stays as it is."""
-        return None if self.case.recipe == Recipe() else str(self.case.recipe)
+    def __str__(self) -> str:
+        return " · ".join(filter(None, (self.model, self.recipe, self.device)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +47,10 @@ class Entry:
         return None if self.cost is None or self.cost.usd is None else self.cost.usd / self.cost.tokens * 1e6
 
     def as_json(self) -> dict[str, Any]:
-        asked, spec = self.choice.case.workload, self.choice.case.spec
+        asked = self.cost.estimate.workload if self.cost else None
         return {
-            "model": spec.name, "source": spec.source, "recipe": self.choice.recipe, "device": self.choice.device,
-            "workload": {name: getattr(asked, name) for name in ("phase", "batch_size", "seq_len", "new_tokens", "dtype", "kv_dtype", "optimizer")},
+            "model": self.choice.model, "recipe": self.choice.recipe, "device": self.choice.device,
+            "workload": None if asked is None else {name: getattr(asked, name) for name in WORKLOAD},
             "failure": self.failure, **({} if self.cost is None else self.cost.as_json()),
         }  # fmt: skip
 
@@ -65,10 +65,10 @@ def compare(choices: Sequence[Choice]) -> tuple[Entry, ...]:
     errors: list[LightenError] = []
     for choice in choices:
         try:
-            entries.append(Entry(choice=choice, cost=cost_of(choice.case, choice.target)))
+            entries.append(Entry(choice=choice, cost=cost_of(*choice.make())))
         except LightenError as error:
             errors.append(error)
             entries.append(Entry(choice=choice, cost=None, failure=str(error)))
-    if len(errors) == len(entries):
+    if entries and len(errors) == len(entries):
         raise errors[0]
     return tuple(entries)

@@ -81,7 +81,7 @@ class Lever:
         spread = {name: value for name, value in self.plan.items() if value != Plan.__dataclass_fields__[name].default}
         if self.spreads and device:
             found += ["--device", f"{device}:{Plan(**self.plan).devices}"]
-        for name, value in (*self.workload.items(), *spread.items()):
+        for name, value in (*spread.items(), *self.workload.items()):
             found.append(OPTIONS.get(name, f"--{name.replace('_', '-')}"))
             found += [] if value is True else [str(value)]
         return tuple(found)

@@ -71,11 +71,6 @@ def _fits(cost: Cost) -> str:
     return "not known" if cost.fits is None else f"{'yes' if cost.fits else 'no'}, of {format_bytes(cost.capacity_bytes)}"
 
 
-def entry_name(entry: Entry) -> str:
-    """The combination in one line."""
-    return " · ".join(filter(None, (entry.choice.case.spec.name, entry.choice.recipe, entry.choice.device)))
-
-
 # ---- the plot ----
 
 
@@ -104,7 +99,7 @@ def compare_plot(entries: Sequence[Entry], against: Against, *, width: float, he
     points = [
         _Point(
             x=x.place(across), y=y.place(up), colour=1 + kinds.index(_kind(entry)) % COLOURS, name=_short(entry, len(kinds) > 1, width),
-            note=f"{entry_name(entry)}: {up:,.4g} tokens/s, {_say(against)(across)}", fits=entry.cost is not None and entry.cost.fits is not False,
+            note=f"{entry.choice}: {up:,.4g} tokens/s, {_say(against)(across)}", fits=entry.cost is not None and entry.cost.fits is not False,
         )
         for entry, across, up in drawn
     ]  # fmt: skip
@@ -131,7 +126,7 @@ def _title(against: Against) -> str:
 
 
 def _kind(entry: Entry) -> tuple[str, str | None]:
-    return entry.choice.case.spec.name, entry.choice.recipe
+    return entry.choice.model, entry.choice.recipe
 
 
 def _kinds(entries: Sequence[Entry]) -> list[tuple[str, str | None]]:
@@ -225,14 +220,12 @@ def _headline(entries: Sequence[Entry]) -> str:
 
 
 def _head(entries: Sequence[Entry]) -> str:
-    asked = entries[0].choice.case.workload
+    asked = next(entry.cost.estimate.workload for entry in entries if entry.cost)
     new = f" + {asked.new_tokens} new" if asked.new_tokens else ""
     said = f"{asked.phase}, batch {asked.batch_size} × {asked.seq_len}{new}"
     priced = [entry for entry in entries if entry.usd_per_million_tokens is not None and entry.cost is not None and entry.cost.fits is not False]
     cheapest = min(priced, key=lambda entry: entry.usd_per_million_tokens or 0.0) if priced else None
-    more = (
-        f'<p class="lead">Cheapest: {_text(entry_name(cheapest))}, ${cheapest.usd_per_million_tokens:.3g} a million tokens.</p>\n' if cheapest else ""
-    )
+    more = f'<p class="lead">Cheapest: {_text(cheapest.choice)}, ${cheapest.usd_per_million_tokens:.3g} a million tokens.</p>\n' if cheapest else ""
     return f'<header>\n<p class="eyebrow">{_text(said)}</p>\n<h1>{_text(_headline(entries))}</h1>\n{more}</header>\n'
 
 
@@ -259,7 +252,7 @@ def _table(entries: Sequence[Entry]) -> str:
     rows = []
     for entry in entries:
         choice, found = entry.choice, figures_of(entry)
-        first = f'<th scope="row">{_text(choice.case.spec.name)}</th>'
+        first = f'<th scope="row">{_text(choice.model)}</th>'
         first += f"<td><code>{_text(choice.recipe or '')}</code></td><td>{_text(choice.device or '')}</td>"
         cells = "".join(f"<td>{_text(found[name])}</td>" for name in names) if found else f'<td colspan="{len(names)}">{_text(entry.failure)}</td>'
         style = ' class="over"' if entry.cost is not None and entry.cost.fits is False else ""

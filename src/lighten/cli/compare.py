@@ -1,0 +1,93 @@
+"""Models, recipes and devices side by side: parameters, FLOPs, memory, time, energy and money; one plot of throughput against money or memory."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from lighten.cli.cases import case_of, open_spec
+from lighten.cli.options import add_json, add_numerics, add_workload, print_json, progress
+from lighten.errors import DeviceError, OutputError
+from lighten.model.spec import ModelSpec
+from lighten.recipe.compare import Choice, Entry, compare
+from lighten.recipe.recipe import Recipe, read_recipe
+from lighten.report.compare_page import compare_picture, figures_of
+from lighten.report.table import WIDTH, format_table
+from lighten.report.written import write_whole
+
+EXAMPLE = """lighten compare .models/smollm2-135m --device l4 --device rtx-4090 --device h100-sxm --phase decode --seq-len 512 --new-tokens 64
+  lighten compare .models/minilm --recipe '' --recipe 'cast(bfloat16)' --batch-size 32 --json"""
+PLAIN = ("", "none")
+"""Words of --recipe for the model as it is."""
+IN_ROWS = ("memory", "fits", "time", "tokens/s", "$ a million tokens")
+ASIDE = 4
+"""Combinations at most that stand side by side, a column each; more get a row each."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("models", metavar="MODEL", nargs="+", help="a folder in Hugging Face format, a config.json, .gguf file, … or a hub id")
+    add_workload(parser)
+    add_numerics(parser)
+    parser.add_argument("--device", action="append", metavar="NAME[:COUNT]", help="as of lighten estimate; repeatable")
+    parser.add_argument("--price", metavar="USD/h", help="of one device, such as 2.10/h; with one --device")
+    parser.add_argument("--recipe", action="append", metavar="TEXT|FILE", help="what the models become first; repeatable, '' is the model as it is")
+    parser.add_argument("--against", choices=("money", "memory"), help="what the plot has across (default: money where all have a price)")
+    parser.add_argument("--html", metavar="FILE", help="write the page: the plot and all figures")
+    parser.add_argument("--plot", metavar="FILE", help="write the plot alone, as .svg; .html is the page")
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    pictures = [(path, _kind_of(path, said)) for path, said in ((arguments.html, "--html"), (arguments.plot, "--plot")) if path is not None]
+    devices = arguments.device or [None]
+    if arguments.price is not None and (arguments.device is None or len(devices) > 1):
+        raise DeviceError(f"--price={arguments.price} goes with one --device; here are {len(arguments.device or ())}.")
+    recipes = [None if text.strip() in PLAIN else read_recipe(text) for text in arguments.recipe or [""]]
+    specs = [open_spec(model) for model in arguments.models]
+    entries = compare([_choice(arguments, spec, recipe, device) for spec in specs for recipe in recipes for device in devices])
+    for path, kind in pictures:
+        write_whole(Path(path), compare_picture(entries, arguments.against, kind=kind))
+        progress(f"wrote {path}")
+    print_json({"entries": [entry.as_json() for entry in entries]}) if arguments.json else print(compare_text(entries))
+    return 0
+
+
+def _kind_of(path: str, said: str) -> str:
+    kinds = {"--html": (".html",), "--plot": (".svg", ".html")}[said]
+    if (kind := Path(path).suffix) not in kinds:
+        raise OutputError(f"{said} {path}: write a file that ends in {' or '.join(kinds)}.")
+    return kind
+
+
+def _choice(arguments: argparse.Namespace, spec: ModelSpec, recipe: Recipe | None, device: str | None) -> Choice:
+    return Choice(
+        model=spec.name,
+        recipe=None if recipe is None else str(recipe),
+        device=device,
+        make=partial(case_of, spec, arguments, recipe or Recipe(), device),
+    )
+
+
+def compare_text(entries: Sequence[Entry]) -> str:
+    """The comparison for people: a column for each combination where they are few, else a row."""
+    asked = next(entry.cost.estimate.workload for entry in entries if entry.cost)
+    shape = f"batch {asked.batch_size} × {asked.seq_len}" + (f" + {asked.new_tokens} new" if asked.new_tokens else "")
+    names = list(dict.fromkeys(name for entry in entries for name in figures_of(entry)))
+    said = [f"{asked.phase}, {shape}", ""]
+    if len(entries) <= ASIDE and all(entry.cost for entry in entries):
+        columns = [_name(entry, (WIDTH - 20) // len(entries) - 2) for entry in entries]
+        rows = [[name, *(figures_of(entry)[name] for entry in entries)] for name in names]
+        return "\n".join([*said, format_table(rows, ["", *columns])])
+    shown = [name for name in names if name in IN_ROWS]
+    rows = [[_name(entry, 34), *([figures_of(entry)[name] for name in shown] if entry.cost else [str(entry.failure)])] for entry in entries]
+    return "\n".join([*said, format_table(rows, ["", *shown])])
+
+
+def _name(entry: Entry, width: int) -> str:
+    """What is compared, a line each."""
+    choice = entry.choice
+    lines = [line for part in (choice.model, choice.recipe, choice.device) if part for line in textwrap.wrap(part, max(width, 12))]
+    return "\n".join(lines)
