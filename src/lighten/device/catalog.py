@@ -32,7 +32,7 @@ def read_device(text: str) -> Device:
         DeviceError: no device is called so, several are, or the file is not a device's.
     """
     path = Path(text)
-    if text.lower().endswith(".toml") or "/" in text or "\\" in text:
+    if text.lower().endswith(".toml") or text.startswith(("/", "./", "../", ".\\", "..\\")):
         return read_file(path)
     name = text.strip().lower()
     if _NAME.fullmatch(name) and (KNOWN / f"{name}.toml").is_file():

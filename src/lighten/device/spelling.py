@@ -16,11 +16,11 @@ NOISE = frozenset({
     "nvidia", "amd", "intel", "google", "aws", "amazon", "apple", "huawei", "qualcomm", "meta", "tenstorrent", "furiosa", "corporation", "inc",
     "geforce", "rtx", "gtx", "rx", "tesla", "instinct", "radeon", "arc", "xeon", "platinum", "epyc", "ryzen", "snapdragon", "jetson", "tpu",
     "raspberry", "ascend", "alveo", "neuron", "silicon", "gpu", "gpus", "cpu", "npu", "chip", "chips", "card", "accelerator", "accelerators",
-    "core", "cores", "c", "tensor", "graphics", "generation", "edition", "series", "oam", "board", "system", "module", "the", "with", "a", "of",
+    "core", "cores", "c", "tensor", "graphics", "generation", "edition", "series", "oam", "board", "system", "module", "the", "with", "w", "a", "of",
 })  # fmt: skip
 """Words that tell no device from another one: vendors, families, parts."""
 VARIANTS = frozenset({
-    "ti", "super", "xt", "xtx", "gre", "max", "pro", "ultra", "ada", "d", "nx", "nano", "elite", "laptop", "mobile", "plus", "lite", "mini",
+    "ti", "super", "xt", "xtx", "gre", "max", "pro", "ultra", "ada", "d", "nx", "nano", "elite", "quadro", "laptop", "mobile", "plus", "lite", "mini",
 })  # fmt: skip
 """Words that make another device of one: a text without them does not mean the device that has them."""
 FORMS = frozenset({"sxm", "pcie", "nvl"})
@@ -41,6 +41,7 @@ _GLUED = [
     (re.compile(r"\b(sxm|pcie|nvlink)\d\b"), r"\1"),  # SXM4 is the SXM form of its generation
     (re.compile(r"\bpcie (?:gen ?)?\d(?:\.0)?(?: ?x\d+)?\b"), "pcie"),
     (re.compile(r"\b(gaudi|trainium|inferentia|atlas|pi|cm|orin|v) (\d+[a-z]?)\b"), r"\1\2"),  # Gaudi 2, TPU v 4
+    (re.compile(r"\b(v\d[ep]?|v5litepod) \d+\b"), r"\1"),  # TPU v5e-8: a slice of 8
     (re.compile(r"\b(\d+)c\b"), r"\1"),  # 96c
     (re.compile(r"\btrn(\d)\b"), r"trainium\1"),
     (re.compile(r"\binf(\d)\b"), r"inferentia\1"),
