@@ -8,7 +8,7 @@ measured to cost, within a quarter; what surrounds it may vanish by fusion or do
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,8 +19,10 @@ from lighten.device.cases import block_spec
 from lighten.device.profile import Bandwidth, BlockSample, Calibration, EngineProfile
 from lighten.device.roofline import CLASSES, sum_parts
 
-PRIOR_SPREAD = {"linear": 0.25, "weights": 1.0, "attention": 0.5, "pointwise": 1.0, "overhead": 1.0, "call": 0.25}
+PRIOR_SPREAD = {"linear": 0.25, "weights": 1.0, "attention": 0.5, "pointwise": 1.0, "fresh": 0.25, "overhead": 1.0, "call": 0.25}
 """Standard deviation of log factor: wide for what compilers fuse, narrow for matrix products, which they do not."""
+COLD_PRIOR_SPREAD = 0.25
+"""Of the weights' factor where cold weights were measured."""
 NOISE = 0.1
 """Standard deviation of log measured that is taken for granted: repeated blocks on a shared 2-core machine differ by about that."""
 MIN_CALM = 10
@@ -44,10 +46,11 @@ def fit_blocks(engine: EngineProfile, bandwidth: Sequence[Bandwidth]) -> Calibra
     blocks = _trustworthy(engine.blocks)
     sums = np.array([_block_parts(block, engine, bandwidth) for block in blocks])
     measured = np.array([block.seconds for block in blocks])
-    factors = _fit(sums, measured)
+    prior = PRIOR_SPREAD | ({"weights": COLD_PRIOR_SPREAD} if any(sample.kind == "cold" for sample in engine.samples) else {})
+    factors = _fit(sums, measured, prior)
     return Calibration(
         factors=dict(zip(CLASSES, (float(factor) for factor in factors), strict=True)),
-        spread=_spread(_left_out_errors(sums, measured)),
+        spread=_spread(_left_out_errors(sums, measured, prior)),
         blocks=len(measured),
     )
 
@@ -69,9 +72,9 @@ def _block_parts(block: BlockSample, engine: EngineProfile, bandwidth: Sequence[
     return [parts.by_class[name] for name in CLASSES]
 
 
-def _fit(sums: Array, measured: Array) -> Array:
+def _fit(sums: Array, measured: Array, prior: Mapping[str, float]) -> Array:
     """Gauss-Newton on the logarithms of the factors, damped by the prior."""
-    precision = np.diag([(NOISE / PRIOR_SPREAD[name]) ** 2 for name in CLASSES])
+    precision = np.diag([(NOISE / prior[name]) ** 2 for name in CLASSES])
     logs = np.zeros(len(CLASSES))
     for _ in range(STEPS):
         terms = sums * np.exp(logs)
@@ -82,11 +85,11 @@ def _fit(sums: Array, measured: Array) -> Array:
     return np.exp(logs)
 
 
-def _left_out_errors(sums: Array, measured: Array) -> Array:
+def _left_out_errors(sums: Array, measured: Array, prior: Mapping[str, float]) -> Array:
     errors = []
     for left_out in range(len(measured)):
         kept = np.arange(len(measured)) != left_out
-        predicted = sums[left_out] @ _fit(sums[kept], measured[kept])
+        predicted = sums[left_out] @ _fit(sums[kept], measured[kept], prior)
         errors.append(math.log(measured[left_out] / predicted))
     return np.array(errors)
 

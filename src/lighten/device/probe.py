@@ -24,7 +24,7 @@ from lighten.errors import DeviceError
 DEFAULT_ENGINES = tuple(name for name in ENGINES if not name.startswith("torch-compile/"))
 """torch-compile costs 1 to 3 minutes of compilation for each type on 2 cores: it is measured on request alone, else not known."""
 TIMEOUT_S = {"torch-compile": 600.0}
-DEFAULT_TIMEOUT_S = 120.0
+DEFAULT_TIMEOUT_S = 300.0
 BUSY = 0.25
 """Above this share of disturbed points the log says that the machine was busy."""
 PACKAGES = ("torch", "onnx", "onnxruntime", "openvino", "nncf", "numpy")

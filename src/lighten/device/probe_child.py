@@ -22,9 +22,10 @@ from typing import Any
 from lighten.device.cases import CALL, CHAIN, EMPTY, HEADS, STACK, TINY, Case, all_cases, sizes
 from lighten.device.clock import Timing, time_all
 from lighten.device.profile import BlockSample, Sample
+from lighten.units import dtype_bytes
 
-POINT_S = 0.015
-"""Time given to each measured point; a short one is run often, a long one three times."""
+POINT_S = 0.006
+"""Time given to each measured point and round; a short one is run often, a long one three times."""
 PATIENCE_S = 5.0
 """Time beyond that to measure disturbed points again."""
 MIN_CALM = 2
@@ -48,9 +49,15 @@ def measure_engine(engine: str, threads: int, folder: Path, cases: Sequence[Case
     samples: list[tuple[Sample, bool]] = []
     blocks: list[BlockSample] = []
     for (case, size), timing in timings.items():
-        if case.kind == "block":
+        if case.kind in ("block", "decoder"):
             blocks.append(_block(case, size, timing))
-        elif case not in OVERHEADS:
+        elif case.kind == "cold":
+            seconds = timing.seconds / case.shape[2]
+            samples.append((_sample(case, size, max(seconds - operator, NET_FLOOR * seconds)), timing.calm))
+        elif case.kind == "fresh":
+            filled = timings[Case("filled"), size]
+            samples.append((_fresh(size[0], bench.precision, timing, filled), timing.calm and filled.calm))
+        elif case not in OVERHEADS and case.kind != "filled":
             samples.append((_sample(case, size, max(timing.seconds - empty - operator, NET_FLOOR * timing.seconds)), timing.calm))
     found = {
         "name": engine, "version": bench.version, "precision": bench.precision, "call_overhead_s": call, "operator_overhead_s": operator,
@@ -69,17 +76,23 @@ def _believable(samples: Sequence[tuple[Sample, bool]]) -> list[Sample]:
 def _sample(case: Case, size: tuple[int, ...], seconds: float) -> Sample:
     if case.kind == "attention":
         return Sample(kind="attention", rows=size[0] * HEADS, shape=(*size[1:], case.shape[0]), seconds=seconds)
-    if case.kind == "linear":
-        return Sample(kind="linear", rows=size[0], shape=case.shape, seconds=seconds)
+    if case.kind in ("linear", "cold"):
+        return Sample(kind=case.kind, rows=size[0], shape=case.shape[:2], seconds=seconds)
     return Sample(kind=case.kind, rows=size[0] * case.shape[0], shape=(), seconds=seconds)
 
 
 def _block(case: Case, size: tuple[int, ...], timing: Timing) -> BlockSample:
-    hidden, heads, inner, layers = case.shape
+    hidden, heads, *key_value_heads, inner, layers = case.shape
     return BlockSample(
         hidden_size=hidden, num_attention_heads=heads, intermediate_size=inner, layers=layers,
-        batch_size=size[0], seq_len=size[1], seconds=timing.seconds, calm=timing.calm,
+        batch_size=size[0], seq_len=size[1], seconds=timing.seconds, calm=timing.calm, num_key_value_heads=next(iter(key_value_heads), None),
     )  # fmt: skip
+
+
+def _fresh(elements: int, precision: str, timing: Timing, filled: Timing) -> Sample:
+    """What a tensor costs by being new, at least a hundredth of writing it."""
+    seconds = max(timing.seconds - filled.seconds, 0.01 * filled.seconds)
+    return Sample(kind="fresh", rows=round(elements * dtype_bytes(precision)), shape=(), seconds=seconds)
 
 
 def measure_memory(engine: str, threads: int, tiny: Path, large: Path, large_bytes: int) -> dict[str, Any]:

@@ -49,8 +49,9 @@ class Sample:
     """One operator, measured alone, without the costs of a call and of an operator.
 
     Attributes:
-        kind: linear, attention, layernorm, rmsnorm, gelu, add, rotary.
-        rows: rows of a linear's input; batch × heads of attention; elements of everything else.
+        kind: linear, attention, layernorm, rmsnorm, gelu, add, rotary; cold: a linear whose weight comes from memory; fresh: what it costs to write
+            a tensor's memory for the first time.
+        rows: rows of a linear's input; batch × heads of attention; bytes of a fresh tensor; elements of everything else.
         shape: (in_features, out_features) of a linear, (queries, keys, head_dim) of attention, () of everything else.
     """
 
@@ -62,7 +63,11 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockSample:
-    """A stack of synthetic encoder layers with random weights, measured as a whole. `calm`: no other process disturbed it."""
+    """A stack of synthetic layers with random weights, measured as a whole: of an encoder, or of a decoder where it has key-value heads.
+
+    Attributes:
+        calm: no other process disturbed it.
+    """
 
     hidden_size: int
     num_attention_heads: int
@@ -72,6 +77,7 @@ class BlockSample:
     seq_len: int
     seconds: float
     calm: bool = True
+    num_key_value_heads: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +85,7 @@ class Calibration:
     """What turns the sum of single operators into the time of a whole model.
 
     Attributes:
-        factors: class of time (linear, weights, attention, pointwise, overhead, call) → what its sum is multiplied by: below 1 where the runtime
+        factors: class of time (`CLASSES` of roofline.py) → what its sum is multiplied by: below 1 where the runtime
             fuses or overlaps, above 1 where it moves data between operators. Fitted to `blocks` synthetic blocks.
         spread: half width of the 90 % interval of log(measured / predicted), from blocks that the fit did not see (leave one out).
         blocks: how many were measured; with 0 the factors are 1 and the range is not known.

@@ -43,8 +43,10 @@ class Curve:
 class RateTable:
     """Seconds of one kind of operator at any rows and shape.
 
-    At a measured shape its curve; elsewhere the curves of the measured shapes, each scaled by the ratio of the work (the product of the
-    shape's sides), averaged in log with inverse-distance weights. A sum of never-falling curves never falls: time grows with rows.
+    At a measured shape its curve. Elsewhere, at each measured number of rows, the seconds of the measured shapes, each scaled by a power of the
+    ratio of the work (the product of the shape's sides), averaged in log with inverse-distance weights; between them a curve. The power, between
+    0 (a product so small that starting it is all) and 1 (in proportion), is the least-squares slope of the measured shapes, near ones first, at those
+    rows. No shape is faster, for its work, than the fastest that was measured at as many rows.
     """
 
     def __init__(self, samples: Sequence[Sample]) -> None:
@@ -52,17 +54,33 @@ class RateTable:
         for sample in samples:
             points.setdefault(sample.shape, []).append((sample.rows, sample.seconds))
         self._curves = {shape: Curve(each) for shape, each in points.items()}
+        self._rows = sorted({rows for each in points.values() for rows, _ in each})
+        self._between: dict[tuple[int, ...], Curve] = {}
 
     def seconds(self, rows: float, shape: tuple[int, ...]) -> float:
+        return math.exp(self._curve(shape).log_seconds(rows))
+
+    @property
+    def last_rows(self) -> int:
+        """The most rows that any shape was measured at."""
+        return self._rows[-1]
+
+    def _curve(self, shape: tuple[int, ...]) -> Curve:
         if shape in self._curves:
-            return math.exp(self._curves[shape].log_seconds(rows))
+            return self._curves[shape]
+        if shape not in self._between:
+            self._between[shape] = Curve((rows, math.exp(self._interpolated(rows, shape))) for rows in self._rows)
+        return self._between[shape]
+
+    def _interpolated(self, rows: int, shape: tuple[int, ...]) -> float:
+        """Log seconds."""
         work = _log_work(shape)
-        total = weights = 0.0
-        for known, curve in self._curves.items():
-            weight = 1 / _distance(shape, known) ** NEARNESS
-            total += weight * (curve.log_seconds(rows) + work - _log_work(known))
-            weights += weight
-        return math.exp(total / weights)
+        points = [
+            (_log_work(known) - work, curve.log_seconds(rows), 1 / _distance(shape, known) ** NEARNESS) for known, curve in self._curves.items()
+        ]
+        power = _slope(points)
+        total = sum(weight * (seconds - power * more) for more, seconds, weight in points)
+        return max(total / sum(weight for _, _, weight in points), min(seconds - more for more, seconds, _ in points))
 
 
 @lru_cache(maxsize=16)
@@ -100,3 +118,13 @@ def _log_work(shape: tuple[int, ...]) -> float:
 
 def _distance(one: tuple[int, ...], other: tuple[int, ...]) -> float:
     return math.hypot(*(math.log2(a / b) for a, b in zip(one, other, strict=True)))
+
+
+def _slope(points: Sequence[tuple[float, float, float]]) -> float:
+    """Weighted least-squares slope of (x, y, weight), between 0 and 1; 1 where all x are equal."""
+    total = sum(weight for _, _, weight in points)
+    middle = sum(weight * x for x, _, weight in points) / total
+    scatter = sum(weight * (x - middle) ** 2 for x, _, weight in points)
+    if scatter < 1e-9:
+        return 1.0
+    return min(max(sum(weight * (x - middle) * y for x, y, weight in points) / scatter, 0.0), 1.0)

@@ -3,10 +3,12 @@
     seconds = Σ over classes c of factor[c] · seconds[c]
 
     linear     Σ over linears of their measured seconds, weights warm in the caches
-    weights    bytes of all weights over the bandwidth at that working set: a pass reads each weight once, and not again before all others.
-               The factor says how much of it kernels fail to hide behind the products
+    weights    what it adds that a pass reads each weight once, and not again before all others: for each linear what was measured to be added
+               where weights come from memory, times the share of this model's weights that no cache holds. Where that was not measured, bytes of
+               all weights over the bandwidth at that working set; the factor then says how much of it kernels fail to hide behind the products
     attention  Σ of max(measured seconds, bytes over bandwidth)
     pointwise  the same for norms, activation functions, sums and gathers
+    fresh      what products and attention pay for writing an output into memory that the system has yet to give (large outputs)
     overhead   operators · what an operator adds
     call       what a pass costs before its first operator
 
@@ -23,18 +25,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lighten.cost.operators import NORM_FLOPS, Op
+from lighten.device.cases import COLD_ELEMENTS
 from lighten.device.profile import Bandwidth, EngineProfile, Profile
 from lighten.device.rates import RateTable, bandwidth_at, rate_tables
 from lighten.errors import DeviceError
 from lighten.units import dtype_bytes
 
-Bound = Literal["compute", "memory", "overhead"]
+Bound = Literal["compute", "memory", "communication", "overhead"]
 
 ROTARY_FLOPS = 3
 """Operations an element of a rotary embedding (x·cos + rotate(x)·sin), by which it is told from an activation function (1)."""
 EXPANDING = ("torch", "torch-compile")
 """Runtimes that expand weight-only quantized weights when they load them: smaller on disk, not in memory."""
-CLASSES = ("linear", "weights", "attention", "pointwise", "overhead", "call")
+CLASSES = ("linear", "weights", "attention", "pointwise", "fresh", "overhead", "call")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +62,7 @@ class Parts:
 
     def by_bound(self, factors: Mapping[str, float]) -> dict[Bound, float]:
         """Calibrated seconds by what binds."""
-        found: dict[Bound, float] = {"compute": 0.0, "memory": 0.0, "overhead": 0.0}
+        found: dict[Bound, float] = {"compute": 0.0, "memory": 0.0, "communication": 0.0, "overhead": 0.0}
         for (name, bound), value in self.seconds.items():
             found[bound] += factors.get(name, 1.0) * value
         return found
@@ -74,6 +77,7 @@ class _Shape:
     shape: tuple[int, ...]
     weight_bytes: int
     activation_bytes: int
+    output_bytes: int = 0
 
 
 def predict_time(ops: Sequence[Op], engine: EngineProfile, profile: Profile) -> TimePrediction:
@@ -99,14 +103,18 @@ def sum_parts(ops: Sequence[Op], engine: EngineProfile, bandwidth: Sequence[Band
     """The operators' measured seconds summed by class, before calibration."""
     tables = rate_tables(engine.samples)
     shapes = Counter(_shape(op, engine) for op in ops)
-    read = bandwidth_at(bandwidth, sum(shape.weight_bytes * count for shape, count in shapes.items()))[0]
+    weight_bytes = sum(shape.weight_bytes * count for shape, count in shapes.items())
+    read, share = bandwidth_at(bandwidth, weight_bytes)[0], _cold_share(bandwidth, weight_bytes, engine)
     found: dict[tuple[str, Bound], float] = defaultdict(float)
     for shape, count in shapes.items():
         compute = _compute_seconds(shape, tables, engine)
         memory = shape.activation_bytes / bandwidth_at(bandwidth, shape.activation_bytes)[1]
         bound: Bound = "memory" if memory > compute else "compute"
         found[_class(shape.kind), bound] += count * max(compute, memory)
-        found["weights", "memory"] += count * shape.weight_bytes / read
+        added = _added_by_cold_weights(shape, tables)
+        found["weights", "memory"] += count * (shape.weight_bytes / read if added is None else share * added)
+        if "fresh" in tables:
+            found["fresh", "memory"] += count * tables["fresh"].seconds(shape.output_bytes, ()) if shape.output_bytes else 0.0
     found["overhead", "overhead"] = len(ops) * engine.operator_overhead_s
     found["call", "overhead"] = engine.call_overhead_s
     return Parts(seconds=dict(found))
@@ -134,14 +142,33 @@ def _compute_seconds(shape: _Shape, tables: dict[str, RateTable], engine: Engine
     return tables[shape.kind].seconds(shape.rows, shape.shape)
 
 
+def _cold_share(bandwidth: Sequence[Bandwidth], weight_bytes: int, engine: EngineProfile) -> float:
+    """How much of the way from caches to the memory behind the `cold` samples a working set is, by the seconds that reading a byte takes."""
+    cold_bytes = COLD_ELEMENTS * dtype_bytes(engine.dtype)
+    if weight_bytes >= cold_bytes:
+        return 1.0
+    fastest = max(point.read_bytes_per_s for point in bandwidth)
+    here, cold = (1 / bandwidth_at(bandwidth, size)[0] - 1 / fastest for size in (weight_bytes, cold_bytes))
+    return min(here / cold, 1.0) if cold > 0 else 0.0
+
+
+def _added_by_cold_weights(shape: _Shape, tables: dict[str, RateTable]) -> float | None:
+    """Seconds that a linear takes longer with its weight in memory; beyond the measured rows no more than at the last. None: not measured."""
+    if shape.kind != "linear" or "cold" not in tables:
+        return None
+    rows = min(shape.rows, tables["cold"].last_rows)
+    return max(tables["cold"].seconds(rows, shape.shape) - tables["linear"].seconds(rows, shape.shape), 0.0) if shape.weight_bytes else 0.0
+
+
 def _shape(op: Op, engine: EngineProfile) -> _Shape:
-    kind = _sample_kind(op)
+    kind, element = _sample_kind(op), dtype_bytes(engine.activation_dtype)
     if kind == "linear":
         resident = round(op.columns * op.outputs * dtype_bytes(engine.dtype))
         weights = resident if engine.runtime in EXPANDING else min(op.weight_bytes, resident)
-        return _Shape("linear", op.rows, (op.columns, op.outputs), weights, op.activation_bytes)
+        return _Shape("linear", op.rows, (op.columns, op.outputs), weights, op.activation_bytes, round(op.rows * op.outputs * element))
     if kind == "attention":
-        return _Shape("attention", op.products, (op.rows, op.columns, op.outputs), 0, op.activation_bytes)
+        written = round(op.products * op.rows * op.outputs * element)
+        return _Shape("attention", op.products, (op.rows, op.columns, op.outputs), 0, op.activation_bytes, written)
     if kind == "gather":
         return _Shape("gather", 0, (), op.weight_bytes, op.activation_bytes)
     return _Shape(kind, op.rows * op.columns, (), 0, op.activation_bytes)

@@ -11,7 +11,7 @@ from typing import Any
 import onnx
 import onnxruntime
 
-from lighten.device.cases import Case
+from lighten.device.cases import Case, in_graphs
 from lighten.device.engines.graph import feed, onnx_model
 from lighten.device.engines.onnxruntime_load import session_options
 
@@ -32,7 +32,7 @@ class OnnxRuntimeBench:
         logging.getLogger().setLevel(logging.ERROR)  # the quantizer asks for a pre-processing that changes nothing here
 
     def cases(self, wanted: Sequence[Case]) -> list[Case]:
-        return list(wanted)
+        return in_graphs(wanted)
 
     def prepare(self, cases: Sequence[Case]) -> None:
         """Nothing: each is built when it is first run."""

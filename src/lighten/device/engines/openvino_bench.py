@@ -9,7 +9,7 @@ from typing import Any
 
 import openvino
 
-from lighten.device.cases import Case
+from lighten.device.cases import Case, in_graphs
 from lighten.device.engines.graph import feed, onnx_model
 from lighten.device.engines.openvino_load import compile_options
 
@@ -32,7 +32,7 @@ class OpenVinoBench:
         self.precision = str(self._compile(self._float_model(Case("call"))).get_property("INFERENCE_PRECISION_HINT").to_string())
 
     def cases(self, wanted: Sequence[Case]) -> list[Case]:
-        return list(wanted)
+        return in_graphs(wanted)
 
     def prepare(self, cases: Sequence[Case]) -> None:
         """Quantize all that is quantized in one go, as branches of one model that are then taken apart: NNCF's start costs seconds."""

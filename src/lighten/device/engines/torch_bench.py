@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lighten.device.cases import COMPILED_BLOCKS, HEADS, Case
+from lighten.device.cases import COLD_ELEMENTS, COMPILED_BLOCKS, HEADS, Case
 
 MAX_POSITIONS = 512
 COMPILED = ("call", "block")
@@ -32,6 +32,7 @@ class TorchBench:
         self.dtype: torch.dtype = getattr(torch, self.precision)
         self.version = torch.__version__
         self.built: dict[Case, Callable[..., Tensor]] = {}
+        self.weights: Tensor | None = None
         torch.set_num_threads(threads)
         torch.set_grad_enabled(False)
         torch.manual_seed(0)
@@ -39,12 +40,17 @@ class TorchBench:
     def cases(self, wanted: Sequence[Case]) -> list[Case]:
         if not self.compiles:
             return list(wanted)
-        return [case for case in wanted if case.kind != "block"] + [Case("block", shape) for shape in COMPILED_BLOCKS]
+        return [case for case in wanted if case.kind not in ("block", "decoder")] + [Case("block", shape) for shape in COMPILED_BLOCKS]
 
     def prepare(self, cases: Sequence[Case]) -> None:
         """Nothing: each is built when it is first run."""
 
     def runner(self, case: Case, size: tuple[int, ...]) -> Callable[[], object]:
+        if case.kind == "cold":
+            return self._cold(case, torch.randn(*size, case.shape[0]).to(self.dtype))
+        if case.kind in ("fresh", "filled"):
+            elements, there = size[0], torch.empty(size if case.kind == "filled" else 0, dtype=self.dtype)
+            return (lambda: there.fill_(1)) if case.kind == "filled" else (lambda: torch.empty(elements, dtype=self.dtype).fill_(1))
         if case not in self.built:
             module = MODULES[case.kind](*case.shape).eval().to(self.dtype)
             compiled = self.compiles and case.kind in COMPILED
@@ -52,6 +58,19 @@ class TorchBench:
         model = self.built[case]
         inputs = [self._input(name, shape) for name, shape in case.input_shapes(size).items()]
         return lambda: model(*inputs)
+
+    def _cold(self, case: Case, x: Tensor) -> Callable[[], object]:
+        """So many linears, each with a weight of its own, parts of one memory that all cases share."""
+        columns, outputs, count = case.shape
+        if self.weights is None:
+            self.weights = torch.randn(COLD_ELEMENTS // 64, dtype=self.dtype).repeat(64)
+        weights = self.weights[: count * outputs * columns].view(count, outputs, columns).unbind()
+
+        def run() -> None:
+            for weight in weights:
+                functional.linear(x, weight)
+
+        return run
 
     def _input(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return torch.ones(shape, dtype=torch.int64) if name == "mask" else torch.randn(shape).to(self.dtype)
@@ -146,6 +165,22 @@ class _Encoder(nn.Module):
         return output
 
 
+class _Decoder(nn.Module):
+    """A decoder of `transformers` with random weights, as `_Encoder`."""
+
+    def __init__(self, hidden: int, heads: int, key_value_heads: int, inner: int, layers: int) -> None:
+        super().__init__()
+        settings: dict[str, Any] = {
+            "vocab_size": 8, "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": key_value_heads,
+            "intermediate_size": inner, "max_position_embeddings": MAX_POSITIONS, "attn_implementation": "sdpa",
+        }  # fmt: skip
+        self.model = transformers.LlamaModel(transformers.LlamaConfig(**settings))
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.model(inputs_embeds=x, use_cache=False).last_hidden_state
+        return output
+
+
 class _Call(nn.Module):
     """What surrounds the layers: an encoder without any."""
 
@@ -175,4 +210,5 @@ MODULES: dict[str, Callable[..., nn.Module]] = {
     "add": _Add,
     "rotary": _Rotary,
     "block": _Encoder,
+    "decoder": _Decoder,
 }
