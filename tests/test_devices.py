@@ -60,7 +60,7 @@ def test_figures_are_in_base_units_and_of_a_possible_size(device):
     for name, rate in device.measured_flops_per_s.items():
         assert 0.3 <= rate / device.peak(name) <= 1.25  # boards that run above their rated clock measure more than their data sheet
     if device.price is not None:
-        assert 0.1 <= device.price.usd_per_hour <= 30
+        assert 0.02 <= device.price.usd_per_hour <= 30
         assert re.match(r"202\d", device.price.date)
         assert device.price.source
 
@@ -576,7 +576,7 @@ def test_one_device_with_the_source_of_each_figure(capsys):
     assert re.search(r"memory +79\.65 GiB, HBM3 +\[1\]", text)
     assert re.search(r"bfloat16 products, dense +989 TFLOP/s", text)
     assert "[1] 81559 MiB: " in text
-    assert "2026-03" in text
+    assert "2026-09-17" in text
     document = json.loads(_run(capsys, "h100-sxm", "--json"))
     assert set(document) == set(Device.__dataclass_fields__)
     assert document["links"][-1] == {"name": "InfiniBand NDR, 400 Gb/s a device", "bytes_per_s": 50e9, "devices": None, "latency_s": None}
