@@ -13,7 +13,7 @@ from lighten.cli.options import add_json, add_numerics, add_workload, print_json
 from lighten.errors import DeviceError, OutputError
 from lighten.model.spec import ModelSpec
 from lighten.recipe.compare import Choice, Entry, compare
-from lighten.recipe.recipe import Recipe, read_recipe
+from lighten.recipe.recipe import DEFAULT_RUNTIME, Recipe, read_recipe
 from lighten.report.compare_page import compare_picture, figures_of
 from lighten.report.table import WIDTH, format_table
 from lighten.report.written import write_whole
@@ -22,7 +22,8 @@ EXAMPLE = """lighten compare .models/smollm2-135m --device l4 --device rtx-4090 
   lighten compare .models/minilm --recipe '' --recipe 'cast(bfloat16)' --batch-size 32 --json"""
 PLAIN = ("", "none")
 """Words of --recipe for the model as it is."""
-IN_ROWS = ("memory", "fits", "time", "tokens/s", "$ a million tokens")
+IN_ROWS = ("memory", "fits", "tokens/s", "bound by", "$ a million tokens")
+"""Figures of a table of many rows; --json and the page have all."""
 ASIDE = 4
 """Combinations at most that stand side by side, a column each; more get a row each."""
 
@@ -65,7 +66,7 @@ def _kind_of(path: str, said: str) -> str:
 def _choice(arguments: argparse.Namespace, spec: ModelSpec, recipe: Recipe | None, device: str | None) -> Choice:
     return Choice(
         model=spec.name,
-        recipe=None if recipe is None else str(recipe),
+        recipe=None if recipe is None else str(recipe).removesuffix(f"@ {DEFAULT_RUNTIME}").strip(),
         device=device,
         make=partial(case_of, spec, arguments, recipe or Recipe(), device),
     )
@@ -82,8 +83,12 @@ def compare_text(entries: Sequence[Entry]) -> str:
         rows = [[name, *(figures_of(entry)[name] for entry in entries)] for name in names]
         return "\n".join([*said, format_table(rows, ["", *columns])])
     shown = [name for name in names if name in IN_ROWS]
-    rows = [[_name(entry, 34), *([figures_of(entry)[name] for name in shown] if entry.cost else [str(entry.failure)])] for entry in entries]
-    return "\n".join([*said, format_table(rows, ["", *shown])])
+    varied = [part for part in ("model", "recipe", "device") if len({getattr(entry.choice, part) for entry in entries}) > 1]
+    rows = []
+    for entry in entries:
+        first = ["\n".join(textwrap.wrap(getattr(entry.choice, part) or "-", 30)) for part in varied]
+        rows.append([*first, *([figures_of(entry)[name] for name in shown] if entry.cost else [str(entry.failure)])])
+    return "\n".join([*said, format_table(rows, [*varied, *shown])])
 
 
 def _name(entry: Entry, width: int) -> str:

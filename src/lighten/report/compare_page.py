@@ -18,7 +18,7 @@ from lighten.errors import DeviceError
 from lighten.recipe.case import Cost
 from lighten.recipe.compare import Entry
 from lighten.report.figures import clean, shortened
-from lighten.report.svg import LINE, Axis, Box, Wanted, document, draw_label, grid, line, place_labels, text
+from lighten.report.svg import LINE, Axis, Box, Wanted, boxes_along, document, draw_label, grid, line, place_labels, text
 from lighten.units import format_bytes, format_count, format_seconds
 
 Against = Literal["money", "memory"]
@@ -52,9 +52,6 @@ def figures_of(entry: Entry) -> dict[str, str]:
     time = cost.time
     range_ = f" ({format_seconds(time.low)} to {format_seconds(time.high)})" if time and time.low is not None and time.high is not None else ""
     return {
-        "parameters": format_count(cost.estimate.spec.total_parameters),
-        "on disk": format_bytes(cost.estimate.size_bytes),
-        "FLOPs": format_count(cost.flops),
         "memory": format_bytes(cost.needed_bytes),
         "fits": {None: "not known", True: f"yes, of {format_bytes(cost.capacity_bytes)}", False: f"no, of {format_bytes(cost.capacity_bytes)}"}[
             cost.fits
@@ -62,8 +59,11 @@ def figures_of(entry: Entry) -> dict[str, str]:
         "time": f"{format_seconds(time.seconds)}{range_}" if time else "not known",
         "bound by": time.bound_by if time else "not known",
         "tokens/s": f"{cost.tokens / time.seconds:,.4g}" if time else "not known",
-        "energy, at most": "not known" if cost.joules is None else f"{cost.joules / cost.tokens:.3g} J a token",
         "$ a million tokens": "not known" if cost.usd is None else f"{cost.usd / cost.tokens * 1e6:.3g}",
+        "J a token, at most": "not known" if cost.joules is None else f"{cost.joules / cost.tokens:.3g}",
+        "parameters": format_count(cost.estimate.spec.total_parameters),
+        "FLOPs": format_count(cost.flops),
+        "on disk": format_bytes(cost.estimate.size_bytes),
     }
 
 
@@ -98,15 +98,17 @@ def compare_plot(entries: Sequence[Entry], against: Against, *, width: float, he
     kinds = _kinds(entries)
     points = [
         _Point(
-            x=x.place(across), y=y.place(up), colour=1 + kinds.index(_kind(entry)) % COLOURS, name=_short(entry, len(kinds) > 1, width),
+            x=x.place(across), y=y.place(up), colour=1 + kinds.index(_kind(entry)) % COLOURS,
+            name=shortened(entry.choice.device or "", 18 if width < WIDE[0] else 40),
             note=f"{entry.choice}: {up:,.4g} tokens/s, {_say(against)(across)}", fits=entry.cost is not None and entry.cost.fits is not False,
         )
         for entry, across, up in drawn
     ]  # fmt: skip
+    joined = _joined(drawn, points)
     x_ticks = {value: _say(against)(value) for value in x.ticks(int(frame.width / 90))}
     y_ticks = {value: f"{value:,.4g}" for value in y.ticks(int(frame.height / 40))}
     body = [
-        grid(x, y, x_ticks, y_ticks), *_lines(drawn, points), *map(_mark, points), *_labels(points, frame),
+        grid(x, y, x_ticks, y_ticks), *(line(*ends, "leader") for ends in joined), *map(_mark, points), *_labels(points, frame, joined),
         text(frame.x, 14, "tokens/s (up is better, log scale)", "axis"),
         text(frame.x + frame.width, height - 6, f"{_title(against)} (left is better, log scale)", "axis", anchor="end"),
     ]  # fmt: skip
@@ -133,17 +135,12 @@ def _kinds(entries: Sequence[Entry]) -> list[tuple[str, str | None]]:
     return list(dict.fromkeys(map(_kind, entries)))
 
 
-def _short(entry: Entry, several: bool, width: float) -> str:
-    name = entry.choice.device or ""
-    return shortened(name, 18 if width < WIDE[0] else 40)
-
-
-def _lines(drawn: Sequence[tuple[Entry, float, float]], points: Sequence[_Point]) -> list[str]:
-    """A thin line from each device's point to the next of the same device: what a recipe changes there."""
+def _joined(drawn: Sequence[tuple[Entry, float, float]], points: Sequence[_Point]) -> list[tuple[float, float, float, float]]:
+    """Ends of the lines from each point of a device to its next: what another model or recipe changes there."""
     by_device: dict[str | None, list[_Point]] = {}
     for (entry, _, _), point in zip(drawn, points, strict=True):
         by_device.setdefault(entry.choice.device, []).append(point)
-    return [line(a.x, a.y, b.x, b.y, "leader") for same in by_device.values() for a, b in pairwise(same)]
+    return [(a.x, a.y, b.x, b.y) for same in by_device.values() for a, b in pairwise(same)]
 
 
 def _mark(point: _Point) -> str:
@@ -152,11 +149,12 @@ def _mark(point: _Point) -> str:
     return f'<circle cx="{point.x:.1f}" cy="{point.y:.1f}" r="5" class="{style}"{fill}><title>{escape(clean(point.note))}</title></circle>'
 
 
-def _labels(points: Sequence[_Point], frame: Box) -> list[str]:
+def _labels(points: Sequence[_Point], frame: Box, joined: Sequence[tuple[float, float, float, float]]) -> list[str]:
     inner = Box(x=frame.x + 2, y=frame.y + 2, width=frame.width - 4, height=frame.height - 4)
     wanted = [Wanted(x=point.x, y=point.y, texts=[point.name, shortened(point.name, 12)], style=f"f{point.colour}") for point in points]
     marks = [Box(x=point.x - 6, y=point.y - 6, width=12, height=12) for point in points]
-    return [draw_label(label) for label in place_labels(wanted, inner, marks)]
+    lines = [box for x1, y1, x2, y2 in joined for box in boxes_along([(x1, y1), (x2, y2)])]
+    return [draw_label(label) for label in place_labels(wanted, inner, marks, lines)]
 
 
 def _log_axis(values: Sequence[float], origin: float, length: float) -> Axis:
@@ -216,7 +214,7 @@ def _headline(entries: Sequence[Entry]) -> str:
     if not timed:
         return f"{len(entries)} combinations side by side"
     best = max(timed, key=lambda entry: entry.tokens_per_second or 0.0)
-    return f"{best.choice.device} is fastest: {best.tokens_per_second:,.4g} tokens/s" if best.choice.device else f"{len(entries)} combinations"
+    return f"{best.tokens_per_second:,.4g} tokens/s at most, on {best.choice.device}"
 
 
 def _head(entries: Sequence[Entry]) -> str:
@@ -232,7 +230,7 @@ def _head(entries: Sequence[Entry]) -> str:
 def _plot_section(entries: Sequence[Entry], against: Against) -> str:
     wide, narrow = (compare_plot(entries, against, width=width, height=height) for width, height in (WIDE, NARROW))
     kinds = "".join(
-        f'<li><span class="swatch-box f{1 + index % COLOURS}"></span> {_text(_kind_name(*kind))}</li>' for index, kind in enumerate(_kinds(entries))
+        f'<li><span class="swatch-box k{1 + index % COLOURS}"></span> {_text(_kind_name(*kind))}</li>' for index, kind in enumerate(_kinds(entries))
     )
     note = "Hollow: does not fit. A thin line joins what differs on one device. The pointer says the figures."
     return (
@@ -253,7 +251,7 @@ def _table(entries: Sequence[Entry]) -> str:
     for entry in entries:
         choice, found = entry.choice, figures_of(entry)
         first = f'<th scope="row">{_text(choice.model)}</th>'
-        first += f"<td><code>{_text(choice.recipe or '')}</code></td><td>{_text(choice.device or '')}</td>"
+        first += f'<td class="named"><code>{_text(choice.recipe or "")}</code></td><td class="named">{_text(choice.device or "")}</td>'
         cells = "".join(f"<td>{_text(found[name])}</td>" for name in names) if found else f'<td colspan="{len(names)}">{_text(entry.failure)}</td>'
         style = ' class="over"' if entry.cost is not None and entry.cost.fits is False else ""
         rows.append(f"<tr{style}>{first}{cells}</tr>\n")
@@ -266,7 +264,12 @@ def _table(entries: Sequence[Entry]) -> str:
 
 
 def _style() -> str:
-    return "".join(files("lighten.report").joinpath(name).read_text(encoding="utf-8") for name in ("report.css", "sweep.css"))
+    sheets = (files("lighten.report").joinpath(name).read_text(encoding="utf-8") for name in ("report.css", "sweep.css"))
+    return "".join(sheets) + NAMED
+
+
+NAMED = ".numbers thead th:nth-child(-n+3) { text-align: left; }\n.numbers td.named { text-align: left; white-space: normal; min-width: 110px; }\n.numbers tbody th { text-align: left; }\n"
+"""A name may take several lines, a number may not."""
 
 
 def _without_variables(svg: str) -> str:
