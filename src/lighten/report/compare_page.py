@@ -268,7 +268,9 @@ def _style() -> str:
     return "".join(sheets) + NAMED
 
 
-NAMED = ".numbers thead th:nth-child(-n+3) { text-align: left; }\n.numbers td.named { text-align: left; white-space: normal; min-width: 110px; }\n.numbers tbody th { text-align: left; }\n"
+NAMED = """.numbers thead th:nth-child(-n+3), .numbers tbody th, .numbers td.named { text-align: left; }
+.numbers td.named { white-space: normal; min-width: 110px; }
+"""
 """A name may take several lines, a number may not."""
 
 
