@@ -2,7 +2,7 @@
 
 Settings are its defaults (an efficiency of 1) but for the beam width, whose default is 4: one, as the rows have. The device is made of the row's
 figures. One width holds for weights, cache and arithmetic: bf16, int8, fp8, int4, fp4. Decode of weights of fewer bits takes the nearest width, as it
-is bound by memory; prefill of them computes in bf16, as these kernels do.
+is bound by memory; prefill of them computes in bf16, as these kernels do, on a device whose memory is larger by as much as they are smaller.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ def width(case: Case) -> str:
     return "int4" if work["weight_bits"] < 6 else "int8" if work["weight_bits"] < 12 else "bf16"
 
 
-def system(case: Case) -> dict[str, Any]:
-    """The device in its units: TFLOP/s, GB, GB/s."""
+def system(case: Case, room: float = 1) -> dict[str, Any]:
+    """The device in its units (TFLOP/s, GB, GB/s), with `room` times its memory."""
     device = case["device"]
     if "fp16" not in device["peak_flops_per_s"] or not device["bandwidth_bytes_per_s"] or not device["memory_bytes"]:
         raise Cannot(f"no fp16 peak, memory or bandwidth of {device['name']}")
     return {
         "Flops": device["peak_flops_per_s"]["fp16"] / 1e12,
-        "Memory_size": device["memory_bytes"] / 1e9,
+        "Memory_size": room * device["memory_bytes"] / 1e9,
         "Memory_BW": device["bandwidth_bytes_per_s"] / 1e9,
         "ICN": (device["link_bytes_per_s"] or 16e9) / 1e9,
         "real_values": True,
@@ -86,6 +86,7 @@ def seconds(case: Case, phase: str, generated: int = 0) -> float:
     }
     if phase == "prefill":
         computed = bits if bits in ("fp8", "fp4") else "bf16"
+        common["system_name"] = system(case, max(1, 16 / work["weight_bits"])) if computed == "bf16" else common["system_name"]
         return float(prefill_moddeling(**common, bits=computed)["Latency"]) / 1e3
     return float(decode_moddeling(**common, bits=bits, output_tokens=generated, Bb=1)["Latency"]) / 1e3
 
