@@ -2,6 +2,7 @@
 
     seconds of a product = (computeᵖ + memoryᵖ)^(1/p) + operator_s
     compute = flops / (peak · share) · (1 + half_rows / m) · (1 + half_columns / k) · (1 + half_outputs / n)
+            or, where that is less, flops / (rate of float32 · vector_share): few rows go through the vector units
     memory  = bytes / (bandwidth · share)
 
 p joins the two ends of the roofline smoothly: where both bind, neither is hidden whole. m, k, n are those of one matrix: of a layer of
@@ -36,8 +37,11 @@ BOUNDS: tuple[Bound, ...] = ("compute", "memory", "communication", "overhead")
 TypeClass = Literal["bit32", "bit16", "bit8", "bit4"]
 NARROW_BITS = {"float4": 4, "float6": 6, "float8": 8, "tf32": 32}
 """Types of peaks that are no types of stored values, or have another name there → bits."""
+CLASS_BITS = {"bit32": 32, "bit16": 16, "bit8": 8, "bit4": 4}
 ATTENTION_TYPES = ("bfloat16", "float16", "tf32", "float32")
 """What scores and their sums are computed in, where the linears have a narrower type: the first of these that the device has a rate of."""
+OVER_DEVICES = " over devices"
+"""What follows a name of `Rates.spread` where more than one device takes part."""
 RANGE_90 = 1.645
 """Standard deviations of a normal distribution to either side that hold 90 % of it."""
 
@@ -49,8 +53,11 @@ class Rates:
     Attributes:
         name: of its file.
         compute_share: class of type (bit32, bit16, bit8, bit4) → share of the dense peak that large products reach.
+        experts_share: share of `compute_share` that products of many experts at once reach.
         half_rows, half_columns, half_outputs: m, k, n at which a product reaches half of that.
         attention_share: share of the 16-bit peak that scores and their sums reach, masked ones left out.
+        vector_share: share of the rate of float32 that products of few rows reach, outside of matrix units.
+        score_bytes: bytes that attention moves for each score beside its inputs and outputs: 0 where it is one kernel.
         bandwidth_share: share of the memory's bandwidth that weights and activations are read at.
         cache_share: the same for cached keys and values.
         reach_bytes_per_s: what its kernels draw at most, however fast the memory is; None: no limit seen.
@@ -59,9 +66,12 @@ class Rates:
         operator_s: seconds that each operator adds, beside its roofline.
         pointwise: how many of the norms and elementwise operators are kernels of their own (1: all, 0: all are fused into products).
         pass_s: seconds that each forward pass adds: scheduling, sampling, a launch.
+        flight_s: seconds that a step of batching in flight adds to that: admitting, paging, sending answers.
         sequence_s: seconds that each sequence adds to a pass: its sampling and bookkeeping.
         link_share: share of a link's bandwidth that a collective reaches.
-        collective_s: seconds of the smallest collective between two devices inside a node.
+        collective_s: seconds of the smallest collective inside a node.
+        far_collective_s: the same between nodes.
+        hop_s: seconds from one stage of layers to the next.
         sharpness: p of the roofline's corner.
         by_class: class of device (`device_class`) → the fields that differ there.
         spread: what is predicted → standard deviation of log(predicted / measured) on rows that were not fitted.
@@ -72,20 +82,26 @@ class Rates:
     name: str
     compute_share: Mapping[str, float]
     attention_share: float = 0.5
+    vector_share: float = 0.5
+    score_bytes: float = 0.0
     bandwidth_share: float = 0.85
     cache_share: float = 0.7
     reach_bytes_per_s: float | None = None
     weight_only: Mapping[str, float] = field(default_factory=dict)
     weight_only_compute: float = 1.0
+    experts_share: float = 0.7
     half_rows: float = 40.0
     half_columns: float = 80.0
     half_outputs: float = 80.0
     operator_s: float = 4e-6
     pointwise: float = 0.5
     pass_s: float = 0.0
+    flight_s: float = 0.0
     sequence_s: float = 0.0
     link_share: float = 0.75
     collective_s: float = 8e-6
+    far_collective_s: float = 30e-6
+    hop_s: float = 50e-6
     sharpness: float = 4.0
     by_class: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     spread: Mapping[str, float] = field(default_factory=dict)
@@ -104,12 +120,13 @@ class Rates:
         width = weight_bits(weight) or 16
         return self.weight_only[min(self.weight_only, key=lambda bits: abs(math.log2(float(bits) / width)))]
 
-    def range_factor(self, what: str, *more: float) -> float:
+    def range_factor(self, what: str, *more: float, devices: int = 1) -> float:
         """What a prediction is multiplied by and divided by for its 90 % range; `more`: standard deviations of what is not known beside.
 
         Raises:
             DeviceError: its spread was never held against measured rows.
         """
+        what = what + OVER_DEVICES if devices > 1 and what + OVER_DEVICES in self.spread else what
         if what not in self.spread:
             known = ", ".join(self.spread) or "nothing"
             raise DeviceError(f"rates {self.name}: the spread of {what} was not measured; known: {known}.")
@@ -118,9 +135,14 @@ class Rates:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one device gives to one pass: operations per second of products and of attention, bytes per second."""
+    """What one device gives to one pass: operations per second of products, of attention, and outside of matrix units, bytes per second.
+
+    Attributes:
+        vector_flops_per_s: 0 where it is not known.
+    """
 
     product_flops_per_s: float
+    vector_flops_per_s: float
     attention_flops_per_s: float
     bytes_per_s: float
     type_class: str
@@ -175,6 +197,7 @@ def limits(device: Device, dtype: str) -> Limits:
     """
     return Limits(
         product_flops_per_s=device.peak(dtype),
+        vector_flops_per_s=device.peak_flops_per_s.get("float32", 0.0),
         attention_flops_per_s=device.peak(attention_type(device, dtype)),
         bytes_per_s=device.bandwidth(),
         type_class=type_class(dtype),
@@ -212,7 +235,9 @@ def op_parts(op: Op, bound_by: Limits, rates: Rates) -> dict[Bound, float]:
         return product_parts(op, bound_by, rates)
     if op.kind == "attention":
         compute = op.causal_flops / (bound_by.attention_flops_per_s * rates.attention_share)
-        return _joined(compute, op.activation_bytes / (bound_by.bytes_per_s * rates.cache_share), rates, rates.operator_s)
+        memory = op.activation_bytes / (bound_by.bytes_per_s * rates.cache_share)
+        scores = scores_of(op) * rates.score_bytes / (bound_by.bytes_per_s * rates.bandwidth_share)
+        return _joined(compute, memory + scores, rates, rates.operator_s)
     moved = memory_seconds(op.bytes, bound_by.bytes_per_s, rates)
     return {"memory": moved * rates.pointwise, "overhead": rates.operator_s * rates.pointwise}
 
@@ -222,11 +247,16 @@ def product_parts(op: Op, bound_by: Limits, rates: Rates) -> dict[Bound, float]:
     if not op.rows:
         return {}
     share = rates.compute_share[bound_by.type_class]
-    read = rates.weight_only_share(op.weight) if is_weight_only(op.weight) else 1.0
-    if is_weight_only(op.weight):
+    expanded = is_weight_only(op.weight, bound_by.type_class)
+    read = rates.weight_only_share(op.weight) if expanded else 1.0
+    if expanded:
         share *= rates.weight_only_compute
+    if matrices_of(op) > 1:
+        share *= rates.experts_share
     sizes = saturation(rows_of_matrix(op), op.columns, op.outputs, rates)
     compute = op.matmul_flops / (bound_by.product_flops_per_s * share) * sizes
+    if bound_by.vector_flops_per_s:
+        compute = min(compute, op.matmul_flops / (bound_by.vector_flops_per_s * rates.vector_share))
     moved = memory_seconds(op.weight_bytes / read + op.activation_bytes, bound_by.bytes_per_s, rates)
     return _joined(compute, moved, rates, rates.operator_s)
 
@@ -244,16 +274,26 @@ def memory_seconds(moved: float, bytes_per_s: float, rates: Rates) -> float:
     return moved / reached
 
 
+def scores_of(op: Op) -> float:
+    """Scores of an attention, masked ones too: each is 2 · head_dim operations, and as many for its share of the values."""
+    return op.matmul_flops / (4 * op.outputs) if op.outputs else 0.0
+
+
+def matrices_of(op: Op) -> float:
+    """Matrices that a linear reads: of a layer of experts, those that are touched."""
+    one = op.weight.stored_bytes(op.outputs, op.columns) if op.weight_bytes else 0
+    return max(1.0, round(op.weight_bytes / one, 2)) if one else 1.0
+
+
 def rows_of_matrix(op: Op) -> float:
     """Rows that one matrix of a linear meets: of a layer of experts, those of one expert that is touched at all."""
-    one = op.weight.stored_bytes(op.outputs, op.columns) if op.weight_bytes else 0
-    matrices = max(1.0, op.weight_bytes / one) if one else 1.0
-    return max(1.0, op.rows / matrices)
+    return max(1.0, op.rows / matrices_of(op))
 
 
-def is_weight_only(weight: WeightFormat) -> bool:
-    """Whether its codes are expanded to the type of the activations before they are multiplied."""
-    return weight.activations is None and weight_bits(weight) is not None
+def is_weight_only(weight: WeightFormat, products: str) -> bool:
+    """Whether its codes are expanded before they are multiplied: they are narrower than the class of type that products are computed in."""
+    bits = weight_bits(weight)
+    return weight.activations is None and bits is not None and bits < CLASS_BITS[products]
 
 
 def weight_bits(weight: WeightFormat) -> int | None:
@@ -262,11 +302,17 @@ def weight_bits(weight: WeightFormat) -> int | None:
 
 
 def _joined(compute: float, memory: float, rates: Rates, more: float) -> dict[Bound, float]:
-    if not compute and not memory:
-        return {"overhead": more}
-    high, low = max(compute, memory), min(compute, memory)
-    seconds = high * (1 + (low / high) ** rates.sharpness) ** (1 / rates.sharpness)
-    return {("compute" if compute > memory else "memory"): seconds, "overhead": more}
+    bound: Bound = "compute" if compute > memory else "memory"
+    return {bound: joined_seconds(compute, memory, rates.sharpness), "overhead": more}
+
+
+def joined_seconds(compute: float, memory: float, sharpness: float) -> float:
+    """Seconds where both ends of the roofline bind a little.
+
+    >>> joined_seconds(3.0, 4.0, 2.0)
+    5.0
+    """
+    return float((compute**sharpness + memory**sharpness) ** (1 / sharpness))
 
 
 RATES_FOLDER = "rates_known"
