@@ -523,7 +523,7 @@ def test_a_published_training_run_is_about_what_was_published():
     run = training_run(read_device("a100-sxm-80gb"), 2048, tokens=parse_tokens("2T"), tokens_per_s=2048 * speed)
     assert run.days == pytest.approx(35, rel=1e-3)
     assert run.megawatt_hours == pytest.approx(291.42e3 / 0.385 / 1.1 / 1e3, rel=0.01)
-    assert run.usd is None
+    assert run.usd == pytest.approx(1_720_320 * 2.79, rel=1e-3)
 
 
 @pytest.mark.parametrize(("tokens", "speed"), [(0, 1.0), (1.0, 0), (-1, 1), (float("nan"), 1.0)])
