@@ -69,7 +69,7 @@ def collectives(spec: ModelSpec, workload: Workload, plan: Plan, stage: int = 0)
     rounded up to whole rows of each tensor, as FSDP2 does. With `shard_group` the shards are then all-reduced over the copies.
     Gradients are sent in the activations' type, in float32 with `master_weights`.
 
-    Not in it: the loss's own numbers, gradient norms, a pipeline's shapes.
+    Not in it: gradient norms, the mean of the loss, the shapes that a pipeline's stages tell each other.
 
     Raises:
         WorkloadError: the plan does not fit the model or the workload; the phase is not train.
@@ -149,6 +149,7 @@ def _tensor_parallel(spec: ModelSpec, parts: tuple[Placed, ...], plan: Plan, wor
     again = _again(spec, parts, workload)
     gather: Kind = "all_gather" if plan.sequence_parallel else "all_reduce"
     reduce: Kind = "reduce_scatter" if plan.sequence_parallel else "all_reduce"
+    yield from _loss(spec, parts, plan, workload, rows, m)
     for i, each in enumerate(parts):
         one = Collective(
             kind=reduce, bytes=round(rows * _hidden(each) * element), group="tp", size=plan.tp, count=m, when="forward", overlappable=False,
@@ -169,6 +170,21 @@ def _tensor_parallel(spec: ModelSpec, parts: tuple[Placed, ...], plan: Plan, wor
                 yield replace(
                     one, kind="all_reduce", bytes=round(_size(shape) * element), when="backward", overlappable=True, of="gradients of norms"
                 )
+
+
+def _loss(spec: ModelSpec, parts: tuple[Placed, ...], plan: Plan, workload: Workload, rows: int, m: int) -> Iterator[Collective]:
+    """Largest logit, sum of powers and target's log-probability of each row, where the vocabulary is split.
+
+    Source: `_log_softmax` and `_nll_loss_forward` of torch/distributed/tensor/parallel/loss.py.
+    """
+    head = next((each.part for each in parts if each.role == "vocabulary" and isinstance(each.part, Linear)), None)
+    if head is None:
+        return
+    wide = spec.is_decoder and habits(spec, head.rows).wide_loss
+    for size in (FLOAT32, FLOAT32, FLOAT32 if wide else dtype_bytes(workload.dtype)):
+        yield Collective(
+            kind="all_reduce", bytes=round(rows * size), group="tp", size=plan.tp, count=m, when="forward", overlappable=False, of="the loss"
+        )  # fmt: skip
 
 
 def _hidden(each: Placed) -> int:

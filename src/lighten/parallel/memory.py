@@ -23,10 +23,11 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from lighten.cost.memory import MemoryBreakdown
-from lighten.cost.operators import Forward
+from lighten.cost.operators import Forward, rows_of
 from lighten.cost.optimizer_state import OPTIMIZERS, Shape, scratch_bytes, state_bytes
 from lighten.cost.passes import training_forward
 from lighten.cost.replay.habits import habits
+from lighten.cost.replay.kernels import INT64
 from lighten.cost.replay.layout import Stream, Sublayer, reads_source
 from lighten.cost.replay.tape import Kind, Storage, Tensor, _Node
 from lighten.cost.tuning import _Tuned, memory_of
@@ -227,6 +228,7 @@ class _Replay(_Tuned):
 
     Attributes:
         saved: bytes that a micro-batch holds between its forward and its backward pass.
+        tables: split embeddings → elements of the whole table; twice: those whose gradient is a sum, since they are tied.
     """
 
     def __init__(self, step: _Step, forward: Forward) -> None:
@@ -241,6 +243,8 @@ class _Replay(_Tuned):
         self.order = list(dict.fromkeys(str(each.block) for each in step.parts if each.block not in (None, "<", ">")))
         self.routing = False
         self.saved = 0
+        self.tables: dict[str, int] = {}
+        self.twice: set[str] = set()
         super().__init__(step.spec, replace(step.micro, seq_len=forward.query_len), forward)
         if self.units and step.micro_batches > 1:
             self.reduced = {name: self.hold(unit.shard, "gradients") for name, unit in self.units.items()}
@@ -254,7 +258,8 @@ class _Replay(_Tuned):
         """Gradients that the optimizer finds."""
         if self.units:
             return sum(unit.shard for unit in self.units.values())
-        return self.whole_gradients()
+        more = sum(elements - elements // self.plan.tp for name, elements in self.tables.items() if name not in self.twice)
+        return self.whole_gradients() + round(more * self.element)
 
     def inputs_bytes(self) -> int:
         return sum(storage.size for storage in self.inputs)
@@ -337,11 +342,37 @@ class _Replay(_Tuned):
         return self.sum_up(made) if placed.role == "row" and not self.routing else made
 
     def embedding(self, part: Embedding, indices: Sequence[Tensor]) -> Tensor:
-        made = super().embedding(part, indices)
+        """DTensor makes the gradient of a split table whole, and cuts it."""
         placed = self.roles.get(part.name)
-        if placed is not None and placed.role == "vocabulary":
-            return self.sum_up(made)
-        return made if self.split_positions == 1 else self.record(made.elements // self.split_positions, [made])
+        if placed is None or placed.role != "vocabulary" or self.plan.tp == 1:
+            made = super().embedding(part, indices)
+            return made if self.split_positions == 1 else self.record(made.elements // self.split_positions, [made])
+        out = self.tensor(rows_of(part, self.forward) * part.embedding_dim)
+        name, shape = next(iter(part.tensors().items()), ("", (0, 0)))
+        self.tables[name] = math.prod(shape) * self.plan.tp
+        whole = {name: (shape[0] * self.plan.tp, shape[1])} if name else {}
+        return self.sum_up(self.record(out, saved=indices, part=whole))
+
+    def cross_entropy(self, logits: Tensor, stream: Stream) -> Tensor:
+        """Of a split vocabulary: each rank keeps its share of the log-probabilities, and its backward pass is one operator.
+
+        Source: `_log_softmax` and `_nll_loss_and_log_softmax_backward` of torch/distributed/tensor/parallel/loss.py.
+        """
+        heads = [part for part in stream.after if part.name in self.roles and self.roles[part.name].role == "vocabulary"]
+        if self.plan.tp == 1 or not heads:
+            return super().cross_entropy(logits, stream)
+        wide = self.cast(logits, FLOAT32) if self.spec.is_decoder and self.habits.wide_loss else logits
+        narrow = wide.element < FLOAT32  # its values are computed in float32
+        copy = self.hold(wide.elements * FLOAT32 if narrow else 0)
+        shifted = self.hold(wide.elements * FLOAT32)
+        powers = self.hold(wide.elements * FLOAT32)
+        del powers
+        result = self.hold(wide.elements * FLOAT32 if narrow else 0)
+        found = self.tensor(wide.elements, wide.element)
+        del copy, shifted, result
+        self.record(found, [wide], passes=True)
+        targets = self.tensor(self.batch * self.queries, INT64)
+        return self.record(1, [found], [found, targets], scratch=2 * found.bytes)
 
     def fused(self, part: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """With context parallelism keys and values of all positions pass through."""
@@ -436,12 +467,25 @@ class _Replay(_Tuned):
         self.reducing = None
 
     def _step(self, node: _Node) -> None:
+        again = [name for name in node.weights if name in self.tables and name in self.gradients]
         if self.summing and node.weights:
             self._step_summing(node)
+        elif again:
+            self._step_again(node, again[0])
         else:
             super()._step(node)
         if isinstance(node, _Hook):
             node.call()
+
+    def _step_again(self, node: _Node, name: str) -> None:
+        """The second gradient of a split table that is tied: whole, then cut, then added to the first."""
+        whole = self.hold(self.tables[name] * self.element, "gradients")
+        node.weights = {}
+        super()._step(node)
+        cut = self.hold(whole.size // self.plan.tp, "gradients")
+        total = self.hold(cut.size, "gradients")
+        self.gradients[name] = total
+        self.twice.add(name)
 
     def _step_summing(self, node: _Node) -> None:
         """A weight's new gradient is added to the sum and goes."""
