@@ -69,12 +69,12 @@ def test_figures_are_in_base_units_and_of_a_possible_size(device):
 def test_links_go_from_the_inside_outwards(device):
     joined = [link.devices for link in device.links]
     inside = [count for count in joined if count is not None]
+    rates = [link.bytes_per_s for link in device.links]
+    assert rates == sorted(rates, reverse=True)  # farther is never faster
     assert joined == sorted(inside) + [None] * (len(joined) - len(inside))
     assert len(inside) == len(set(inside))
     assert joined.count(None) <= 1
     assert all(5e8 <= link.bytes_per_s <= 2e12 for link in device.links)
-    if inside and joined[-1] is None:
-        assert device.links[-1].bytes_per_s <= device.links[-2].bytes_per_s  # a network is no faster than what it joins
     assert device.devices_per_node == max(inside, default=1)
 
 
@@ -324,9 +324,9 @@ def test_nodes_of_another_size():
     assert with_devices_per_node(device, 4).link(8).devices is None
     assert with_devices_per_node(device, 16).link(16).name == "NVLink 4"
     assert with_devices_per_node(device, 1).link(2).devices is None
-    bridged = read_device("rtx-3090")
-    assert [(link.name, link.devices) for link in with_devices_per_node(bridged, 4).links] == [("NVLink bridge", 2), ("PCIe 4 x16", 4)]
-    assert [(link.name, link.devices) for link in with_devices_per_node(bridged, 2).links] == [("NVLink bridge", 2)]
+    bridged = read_device("h100-nvl")
+    assert [(link.name, link.devices) for link in with_devices_per_node(bridged, 4).links] == [("NVLink 4 bridge", 2), ("PCIe 5 x16", 4)]
+    assert [(link.name, link.devices) for link in with_devices_per_node(bridged, 2).links] == [("NVLink 4 bridge", 2)]
     with pytest.raises(DeviceError, match=r"0 devices a node: at least 1\."):
         with_devices_per_node(device, 0)
     with pytest.raises(DeviceError, match=r"2 of raspberry-pi-5 in a node: no link inside a node is known of it\."):

@@ -54,8 +54,7 @@ class Device:
         memory_bytes: that programs can have, as the driver says it where a source shows that; the most that it is sold with.
         memory_varies: it is sold with less memory too.
         bandwidth_bytes_per_s: of the device's memory, read.
-        links: from the innermost level outwards: inside a node, then between nodes (devices: None). A pair may have fewer links than a whole node,
-            and so less bandwidth.
+        links: from the innermost level outwards, each slower: inside a node, then between nodes (devices: None).
         power_w: what it may draw (TDP).
         aliases: what else it is called, by drivers and in tables.
         sources: figure, or "others" → where it is from.
