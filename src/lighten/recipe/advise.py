@@ -106,7 +106,7 @@ def advise(
 
     Args:
         target: a device of published figures, which the case's plan counts; a machine that was probed; None: memory and FLOPs alone.
-        goal: fits (what makes it fit, least loss of quality first; where it fits, least memory), latency (of the workload), throughput (time of
+        goal: fits (what makes it fit on as many devices, least loss of quality first; where it fits, least memory), latency (of the workload), throughput (time of
             a token), cost (money of a token, or without a price the time of all devices). None: fits where it does not fit or there is no
             device, else latency.
         draft: a smaller model of the same vocabulary, for speculative decoding.
@@ -244,7 +244,8 @@ class _Search:
         """What the goal asks for of a cost. What does not fit comes last, whatever the goal."""
         misfit = float(cost.fits is False)
         if self.goal == "fits":
-            return (misfit, loss(quality), cost.needed_bytes) if self.baseline.fits is False else (misfit, cost.needed_bytes)
+            more = float(cost.devices > self.baseline.devices)
+            return (misfit, more, loss(quality), cost.needed_bytes) if self.baseline.fits is False else (misfit, more, cost.needed_bytes)
         values: dict[str, float | None] = {
             "latency": cost.seconds, "throughput": cost.seconds_per_token,
             "cost": cost.usd_per_token if self.baseline.usd is not None else cost.device_seconds_per_token,

@@ -144,6 +144,7 @@ WIDTHS_BY_ROUNDING = (8, 4, 3, 2)
 WIDTHS_BY_GPTQ = (4, 3)
 GROUP_SIZES = (128, 96, 64, 32)
 """Largest first: the group that divides all rows is taken, for its scales take least room."""
+SIXTEEN_BITS = ("bfloat16", "float16")
 PRUNED_SHARES = (0.25, 0.5)
 SMALLEST_WINDOW = 16
 
@@ -163,14 +164,16 @@ def _recipe(name: str, case: Case, text: str, **more: Any) -> Lever:
 
 
 def _casts(case: Case, target: Target) -> Iterator[Lever]:
-    """The 16-bit type that the device has products of; bfloat16 where that is not asked."""
-    for dtype in ("bfloat16", "float16"):
-        if isinstance(target, Device) and dtype not in target.peak_flops_per_s:
-            continue
-        computed = compute_dtype(replace(case.recipe, steps=(*case.recipe.steps, _step(f"cast({dtype})"))), replace(case.changed, dtype=dtype))
-        if case.spec.dtype != dtype and case.workload.dtype == "float32":
-            yield _recipe("cast", case, f"cast({dtype})", workload={} if computed == dtype else {"dtype": dtype})
-            return
+    """The 16-bit type that the device has products of, bfloat16 where none is asked for; from 16 bits on, float8 where the device has that."""
+    known = target.peak_flops_per_s if isinstance(target, Device) else dict.fromkeys(SIXTEEN_BITS, 0.0)
+    dtype = next((dtype for dtype in SIXTEEN_BITS if dtype in known), None)
+    if dtype is not None and case.workload.dtype == "float32":
+        step = _step(f"cast({dtype})")
+        computed = compute_dtype(replace(case.recipe, steps=(*case.recipe.steps, step)), replace(case.changed, dtype=dtype))
+        yield _recipe("cast", case, str(step), workload={} if computed == dtype else {"dtype": dtype})
+    if "float8" in known and case.workload.dtype in SIXTEEN_BITS:
+        cache = {"kv_dtype": case.workload.dtype} if case.workload.phase in CACHED and case.workload.kv_dtype is None else {}
+        yield Lever(name="cast", workload={"dtype": "float8_e4m3fn", **cache})
 
 
 def _quantized(case: Case, target: Target) -> Iterator[Lever]:
@@ -307,7 +310,7 @@ def _none(case: Case, target: Target) -> Iterator[Lever]:
 
 
 LEVERS: dict[str, LeverKind] = {
-    "cast": LeverKind(how="16-bit weights and activations", phases=INFERENCE, propose=_casts, excludes=("sparse",)),
+    "cast": LeverKind(how="narrower weights and activations", phases=INFERENCE, propose=_casts, excludes=("sparse",)),
     "quantize": LeverKind(how="narrower weights", phases=INFERENCE, propose=_quantized, excludes=("sparse", "runtime")),
     "runtime": LeverKind(how="a runtime with faster kernels", phases=INFERENCE, propose=_other_runtimes, excludes=("quantize",)),
     "sparse": LeverKind(how="2 of each 4 weights", phases=INFERENCE, propose=_sparse, excludes=("quantize", "cast")),
