@@ -113,8 +113,8 @@ POINTWISE_ROWS = (1, 64, 1024, 8192)
 LARGE_WIDTH, LARGE_ROWS = 1024, 20480
 """Measured once more where memory is given back at once (`FRESH`): 84 MB in fp32, 42 MB in bf16."""
 BLOCKS: dict[tuple[int, int, int, int], tuple[tuple[int, int], ...]] = {
-    (256, 8, 1024, 2): ((1, 1), (1, 16), (1, 128), (8, 64), (2, 512), (32, 128)),
-    (320, 10, 1280, 2): ((1, 32), (4, 128), (16, 32), (16, 192)),
+    (256, 8, 1024, 6): ((1, 1), (1, 16), (1, 128), (8, 64), (2, 512)),
+    (320, 10, 1280, 2): ((1, 1), (1, 32), (4, 128), (16, 32), (32, 128)),
     (640, 10, 2560, 2): ((1, 1), (1, 16), (1, 128), (2, 256), (16, 64)),
     (1024, 16, 4096, 2): ((1, 1), (1, 8), (1, 32), (1, 128)),
 }
@@ -126,7 +126,7 @@ COMPILED_BLOCKS: dict[tuple[int, int, int, int], tuple[tuple[int, int], ...]] = 
 }
 """The same for torch-compile, which compiles each size anew (20 to 60 s on 2 cores): one layer, few sizes."""
 DECODERS: dict[tuple[int, int, int, int, int], tuple[tuple[int, int], ...]] = {
-    (512, 8, 2, 1408, 4): ((1, 1), (1, 24), (1, 128), (4, 64), (2, 320), (16, 96)),
+    (512, 8, 2, 1408, 6): ((1, 1), (1, 24), (1, 128), (4, 64), (2, 320), (16, 96)),
     (896, 14, 2, 2560, 2): ((1, 1), (1, 16), (1, 64), (1, 256), (8, 128)),
 }
 """(hidden_size, heads, key-value heads, intermediate_size, layers) → (batch, length): synthetic decoders with rotary positions, RMSNorm and a gated

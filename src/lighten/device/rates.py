@@ -47,6 +47,9 @@ class RateTable:
     ratio of the work (the product of the shape's sides), averaged in log with inverse-distance weights; between them a curve. The power, between
     0 (a product so small that starting it is all) and 1 (in proportion), is the least-squares slope of the measured shapes, near ones first, at those
     rows. No shape is faster, for its work, than the fastest that was measured at as many rows.
+
+    Attributes:
+        rows: the numbers of rows at which some shape was measured, in order.
     """
 
     def __init__(self, samples: Sequence[Sample]) -> None:
@@ -54,22 +57,17 @@ class RateTable:
         for sample in samples:
             points.setdefault(sample.shape, []).append((sample.rows, sample.seconds))
         self._curves = {shape: Curve(each) for shape, each in points.items()}
-        self._rows = sorted({rows for each in points.values() for rows, _ in each})
+        self.rows = sorted({rows for each in points.values() for rows, _ in each})
         self._between: dict[tuple[int, ...], Curve] = {}
 
     def seconds(self, rows: float, shape: tuple[int, ...]) -> float:
         return math.exp(self._curve(shape).log_seconds(rows))
 
-    @property
-    def last_rows(self) -> int:
-        """The most rows that any shape was measured at."""
-        return self._rows[-1]
-
     def _curve(self, shape: tuple[int, ...]) -> Curve:
         if shape in self._curves:
             return self._curves[shape]
         if shape not in self._between:
-            self._between[shape] = Curve((rows, math.exp(self._interpolated(rows, shape))) for rows in self._rows)
+            self._between[shape] = Curve((rows, math.exp(self._interpolated(rows, shape))) for rows in self.rows)
         return self._between[shape]
 
     def _interpolated(self, rows: int, shape: tuple[int, ...]) -> float:

@@ -153,11 +153,15 @@ def _cold_share(bandwidth: Sequence[Bandwidth], weight_bytes: int, engine: Engin
 
 
 def _added_by_cold_weights(shape: _Shape, tables: dict[str, RateTable]) -> float | None:
-    """Seconds that a linear takes longer with its weight in memory; beyond the measured rows no more than at the last. None: not measured."""
+    """Seconds that a linear takes longer with its weight in memory. None: not measured.
+
+    They do not grow with rows: the same bytes arrive beside more computation. What a measurement says beyond that is noise of two long ones.
+    """
     if shape.kind != "linear" or "cold" not in tables:
         return None
-    rows = min(shape.rows, tables["cold"].last_rows)
-    return max(tables["cold"].seconds(rows, shape.shape) - tables["linear"].seconds(rows, shape.shape), 0.0) if shape.weight_bytes else 0.0
+    cold, warm = tables["cold"], tables["linear"]
+    fewer = [rows for rows in cold.rows if rows <= shape.rows] or cold.rows[:1]
+    return max(min(cold.seconds(rows, shape.shape) - warm.seconds(rows, shape.shape) for rows in fewer), 0.0) if shape.weight_bytes else 0.0
 
 
 def _shape(op: Op, engine: EngineProfile) -> _Shape:
