@@ -172,6 +172,7 @@ SPELLINGS = {
     "Intel Xeon Platinum 8480+": "xeon-8480", "AMD EPYC 9654": "epyc-9654",
 }  # fmt: skip
 NOT_CERTAIN = [
+    "GeForce 6800 XT", "GeForce GTX 780M", "Radeon A100 SXM 80GB", "Intel M1 Max 32-core",
     "RTX4090+RTX3090Ti", "H100-80GB (variant not stated)", "H100", "A100", "P100", "NVIDIA GeForce RTX 3070 Laptop GPU",
     "RTX 4080 D", "RTX 6000", "RTX 3060 8GB", "A100-SXM-64GB", "Arc A310", "H20-3e", "Apple Silicon (unspecified in README)",
     "Xeon SPR 48 cores", "Framework Mainboard (128GB) [CPU]", "RX 7900", "RTX 4050", "M1 Max 16-core", "gaudi", "GPU", "", "80GB", "TPU",

@@ -19,6 +19,12 @@ NOISE = frozenset({
     "core", "cores", "c", "tensor", "graphics", "generation", "edition", "series", "oam", "board", "system", "module", "the", "with", "w", "a", "of",
 })  # fmt: skip
 """Words that tell no device from another one: vendors, families, parts."""
+VENDORS = {
+    **dict.fromkeys(("nvidia", "geforce", "gtx", "rtx", "tesla", "quadro"), "NVIDIA"), **dict.fromkeys(("amd", "radeon", "rx", "instinct"), "AMD"),
+    **dict.fromkeys(("epyc", "ryzen"), "AMD"), **dict.fromkeys(("intel", "arc", "xeon"), "Intel"), "apple": "Apple", "qualcomm": "Qualcomm",
+    "snapdragon": "Qualcomm", "huawei": "Huawei", "ascend": "Huawei",
+}  # fmt: skip
+"""Words that are one vendor's alone: a Radeon RX 6800 is not a GeForce 6800."""
 VARIANTS = frozenset({
     "ti", "super", "xt", "xtx", "gre", "max", "pro", "ultra", "ada", "d", "nx", "nano", "elite", "quadro", "laptop", "mobile", "plus", "lite", "mini",
 })  # fmt: skip
@@ -55,6 +61,7 @@ class Spelling:
     """A text, read: what tells devices apart, and figures that have to agree where they are said."""
 
     words: frozenset[str]
+    vendors: frozenset[str] = frozenset()
     memory_gb: float | None = None
     watts: float | None = None
     memory_type: str | None = None
@@ -79,6 +86,7 @@ class Spelling:
         words = _COUNT.sub(" ", plain.strip()).replace("+ ", " ").rstrip("+ ").split()
         return cls(
             words=frozenset(word.strip(".") for word in words) - NOISE - {""},
+            vendors=frozenset(VENDORS[word] for word in words if word in VENDORS),
             memory_gb=float(figures["memory_gb"]) if "memory_gb" in figures else None,
             watts=float(figures["watts"]) if "watts" in figures else None,
             memory_type=figures.get("memory_type"),
@@ -175,7 +183,9 @@ def _says_figures_of(asked: Spelling, name: Spelling) -> bool:
 
 
 def _agree(asked: Spelling, name: Spelling, device: Device) -> bool:
-    """Whether what the text says of memory and power is the device's, or is part of this name of it."""
+    """Whether what the text says of vendor, memory and power is the device's, or is part of this name of it."""
+    if asked.vendors and device.vendor not in asked.vendors and device.vendor in VENDORS.values():
+        return False
     if asked.memory_gb is not None and asked.memory_gb != name.memory_gb and not _has_memory(device, asked.memory_gb):
         return False
     if asked.watts is not None and asked.watts != name.watts and not (device.power_w and abs(asked.watts / device.power_w - 1) <= 0.05):
