@@ -26,6 +26,7 @@ from lighten.recipe.recipe import Recipe
 from lighten.trace.allocator import simulate
 from lighten.trace.cache import follow_once
 from lighten.trace.program import Facts, Followed, Program
+from lighten.units import format_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,7 +251,7 @@ def _assumptions(workload: Workload, recipe: Recipe, placed: Placed | None) -> t
         said.append("logits at the last prompt position alone; the prefill gives the first new token")
     if workload.phase == "train":
         said.append("the loss is the head's, without a head the mean of the last hidden state; the optimizer's own FLOPs are left out")
-    if recipe.runtime in ("torch", "torch-compile") and "quantize" in recipe.steps_text:
+    if recipe.runtime in ("torch", "torch-compile") and "quantize" in recipe.steps_text and (placed is None or placed.plan is None):
         said.append(f"{recipe.runtime} expands codes when it loads them: smaller on disk, not in memory")
     return (*said, *(placed.assumptions if placed else ()))
 
@@ -264,7 +265,7 @@ def _of_memory(spec: ModelSpec) -> tuple[str, ...]:
 def _warnings(placed: Placed | None) -> tuple[str, ...]:
     if placed is None or placed.free_bytes is None or placed.free_bytes >= 0:
         return ()
-    return (f"needs {placed.needed_bytes} bytes, the device has {placed.capacity_bytes}",)
+    return (f"needs {format_bytes(placed.needed_bytes)}, the device has {format_bytes(placed.capacity_bytes)}",)
 
 
 def _time_label(placed: Placed | None) -> dict[str, str]:
