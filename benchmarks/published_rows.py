@@ -648,11 +648,39 @@ def plan_of_row(row: Row) -> tuple[Plan, tuple[str, ...]]:
         unsaid = (*unsaid, "schedule")
         stages = TYPICAL_STAGES if "interleav" in (row.get("note") or "").lower() else 1
     micro = count_of(row, "micro_batch")
+    early = software_of(row)[1]  # before sequence parallelism was there, it was not used
+    split_positions = row.get("seq_parallel") == "True" or (row.get("seq_parallel") != "False" and not early)
     return Plan(
         dp=dp, tp=tp, pp=pp, cp=cp, ep=ep, shard=shard if dp * cp > 1 else "none",  # type: ignore[arg-type]
-        sequence_parallel=tp > 1 and row.get("seq_parallel") != "False", schedule="interleaved" if pp > 1 and stages > 1 else "1f1b",
+        sequence_parallel=tp > 1 and split_positions, schedule="interleaved" if pp > 1 and stages > 1 else "1f1b",
         virtual_stages=stages if pp > 1 else 1, micro_batch_size=micro,
     ), unsaid  # fmt: skip
+
+
+DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout", "hidden_dropout", "dropout")
+
+
+@lru_cache(maxsize=1024)
+def _as_pretrained(spec: _Same) -> ModelSpec:
+    """The decoder without the dropouts of its class's defaults, and with one kernel for GELU: as large models are trained."""
+    known = spec.spec
+    config = dict(known.config) | dict.fromkeys(DROPOUTS, 0.0)
+    if known.family == "gpt2":
+        config["activation_function"] = "gelu"
+    return replace(known, config=config, parts=describe(config, known.architecture))
+
+
+class _Same:
+    """A spec as a key: the same object is equal to itself."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec = spec
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.spec is self.spec
+
+    def __hash__(self) -> int:
+        return id(self.spec)
 
 
 def training_case(row: Row) -> TrainingCase:
@@ -662,6 +690,7 @@ def training_case(row: Row) -> TrainingCase:
         NotGradable, LeftOut, LightenError: what is missing, or does not fit together.
     """
     spec, unsaid = spec_of_row(row)
+    spec = _as_pretrained(_Same(spec)) if spec.is_decoder else spec
     plan, no_plan = plan_of_row(row)
     device, no_network = joined(device_of_row(row), plan.devices)
     dtype, products = types_of(row)
@@ -679,7 +708,7 @@ def training_case(row: Row) -> TrainingCase:
         phase="train", batch_size=batch, seq_len=seq_len or DEFAULT_LEN, dtype=dtype, optimizer=_optimizer_of(row), recompute=recompute,
         attention="eager" if early else "flash", lora_rank=LORA_RANK if adapters else None,
         base_bits=(4 if "nf4" in row.get("precision", "") or row.get("method") == "qlora" else None) if adapters else None,
-        master_weights=not adapters and dtype != "float32" and "true" not in row.get("precision", ""),
+        master_weights=not adapters and dtype != "float32" and not _is_pure(row, software),
     )  # fmt: skip
     return TrainingCase(
         spec=spec, workload=workload, plan=plan, device=device, linear_dtype=products, software=software, early=early,
@@ -689,6 +718,14 @@ def training_case(row: Row) -> TrainingCase:
 
 TYPICAL_STAGES = 2
 """Pieces of a device's layers where a row says that its schedule is interleaved and not how many there are."""
+
+
+def _is_pure(row: Row, software: str | None) -> bool:
+    """Whether all is kept in 16 bits: said by the precision, by an optimizer of 8 bits, or since plain PyTorch's `bf16` is that."""
+    text = (row.get("precision") or "").lower()
+    return "true" in text or "8bit" in (row.get("optimizer") or "").lower() or (software == "eager" and "amp" not in text)
+
+
 DEFAULT_LEN = 2048
 """Tokens of a sequence where a row gives none: the range is widened for it."""
 LORA_RANK = 8

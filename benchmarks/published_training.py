@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,6 @@ from typing import Any
 import numpy as np
 from published_rows import Grade, LeftOut, NotGradable, Row, TrainingCase, number, read_rows, step_seconds, training_case
 
-from lighten.cost.workload import Recompute
 from lighten.errors import LightenError
 from lighten.parallel.memory import rank_memory
 from lighten.parallel.step_time import RANGE_90, Stack, TrainingRates, load_training_rates, step_time
@@ -94,12 +94,8 @@ def _time(row: Row, case: TrainingCase, rates: TrainingRates) -> dict[str, Any]:
     if truth <= 0:
         raise NotGradable("the published time is 0")
     stack = Stack(software=case.software, linear_dtype=case.linear_dtype)  # type: ignore[arg-type]
-    found = step_time(case.spec, _within(case), case.plan, case.device, stack=stack, rates=rates, unsaid=(*case.unsaid, *unsaid))
+    found = step_time(case.spec, case.workload, case.plan, case.device, stack=stack, rates=rates, unsaid=(*case.unsaid, *unsaid))
     return {"predicted": found.seconds, "low": found.low, "high": found.high, "truth": truth}
-
-
-def _within(case: TrainingCase) -> Any:
-    return case.workload
 
 
 # ---- memory ----
@@ -110,32 +106,58 @@ def _memory(row: Row, case: TrainingCase, rates: TrainingRates) -> dict[str, Any
     truth = (number(row, "peak_mem_gb") or 0) * unit
     if truth <= 0:
         raise NotGradable("the published peak is 0")
-    predicted = device_bytes(row, case, case.workload.recompute)
+    predicted = device_bytes(row, case)
     spread = math.hypot(MEMORY_SPREAD, UNSAID_SPREAD * bool({"recompute", "batch", "length", "shape"} & set(case.unsaid)))
     factor = math.exp(RANGE_90 * spread)
     return {"predicted": predicted, "low": predicted / factor, "high": predicted * factor, "truth": truth}
 
 
-def device_bytes(row: Row, case: TrainingCase, recompute: Recompute) -> float:
+def device_bytes(row: Row, case: TrainingCase) -> float:
     """Bytes of the fullest device, as the row's kind of figure counts them: tensors alone, or all that the process holds."""
     if row.get("cpu_offload") == "True":
         raise NotGradable("weights and optimizer are offloaded to the host")
-    peak = _peak(case, recompute)
-    return peak if "torch" in (row.get("mem_kind") or "") or "active" in (row.get("mem_kind") or "") else peak * SLACK + CONTEXT_BYTES
+    tensors_alone = re.search("torch|active", row.get("mem_kind") or "")
+    return _peak(row, case) if tensors_alone else _peak(row, case) * SLACK + CONTEXT_BYTES
 
 
-def _peak(case: TrainingCase, recompute: Recompute) -> float:
-    workload = replace(case.workload, recompute=recompute)
-    return float(rank_memory(case.spec, workload, case.plan).peak)
+def _peak(row: Row, case: TrainingCase) -> float:
+    workload, plan = case.workload, case.plan
+    if workload.recompute == "selective":
+        workload = replace(workload, attention="flash")  # what selective recomputation keeps of attention is what one kernel keeps
+    if case.software == "fused" and plan.sequence_parallel:
+        plan = replace(plan, sequence_parallel=False)  # kernels that gather again in backward keep a rank's share (arXiv:2205.05198, section 4.2.2)
+    if case.software == "compiled" and workload.lora_rank is None:
+        workload = replace(workload, cross_entropy="chunked")  # a fused loss keeps no float32 copy of all logits
+    if (row.get("optimizer") or "").startswith("Paged"):
+        plan = replace(plan, offload="optimizer")
+    found = rank_memory(case.spec, workload, plan)
+    # Megatron-LM adds bfloat16's gradients up in float32: as many bytes again. Source: `--accumulate-allreduce-grads-in-fp32`
+    wide = workload.master_weights and workload.dtype == "bfloat16" and case.software == "fused" and plan.shard != "zero3"
+    return float(found.peak + found.gradients * wide)
 
 
 def _fits(row: Row, case: TrainingCase, rates: TrainingRates) -> dict[str, Any]:
     """Whether it fits: the least that the row's open questions leave room for, against what a process can get of the device."""
+    if row.get("cpu_offload") == "True":
+        raise NotGradable("weights and optimizer are offloaded to the host")
     capacity = (number(row, "gpu_mem_gb") or 0) * GIB * USABLE
-    open_question = "recompute" in case.unsaid
-    peak = _peak(case, "full" if open_question else case.workload.recompute)
-    needed = (peak * SLACK + CONTEXT_BYTES) / math.exp(MEMORY_SPREAD * (1.0 if case.unsaid else 0.5))
+    needed = _peak(row, _least(case)) * SLACK + CONTEXT_BYTES
+    needed /= math.exp(MEMORY_SPREAD * (1.0 if MATTERS & set(case.unsaid) else 0.5))
     return {"predicted": float(needed <= capacity), "truth": float(row.get("measured", "measured") == "measured")}
+
+
+MATTERS = {"recompute", "batch", "plan", "length", "shape", "schedule", "precision"}
+"""What a row may leave out that memory depends on."""
+
+
+def _least(case: TrainingCase) -> TrainingCase:
+    """The case with each open question answered by what needs least: all recomputed, one sequence at once."""
+    workload, plan = case.workload, case.plan
+    if "recompute" in case.unsaid and workload.lora_rank is None:
+        workload = replace(workload, recompute="full")
+    if {"batch", "plan"} & set(case.unsaid):
+        plan = replace(plan, micro_batch_size=1)
+    return replace(case, workload=workload, plan=plan)
 
 
 # ---- left out ----
