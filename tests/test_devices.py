@@ -148,6 +148,7 @@ def test_a_device_of_which_little_is_known_says_so_when_asked():
 # ---- spellings ----
 
 SPELLINGS = {
+    "H100-SXM-80GB (DGX Cloud)": "h100-sxm", "RTX 4090 [desktop, Windows]": "rtx-4090", "A100-80GB (PCIe)": "a100-pcie-80gb",
     "NVIDIA GeForce RTX 4090 Laptop GPU": "rtx-4090-laptop", "Quadro RTX 6000": "quadro-rtx-6000", "RTX 3080 12GB": "rtx-3080-12gb",
     "TPU v5e-8": "tpu-v5e", "AMD Ryzen AI MAX+ 395 w/ Radeon 8060S": "ryzen-ai-max-395", "iPhone 15 Pro (A17 Pro)": "a17-pro",
     "MacBook Pro M4 Max 128GB": "m4-max-40", "Radeon VII": "radeon-vii", "AMD Radeon RX 7900 XTX": "rx-7900-xtx", "RTX 4060 Ti 8GB": "rtx-4060-ti",
@@ -172,6 +173,7 @@ SPELLINGS = {
     "Intel Xeon Platinum 8480+": "xeon-8480", "AMD EPYC 9654": "epyc-9654",
 }  # fmt: skip
 NOT_CERTAIN = [
+    "RTX 4090 (mobile)", "H100-SXM-80GB (MIG)", "RTX 4090 (capped)", "RTX 4090 (RTX 3090)", "L40S or similar",
     "GeForce 6800 XT", "GeForce GTX 780M", "Radeon A100 SXM 80GB", "Intel M1 Max 32-core",
     "RTX4090+RTX3090Ti", "H100-80GB (variant not stated)", "H100", "A100", "P100", "NVIDIA GeForce RTX 3070 Laptop GPU",
     "RTX 4080 D", "RTX 6000", "RTX 3060 8GB", "A100-SXM-64GB", "Arc A310", "H20-3e", "Apple Silicon (unspecified in README)",

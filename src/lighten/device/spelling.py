@@ -31,6 +31,11 @@ VARIANTS = frozenset({
 """Words that make another device of one: a text without them does not mean the device that has them."""
 FORMS = frozenset({"sxm", "pcie", "nvl"})
 """Words for how one chip is built in, with its own power and memory: what leaves them out is not certain."""
+DOUBTS = frozenset({
+    "not", "no", "or", "and", "unknown", "unspecified", "stated", "variant", "variants", "various", "mixed", "like", "class", "equivalent",
+    "simulated", "emulated", "mig", "vgpu", "slice", "half", "partial", "shared", "capped", "limited", "underclocked", "undervolted", "overclocked", "only",
+})  # fmt: skip
+"""Words in brackets after which a text no longer means the plain device."""
 _HOSTS = r"macbook (?:pro|air)|mac (?:studio|mini|pro|book)|imac|mainboard|desktop|dgx(?! spark)|hgx|mgx"
 _INSTANCE = re.compile(r"\b[a-z]+\d+[a-z]*[.-](?:\d*x?large|\d*xl|metal|\d+xlarge)\b|\b[a-z]\d+-(?:high|mega|ultra)gpu-\d+g\b")
 _MEMORY = re.compile(r"\b(\d+(?:\.\d+)?) ?(?:gb|gib|g)\b")
@@ -94,17 +99,24 @@ class Spelling:
 
     @classmethod
     def readings(cls, text: str) -> list[Spelling]:
-        """How a table's cell may be read: as it is; or, of a machine that names its accelerator as in `Desktop (RTX 4090) [GPU]`, the accelerator,
-        also without a digit at its end, which may be a footnote's.
+        """How a table's cell may be read: as it is; without a remark in brackets; or, of a machine that names its accelerator as in
+        `Desktop (RTX 4090) [GPU]`, the accelerator, also without a digit at its end, which may be a footnote's.
         """
         marked = re.fullmatch(r"(.*)\[([A-Za-z/]+)\]\s*", text.strip(), re.DOTALL)
         if not marked:
-            return [cls.of(text)]
+            outside = re.sub(r"[(\[]([^()\[\]]*)[)\]]", lambda found: " " if _is_remark(found[1]) else found[0], text[:300])
+            return [cls.of(text), *([cls.of(outside)] if outside != text else [])]
         whole, inner = marked[1], re.findall(r"\(([^()]*)\)", marked[1])
         if "GPU" not in marked[2].upper():
             return [cls.of(part) for part in (whole, *inner)]
         parts = [*inner, whole]
         return [cls.of(part) for part in (*parts, *(re.sub(r"(?<=[A-Za-z0-9])1$", "", part) for part in inner))]
+
+
+def _is_remark(text: str) -> bool:
+    """Whether what stands in brackets is only a remark, such as whose machine it was: plain words, none of which may change what is meant."""
+    words = set(re.findall(r"[a-z]+", text.lower()))
+    return not re.search(r"\d", text) and not words & (VARIANTS | FORMS | DOUBTS)
 
 
 def explained(asked: Spelling, device: Device) -> bool:
