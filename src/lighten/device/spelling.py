@@ -33,7 +33,8 @@ FORMS = frozenset({"sxm", "pcie", "nvl"})
 """Words for how one chip is built in, with its own power and memory: what leaves them out is not certain."""
 DOUBTS = frozenset({
     "not", "no", "or", "and", "unknown", "unspecified", "stated", "variant", "variants", "various", "mixed", "like", "class", "equivalent",
-    "simulated", "emulated", "mig", "vgpu", "slice", "half", "partial", "shared", "capped", "limited", "underclocked", "undervolted", "overclocked", "only",
+    "simulated", "emulated", "mig", "vgpu", "slice", "half", "partial", "shared", "capped", "limited", "underclocked", "undervolted",
+    "overclocked", "only",
 })  # fmt: skip
 """Words in brackets after which a text no longer means the plain device."""
 _HOSTS = r"macbook (?:pro|air)|mac (?:studio|mini|pro|book)|imac|mainboard|desktop|dgx(?! spark)|hgx|mgx"
