@@ -151,6 +151,15 @@ def test_between_measured_shapes_the_rate_lies_between_theirs() -> None:
     assert slowest < between < fastest
 
 
+def test_a_product_between_measured_ones_costs_what_a_machine_with_a_start_up_cost_takes() -> None:
+    """The made-up machine takes 5 µs for a product of one row however small it is, so time is far from proportional to work."""
+    table = RateTable(linear_samples())
+    for columns, outputs in ((128, 128), (512, 256), (1024, 1024)):
+        truth = 5e-6 + 2 * columns * outputs / 1e11
+        assert table.seconds(1, (columns, outputs)) == pytest.approx(truth, rel=0.35)
+        assert table.seconds(4096, (columns, outputs)) == pytest.approx(5e-6 + 2 * 4096 * columns * outputs / 1e11, rel=0.02)
+
+
 def test_noise_that_makes_fewer_rows_slower_does_not_make_time_fall() -> None:
     curve = Curve([(1, 5e-6), (16, 2e-6), (256, 9e-6)])
     assert [math.exp(curve.log_seconds(rows)) for rows in (1, 16, 256)] == pytest.approx([5e-6, 5e-6, 9e-6])
@@ -168,6 +177,43 @@ def test_weights_that_exceed_the_caches_are_bound_by_memory() -> None:
     assert predicted.bound_by == "memory"
     overheads = 1e-5 + 12 * (2e-6 + 5e-6 + 2 * 2048 * 2048 / 1e11)
     assert predicted.seconds == pytest.approx(weights / 1e11 + overheads, rel=1e-3)
+
+
+def cold_engine(**changes: object) -> EngineProfile:
+    """The made-up machine, on which a weight that comes from memory takes 20 µs more, at 64 rows 8 µs."""
+    cold = [
+        Sample(kind="cold", rows=rows, shape=shape, seconds=RateTable(linear_samples()).seconds(rows, shape) + added)
+        for shape in ((384, 384), (2048, 2048))
+        for rows, added in ((1, 20e-6), (64, 8e-6))
+    ]
+    return make_engine(samples=(*make_engine().samples, *cold), **changes)
+
+
+@pytest.mark.parametrize(("rows", "added"), [(1, 20e-6), (64, 8e-6), (4096, 8e-6)])
+def test_weights_that_no_cache_holds_add_what_was_measured(rows: int, added: float) -> None:
+    ops = [linear_op(rows, 2048, 2048)] * 12  # 200 MB, more than the probe's cold set
+    warm = sum_parts(ops, cold_engine(), CACHES).by_class["linear"]
+    parts = sum_parts(ops, cold_engine(), CACHES).by_class
+    assert parts["weights"] == pytest.approx(12 * added, rel=1e-3)
+    assert parts["linear"] == warm == sum_parts(ops, make_engine(), CACHES).by_class["linear"]
+
+
+def test_weights_that_a_cache_holds_add_nothing_and_others_a_share() -> None:
+    def added(count: int) -> float:
+        return sum_parts([linear_op(1, 384, 384)] * count, cold_engine(), CACHES).by_class["weights"] / count
+
+    assert added(1) == pytest.approx(0, abs=1e-9)  # 0.6 MB of 1 MB
+    assert 1e-6 < added(20) < 19e-6
+    assert added(300) == pytest.approx(20e-6, rel=1e-3)
+
+
+def test_large_outputs_pay_for_new_memory() -> None:
+    fresh = [Sample(kind="fresh", rows=rows, shape=(), seconds=seconds) for rows, seconds in ((1 << 24, 1e-6), (1 << 25, 1e-2), (1 << 26, 2e-2))]
+    engine = make_engine(samples=(*make_engine().samples, *fresh))
+    large, small = (sum_parts([linear_op(rows, 64, 4096)], engine, FLAT).by_class["fresh"] for rows in (4096, 1024))
+    assert large == pytest.approx(2e-2)  # 64 MB of output
+    assert small == pytest.approx(1e-6)
+    assert sum_parts([linear_op(4096, 64, 4096)], make_engine(), FLAT).by_class["fresh"] == 0
 
 
 def test_weight_only_quantization_saves_bytes_and_no_computation() -> None:
@@ -280,6 +326,26 @@ def test_scattered_blocks_widen_the_range() -> None:
     assert spread > 1.6449 * math.log(1.3)
 
 
+def test_disturbed_blocks_weigh_less() -> None:
+    engine = make_engine()
+    even = blocks_with(dict.fromkeys(CLASSES, 1.0), engine)
+    slow = tuple(replace(each, seconds=2 * each.seconds, calm=False) for each in even)
+
+    def linear(blocks: tuple[BlockSample, ...]) -> float:
+        return fit_blocks(replace(engine, blocks=blocks), FLAT).factors["linear"]
+
+    trusted = tuple(replace(each, calm=True) for each in slow)
+    assert 1 < linear((*even, *slow)) < linear((*even, *trusted))
+
+
+def test_eager_engines_keep_to_what_their_operators_cost() -> None:
+    """Where cold weights were measured, models run the very operators that were: blocks twice as slow move their factors less."""
+    eager, other = cold_engine(), cold_engine(name="torch-compile/float32")
+    doubled = {**dict.fromkeys(CLASSES, 2.0), "overhead": 1.0, "call": 1.0}
+    found = [fit_blocks(replace(each, blocks=blocks_with(doubled, each)), FLAT).factors["pointwise"] for each in (eager, other)]
+    assert found[0] < found[1]
+
+
 def test_no_blocks_no_calibration() -> None:
     assert fit_blocks(make_engine(blocks=()), FLAT) == Calibration()
 
@@ -291,6 +357,23 @@ def test_a_block_has_the_flops_of_its_layers() -> None:
     expected = 2 * (24 * tokens * hidden**2 + 4 * 4 * 64 * 64 * hidden)
     ops = forward_operators(block_spec(each), Forward(batch_size=4, query_len=64, key_len=64), "float32")
     assert sum(op.matmul_flops for op in ops) == expected
+
+
+def test_a_decoder_block_has_the_operators_of_a_llama_s_layers() -> None:
+    each = block(hidden_size=192, num_attention_heads=6, num_key_value_heads=2, intermediate_size=512)
+    config = {
+        "vocab_size": 8, "hidden_size": 192, "num_hidden_layers": each.layers, "num_attention_heads": 6, "num_key_value_heads": 2,
+        "intermediate_size": 512,
+    }  # fmt: skip
+    parts = describe_llama(config, "LlamaModel")
+    llama = ModelSpec(name="", family="llama", architecture="", source="", dtype="float32", config=config, parts=parts)
+    forward = Forward(batch_size=4, query_len=64, key_len=64)
+
+    def shapes(spec: ModelSpec) -> list[tuple[object, ...]]:
+        ops = forward_operators(spec, forward, "float32")
+        return [(op.kind, op.rows, op.columns, op.outputs, op.flops, op.activation_bytes) for op in ops if op.kind != "gather"]
+
+    assert shapes(block_spec(each)) == shapes(llama)
 
 
 # --- bandwidth ----------------------------------------------------------------------------------------------------------------------
@@ -319,6 +402,12 @@ def test_a_profile_survives_its_file(home) -> None:
     assert profile_from_json(json.loads(json.dumps(profile_to_json(profile)))) == profile
     assert save_profile(profile) == profile_path() == home / "profile.json"
     assert find_device("this") == find_device("cpu") == load_profile() == profile
+
+
+def test_blocks_of_a_file_without_key_value_heads_are_encoders(home) -> None:
+    data = profile_to_json(make_profile(CACHES, **{"torch/float32": make_engine(blocks=(block(),))}))
+    del data["engines"]["torch/float32"]["blocks"][0]["num_key_value_heads"]
+    assert profile_from_json(data).engine("torch/float32").blocks == (block(),)
 
 
 def test_the_profile_lies_in_the_user_s_data_folder(monkeypatch) -> None:
