@@ -92,7 +92,8 @@ class Fixed:
 def all_plans(spec: ModelSpec, workload: Workload, device: Device, count: int, fixed: Mapping[str, Any] | None = None) -> Columns:
     """Every plan of `count` devices that fits the model and the batch.
 
-    Sizes are the divisors that heads, widths, experts, blocks, positions and the batch allow. Groups of sharing ranks are all ranks, and what
+    Sizes are the divisors that heads, widths, experts, blocks, positions and the batch allow. Nothing is offloaded unless that is decided, since
+    its time is not known. Groups of sharing ranks are all ranks, and what
     fills a level of links, once and eight times. Forward passes are of one sequence or of `MOST_TOKENS` tokens of a rank at most.
 
     Args:
@@ -211,7 +212,7 @@ def _splits(workload: Workload, grid: _Grid, split: bool) -> bool:
 def _shardings(device: Device, grid: _Grid, asked: Fixed) -> Iterator[tuple[int, int, int]]:
     """Which state is shared out, over which groups, and what of it lies in the host's memory."""
     ranks = grid.dp * grid.cp
-    offloads = [OFFLOADS.index(word) for word in asked.among("offload", OFFLOADS)]
+    offloads = [OFFLOADS.index(word) for word in asked.among("offload", OFFLOADS[:1])]
     for word in asked.among("shard", SHARDS if ranks > 1 else SHARDS[:1]):
         groups = [0] if word == "none" else [0, *_groups(device, grid, ranks)]
         if word == "none" and "shard_group" in asked.values:

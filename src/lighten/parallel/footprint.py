@@ -1,0 +1,400 @@
+"""Memory of many plans at once: what `rank_memory` replays for one plan, as arithmetic on columns.
+
+A rank holds weights, gradients and state, whose shards follow from shapes alone, and activations, which grow with blocks, positions and
+micro-batches in flight. How, is measured on replays of two and three blocks for each way to cut a block (tp, ep, recomputation, sequence
+parallelism); what lies between is taken as straight lines:
+
+    each = saved · blocks + entry            what a micro-batch keeps for its backward pass
+    (in flight - 1) · each + max(each + passing, floor)
+
+with saved, entry and passing lines over the positions of a rank, and a floor for what does not grow with them (a table's gradient).
+
+    pp=1     blocks of all of the model, embedding and head
+    pp>1     the first stage (embedding, most micro-batches in flight), the second (most blocks), the last (head)
+
+With sharded gradients or weights, FSDP2's buffers are added at its three fullest moments: at the loss, in a block's backward pass, and at the
+end, when what stands outside the blocks is scattered. Blocks count as the mean of all blocks. It is held to `rank_memory` in
+tests/test_search.py: a search ranks by it, and shows nothing that `rank_memory` itself was not asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lighten.cost.optimizer_state import scratch_bytes, state_bytes
+from lighten.cost.replay.layout import streams
+from lighten.cost.workload import RECOMPUTES, Workload
+from lighten.model.spec import Linear, ModelSpec, Part, block_name
+from lighten.parallel.columns import Columns
+from lighten.parallel.communication import stored_tensors
+from lighten.parallel.memory import rank_memory
+from lighten.parallel.plan import OFFLOADS, SHARDS, Plan
+from lighten.parallel.rank import block_names, rank_parts, stage_blocks
+from lighten.units import dtype_bytes
+
+Floats: TypeAlias = NDArray[np.float64]
+Stage: TypeAlias = Literal["only", "first", "second", "last"]
+FLOAT32 = 4
+BLOCKS, MANY = 2, 64
+"""Blocks of a stage that a replay has (one more tells what each block adds), and sequences of its micro-batch: so many that activations decide."""
+PLACES: dict[Stage, tuple[int, ...]] = {"only": (0, 1, 2), "first": (0, 1), "second": (1,), "last": (1, 2)}
+"""Kind of stage → what it holds: what stands before the blocks, blocks, what stands behind them."""
+INNER: tuple[Stage, ...] = ("first", "second")
+LINE = ("entry", "constant", "passing", "floor")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """What a kind of stage needs beside its blocks, in bytes.
+
+    Attributes:
+        entry: kept of each sequence in flight.
+        constant, passing: at the fullest moment beside what is kept, for any number of sequences, and for each.
+        floor: of what is kept and passes, at least.
+    """
+
+    entry: float
+    constant: float
+    passing: float
+    floor: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lines:
+    """Activations and what comes and goes, of one way to cut a block.
+
+    Attributes:
+        saved: bytes that a block keeps of one sequence.
+        context: that pass, of one sequence, where its keys and values come from other ranks.
+    """
+
+    saved: float
+    context: float
+    stages: Mapping[Stage, Line]
+
+    def mixed(self, other: Lines, share: float) -> Lines:
+        """Between two, `share` of the other one."""
+        stages: dict[Stage, Line] = {
+            stage: Line(**{name: (1 - share) * getattr(line, name) + share * getattr(other.stages[stage], name) for name in LINE})
+            for stage, line in self.stages.items()
+        }
+        mix = {name: (1 - share) * getattr(self, name) + share * getattr(other, name) for name in ("saved", "context")}
+        return Lines(**mix, stages=stages)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tensors:
+    """Shapes of one rank's tensors: first dimension and product of the rest, with where each stands (0 before, 1 blocks, 2 behind) and whether
+    it is an expert's; those of all blocks together."""
+
+    rows: Floats
+    rest: Floats
+    place: NDArray[np.int64]
+    routed: NDArray[np.bool_]
+    hidden: NDArray[np.bool_]
+    blocks: int
+
+    def values(self, ranks: int, few: int) -> Floats:
+        """Values of the fullest rank's shards where `ranks` share them, experts `few`: before, of one block in the mean, behind."""
+        across = np.where(self.routed, few, ranks)
+        return self._sums(np.ceil(self.rows / across) * self.rest)
+
+    def padded(self, ranks: int, few: int) -> Floats:
+        """The same, gathered: rows rounded up to what the ranks divide."""
+        across = np.where(self.routed, few, ranks)
+        return self._sums(np.ceil(self.rows / across) * across * self.rest)
+
+    def _sums(self, sizes: Floats) -> Floats:
+        found: Floats = np.bincount(self.place, weights=sizes, minlength=3).astype(np.float64)
+        found[1] /= self.blocks
+        return found
+
+    def shapes(self, ranks: int, few: int, places: Sequence[int]) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+        """Different shapes of shards, matrices of hidden layers and others."""
+        across = np.where(self.routed, few, ranks)
+        rows = np.ceil(self.rows / across)
+        kept = np.isin(self.place, places)
+        found = {(int(a), int(b), bool(c)) for a, b, c in zip(rows[kept], self.rest[kept], self.hidden[kept], strict=True)}
+        return [(a, b) for a, b, inside in sorted(found) if inside], [(a, b) for a, b, inside in sorted(found) if not inside]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shares:
+    """Bytes of a rank of one (tp, ep, ranks), each a row of before, block, behind; and what the update needs of the first, second and last stage
+    and of all."""
+
+    whole: Floats
+    shard: Floats
+    padded: Floats
+    scratch: dict[Stage, float]
+
+
+def plan_bytes(columns: Columns, spec: ModelSpec, workload: Workload) -> Floats:
+    """Bytes of the fullest device of each plan, but for the runtime's own."""
+    found = _Memory(columns, spec, workload)
+    stages: tuple[Stage, ...] = ("only",) if int(columns.pp.max()) == 1 else ("only", "first", "second", "last")
+    most: Floats = np.maximum.reduce([found.stage(stage) for stage in stages])
+    return most
+
+
+class _Memory:
+    """What all stages of all plans have in common."""
+
+    def __init__(self, columns: Columns, spec: ModelSpec, workload: Workload) -> None:
+        self.columns, self.spec, self.workload = columns, spec, workload
+        self.element = dtype_bytes(workload.dtype)
+        self.wide = FLOAT32 if workload.master_weights else self.element
+        self.micro_batches = workload.batch_size // columns.dp // columns.micro_batch_size
+        self.positions = columns.micro_batch_size / columns.cp
+        self.ranks = np.where(columns.shard == 0, 1, columns.sharing_ranks)
+        self.blocks = len(block_names(spec))
+        self.lines, self.cut = self._lines()
+        self.shares, self.share = self._shares()
+        self.counts, self.pieces = self._counts()
+
+    def stage(self, stage: Stage) -> Floats:
+        """Bytes of one kind of stage; 0 where a plan has none."""
+        c, places = self.columns, PLACES[stage]
+        blocks = self.stage_layers(stage)
+        weigh = (float(0 in places), blocks, float(2 in places))
+        whole, shard = (sum_of([each * rows[:, i] for i, each in enumerate(weigh)]) for rows in (self.whole, self.shard))
+        full_shards, host = c.shard == SHARDS.index("zero3"), c.offload == OFFLOADS.index("optimizer")
+        sharded = c.shard >= SHARDS.index("zero2")
+        moving = np.where(sharded, self._units(stage, shard), self._plain(stage, whole))
+        kept = np.where(sharded, shard * self.wide, whole * self.element) + np.where(host, 0.0, self.scratch(stage))
+        weights = np.where(full_shards, shard * self.wide, whole * self.element)
+        masters = np.where(full_shards, 0.0, FLOAT32 * shard * self.workload.master_weights)
+        state = np.where(host, 0.0, shard * self.state + masters)
+        present = (c.pp == 1) if stage == "only" else (c.pp > 1)
+        return np.where(present, weights + state + np.maximum(moving, kept), 0.0)
+
+    def _plain(self, stage: Stage, whole: Floats) -> Floats:
+        """Gradients are there from the start, or come as activations go."""
+        others, each, passing, floor = self.growth(stage)
+        at_most = others + np.maximum(each + passing, floor)
+        ends = others + np.maximum(passing, floor) + whole * self.element
+        return np.where(self.micro_batches > 1, at_most + whole * self.element, np.maximum(at_most, ends))
+
+    def _units(self, stage: Stage, shard: Floats) -> Floats:
+        """FSDP2's three fullest moments: at the loss, in a block's backward pass, and at the end."""
+        others, each, passing, _ = self.growth(stage)
+        block = self.padded[:, 1]
+        outside = sum_of([self.padded[:, place] for place in PLACES[stage] if place != 1])
+        gathered = ((self.columns.shard == SHARDS.index("zero3")) & (self.ranks > 1)) * self.element
+        held = shard * self.wide * (self.micro_batches > 1)
+        head = outside * self.element * (stage in ("only", "last"))
+        grown = others + each + passing + held
+        at_loss = grown + gathered * (outside + block)
+        in_block = grown + gathered * (outside + 2 * block) + block * (self.element + self.wide) + head
+        at_end = others + gathered * outside + outside * (self.element + self.wide) + shard * self.wide
+        return np.maximum(np.maximum(at_loss, in_block), at_end)
+
+    # ---- activations ----
+
+    def stage_layers(self, stage: Stage) -> Floats:
+        """Blocks of the stage of each plan."""
+        at = {"only": 0, "first": 0, "second": 1, "last": 2}[stage]
+        layers: Floats = self.counts[self.pieces, at]
+        return layers
+
+    def flying(self, stage: Stage) -> Floats:
+        """Micro-batches in flight, as `pipeline.in_flight` has it."""
+        c = self.columns
+        number = c.pp - 1 if stage == "last" else np.minimum(int(stage == "second"), c.pp - 1)
+        single = np.minimum(self.micro_batches, c.pp - number)
+        started = 2 * (c.pp - number - 1) + (c.virtual_stages - 1) * c.pp + 1
+        several = np.minimum(self.micro_batches * c.virtual_stages, started) / c.virtual_stages
+        return np.where(c.virtual_stages > 1, several, single)
+
+    def growth(self, stage: Stage) -> tuple[Floats, Floats, Floats, Floats]:
+        """What the other micro-batches in flight keep, what this one keeps, what comes and goes beside it, and the least of both."""
+        saved = np.array([each.saved for each in self.lines])[self.cut]
+        lines = [each.stages.get(stage, Line(entry=0.0, constant=0.0, passing=0.0, floor=0.0)) for each in self.lines]
+        entry, constant, passing, floor = (np.array([getattr(line, name) for line in lines])[self.cut] for name in LINE)
+        context = np.array([each.context for each in self.lines])[self.cut] * self.columns.micro_batch_size * (self.columns.cp > 1)
+        each = (saved * self.stage_layers(stage) + entry) * self.positions
+        return (self.flying(stage) - 1) * each, each, constant + passing * self.positions + context, floor
+
+    def _lines(self) -> tuple[list[Lines], NDArray[np.int64]]:
+        """Lines for each (tp, ep, recomputation, sequence parallelism): experts on 1/ep of the ranks are between the fewest and the most."""
+        c = self.columns
+        rows, cut = unique_rows(c.tp, c.recompute, c.sequence_parallel, c.ep)
+        piped, context = bool((c.pp > 1).any()), bool((c.cp > 1).any())
+        few, many = int(c.ep.min()), int(c.ep.max())
+
+        @cache
+        def measured(tp: int, again: int, split: int, ep: int) -> Lines:
+            workload = replace(self.workload, recompute=RECOMPUTES[again])
+            plan = Plan(dp=ep, tp=tp, ep=ep, sequence_parallel=bool(split))
+            return _measured(self.spec, workload, plan, piped=piped, context=context)
+
+        def lines_of(tp: int, again: int, split: int, ep: int) -> Lines:
+            if ep in (few, many):
+                return measured(tp, again, split, ep)
+            share = (1 / few - 1 / ep) / (1 / few - 1 / many)
+            return measured(tp, again, split, few).mixed(measured(tp, again, split, many), share)
+
+        return [lines_of(*row) for row in rows.tolist()], cut
+
+    def _counts(self) -> tuple[Floats, NDArray[np.int64]]:
+        """Blocks of the first, second and last stage of each (pp, virtual stages)."""
+        c = self.columns
+        rows, index = unique_rows(c.pp, c.virtual_stages)
+        counts = [_stage_counts(self.blocks, int(pp), int(v)) for pp, v in rows]
+        return np.array(counts, dtype=np.float64), index
+
+    # ---- weights, gradients, state ----
+
+    def _shares(self) -> tuple[list[_Shares], NDArray[np.int64]]:
+        c = self.columns
+        rows, share = unique_rows(c.tp, c.ep, self.ranks)
+        tensors: dict[tuple[int, int], Tensors] = {}
+        found = []
+        for tp, ep, ranks in ((int(a), int(b), int(r)) for a, b, r in rows):
+            if (tp, ep) not in tensors:
+                tensors[tp, ep] = rank_tensors(self.spec, tp=tp, ep=ep)
+            found.append(self._shares_of(tensors[tp, ep], ranks, max(1, ranks // ep)))
+        first = next(iter(tensors.values()))
+        hidden, others = first.shapes(1, 1, (0, 1, 2))
+        values = sum(a * b for a, b in (*hidden, *others))
+        kept = "float32" if self.workload.master_weights else self.workload.dtype
+        self.state = state_bytes(str(self.workload.optimizer), hidden, kept, others=others) / values
+        self.whole, self.shard, self.padded = (np.array([getattr(each, name) for each in found])[share] for name in ("whole", "shard", "padded"))
+        return found, share
+
+    def _shares_of(self, tensors: Tensors, ranks: int, few: int) -> _Shares:
+        whole = tensors.values(1, 1)
+        scratch = {stage: self._scratch(*tensors.shapes(ranks, few, places)) for stage, places in PLACES.items()}
+        return _Shares(whole=whole, shard=tensors.values(ranks, few), padded=tensors.padded(ranks, few), scratch=scratch)
+
+    def _scratch(self, hidden: list[tuple[int, ...]], others: list[tuple[int, ...]]) -> float:
+        wide = "float32" if self.workload.master_weights else self.workload.dtype
+        return scratch_bytes(str(self.workload.optimizer), hidden, wide, others=others)
+
+    def scratch(self, stage: Stage) -> Floats:
+        found: Floats = np.array([each.scratch[stage] for each in self.shares])[self.share]
+        return found
+
+
+def sum_of(arrays: Sequence[Floats]) -> Floats:
+    """Their sum; zero of none."""
+    return np.add.reduce(arrays) if arrays else np.zeros(1)
+
+
+def unique_rows(*columns: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The different rows of some columns, and which of them each row is.
+
+    >>> rows, index = unique_rows(np.array([4, 2, 4]), np.array([1, 7, 1]))
+    >>> rows.tolist(), index.tolist()
+    ([[2, 7], [4, 1]], [1, 0, 1])
+    """
+    key = np.zeros(len(columns[0]), dtype=np.int64)
+    for column in columns:
+        key = key * (int(column.max()) + 1) + column
+    _, first, index = np.unique(key, return_index=True, return_inverse=True)
+    return np.stack([column[first] for column in columns], axis=1), index
+
+
+def rank_tensors(spec: ModelSpec, *, tp: int, ep: int) -> Tensors:
+    """Tensors of one rank that holds all blocks; a tied head has none of its own, as on one stage."""
+    rows, rest, place, routed, hidden = [], [], [], [], []
+    seen: set[str] = set()
+    for each in rank_parts(spec, Plan(dp=ep, tp=tp, ep=ep)):
+        inside = isinstance(each.part, Linear) and each.part.component != "head"
+        for name, shape in stored_tensors(each.part).items():
+            if name in seen:
+                continue
+            seen.add(name)
+            rows.append(shape[0] if shape else 1)
+            rest.append(math.prod(shape[1:]))
+            place.append({"<": 0, ">": 2}.get(str(each.block), 1))
+            routed.append(each.routed)
+            hidden.append(inside and len(shape) == 2)
+    return Tensors(
+        rows=np.array(rows, dtype=np.float64), rest=np.array(rest, dtype=np.float64), place=np.array(place), routed=np.array(routed),
+        hidden=np.array(hidden), blocks=len(block_names(spec)),
+    )  # fmt: skip
+
+
+def _stage_counts(blocks: int, pp: int, virtual_stages: int) -> tuple[int, int, int]:
+    plan = Plan(pp=pp, virtual_stages=virtual_stages, schedule="interleaved" if virtual_stages > 1 else "1f1b")
+    sizes = [sum(len(piece) for piece in pieces) for pieces in stage_blocks(blocks, plan)]
+    return sizes[0], sizes[min(1, pp - 1)], sizes[-1]
+
+
+def _measured(spec: ModelSpec, workload: Workload, plan: Plan, *, piped: bool, context: bool) -> Lines:
+    """Lines through replays of a few blocks."""
+    few, more = (shortened(spec, blocks) for blocks in (BLOCKS, BLOCKS + 1))
+    at = _Probe(few, workload, plan, 0)
+    saved = (_Probe(more, workload, plan, 0).bytes(MANY, 2) - at.bytes(MANY, 2)) / MANY
+    only = _line(at, at.bytes(MANY, 2), saved, BLOCKS * saved)
+    stages: dict[Stage, Line] = {"only": only, "last": only}
+    if piped:
+        pipeline = shortened(spec, 4 * BLOCKS)
+        for number, stage in enumerate(INNER):
+            probe = _Probe(pipeline, workload, replace(plan, pp=4), number)
+            two = probe.bytes(MANY, 2)
+            each = (probe.bytes(MANY, 3) - two) / MANY  # a third micro-batch in flight
+            stages[stage] = _line(probe, two - each * MANY, saved, each)
+    apart = 0.0
+    if context:  # two ranks of a sequence each, so as many positions
+        apart = max(0.0, _Probe(few, workload, replace(plan, cp=2), 0).bytes(2 * MANY, 2) - at.bytes(MANY, 2)) / (2 * MANY)
+    return Lines(saved=saved, context=apart, stages=stages)
+
+
+@dataclass(frozen=True, kw_only=False)
+class _Probe:
+    """A stage of a few blocks, of which replays are asked for."""
+
+    spec: ModelSpec
+    workload: Workload
+    plan: Plan
+    stage: int
+
+    def bytes(self, micro: int, micro_batches: int) -> float:
+        """Activations and what comes and goes at the fullest moment, without the optimizer's own."""
+        asked = replace(self.workload, batch_size=micro_batches * micro * self.plan.dp, optimizer="sgd")
+        memory = rank_memory(self.spec, asked, replace(self.plan, micro_batch_size=micro), self.stage)
+        return float(memory.activations + memory.temporary)
+
+
+def _line(probe: _Probe, one: float, saved: float, each: float) -> Line:
+    """Args:
+    one: bytes with one micro-batch of `MANY` sequences in flight; each: what a micro-batch keeps of a sequence.
+    """
+    others = 1 if probe.plan.pp > 1 else 0
+    twice = probe.bytes(2 * MANY, 2) - others * 2 * MANY * each
+    passing = (twice - one) / MANY - each
+    constant = max(0.0, 2 * one - twice)
+    return Line(entry=each - BLOCKS * saved, constant=constant, passing=passing, floor=probe.bytes(1, 2) - others * each)
+
+
+def shortened(spec: ModelSpec, blocks: int) -> ModelSpec:
+    """The model with so many blocks of each stream, those in its middle; kept with the spec."""
+    kept: dict[int, ModelSpec] = spec.__dict__.setdefault("_shortened", {})
+    if blocks not in kept:
+        kept[blocks] = replace(spec, parts=tuple(_short_parts(spec, blocks)), tensors=None)
+    return kept[blocks]
+
+
+def _short_parts(spec: ModelSpec, blocks: int) -> Iterable[Part]:
+    for stream in streams(spec):
+        yield from stream.before
+        start = max(0, (len(stream.blocks) - blocks) // 2)
+        chosen = [stream.blocks[(start + i) % len(stream.blocks)] for i in range(blocks)]
+        for number, block in enumerate(chosen):
+            yield from (_renamed(part, number) for part in block) if len(stream.blocks) < blocks else block
+        yield from stream.after
+
+
+def _renamed(part: Part, number: int) -> Part:
+    """A copy of a block where a model has fewer than a replay needs."""
+    name = block_name(part)
+    return part if name is None else replace(part, name=f"{name.rpartition('.')[0]}.{number}{part.name[len(name) :]}")
