@@ -173,7 +173,8 @@ class _Memory:
         masters = np.where(full_shards, 0.0, FLOAT32 * shard * self.workload.master_weights)
         state = np.where(host, 0.0, shard * self.state + masters)
         present = (c.pp == 1) if stage == "only" else (c.pp > 1)
-        return np.where(present, weights + state + np.maximum(moving, kept), 0.0)
+        total: Floats = np.where(present, weights + state + np.maximum(moving, kept), 0.0)
+        return total
 
     def _plain(self, stage: Stage, whole: Floats) -> Floats:
         """Gradients are there from the start, or come as activations go."""
@@ -194,7 +195,8 @@ class _Memory:
         at_loss = grown + gathered * (outside + block)
         in_block = grown + gathered * (outside + 2 * block) + block * (self.element + self.wide) + head
         at_end = others + gathered * outside + outside * (self.element + self.wide) + shard * self.wide
-        return np.maximum(np.maximum(at_loss, in_block), at_end)
+        most: Floats = np.maximum.reduce([at_loss, in_block, at_end])
+        return most
 
     # ---- activations ----
 

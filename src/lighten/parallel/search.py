@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from heapq import merge
 from typing import Any, Literal, TypeAlias, get_args
@@ -111,7 +111,7 @@ class Asked:
     fixed: Mapping[str, Any]
     goal: Goal = "time"
     margin: float = MARGIN
-    stack: Stack = Stack()
+    stack: Stack = field(default_factory=Stack)
 
     @property
     def capacity(self) -> float:
@@ -330,9 +330,9 @@ def why_worse(candidate: Candidate, best: Candidate, asked: Asked) -> str:
     scale = candidate.plan.devices / best.plan.devices if asked.goal == "money" else 1.0
     more = {name: seconds * scale - best.details.get(name, 0.0) for name, seconds in candidate.details.items()}
     worst = sorted(((gap / best.time.seconds, name) for name, gap in more.items()), reverse=True)
-    said = [f"{_name(name, candidate.plan, asked.device)} +{gap:.1%}" for gap, name in worst[:2] if gap >= WORTH_SAYING]
+    said = [f"{_name(name, candidate.plan, asked.device)} +{100 * gap:.1f} %" for gap, name in worst[:2] if gap >= WORTH_SAYING]
     if said:
-        return ", ".join(said).replace("%", " %")
+        return ", ".join(said)
     return "as good, in other parts" if candidate.memory.peak <= best.memory.peak else f"as fast, {_more_memory(candidate, best)}"
 
 
@@ -346,9 +346,9 @@ def _name(detail: str, plan: Plan, device: Device) -> str:
         case "layer traffic":
             kinds = [word for word, size in (("tensor", plan.tp), ("context", plan.cp), ("expert", plan.ep)) if size > 1]
             span = plan.tp * plan.cp * (plan.ep if plan.ep > plan.cp else 1)
-            return f"{'/'.join(kinds) or 'layer'} traffic over {device.link(min(span, plan.devices)).name}"
+            return f"{'/'.join(kinds) or 'layer'} traffic over {_link(device, min(span, plan.devices))}"
         case "data traffic":
-            return f"data-parallel traffic over {device.link(plan.devices).name}"
+            return f"data-parallel traffic over {_link(device, plan.devices)}"
         case "compute":
             return "smaller products"
         case "memory":
@@ -364,6 +364,10 @@ def _name(detail: str, plan: Plan, device: Device) -> str:
     return detail
 
 
+def _link(device: Device, devices: int) -> str:
+    return device.link(devices).name.partition(",")[0]
+
+
 def _missed(searched: Sequence[Field], best: Candidate, asked: Asked) -> Candidate | None:
     """The fastest plan that lacks memory, where the goal is time."""
     if asked.goal != "time":
@@ -374,10 +378,8 @@ def _missed(searched: Sequence[Field], best: Candidate, asked: Asked) -> Candida
             return None
         if one.bytes[row] > asked.capacity and one.memory(row).peak > asked.capacity:
             found = one.candidate(row, None)
-            lacks = format_bytes(found.memory.peak - asked.capacity)
-            return replace(
-                found, why=f"{lacks} more than a device has, else {1 - found.time.seconds / best.time.seconds:.1%} faster".replace("%", " %")
-            )
+            lacks, gain = format_bytes(found.memory.peak - asked.capacity), 1 - found.time.seconds / best.time.seconds
+            return replace(found, why=f"{lacks} more than a device has, else {100 * gain:.1f} % faster")
     return None
 
 
