@@ -106,9 +106,9 @@ def advise(
 
     Args:
         target: a device of published figures, which the case's plan counts; a machine that was probed; None: memory and FLOPs alone.
-        goal: fits (what makes it fit on as many devices, least loss of quality first; where it fits, least memory), latency (of the workload), throughput (time of
-            a token), cost (money of a token, or without a price the time of all devices). None: fits where it does not fit or there is no
-            device, else latency.
+        goal: fits (what makes it fit on as many devices, least loss of quality first; where it fits, least memory), latency (of the workload),
+            throughput (time of a token), cost (money of a token, or without a price the time of all devices). None: fits where it does not fit
+            or there is no device, else latency.
         draft: a smaller model of the same vocabulary, for speculative decoding.
         most_loss: what levers that are put together may lose in quality, as a factor of perplexity.
         device: how `--device` named it, without a count; None: its own name.
