@@ -13,18 +13,18 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
-from published_rows import NotGradable, Row, count_of, number, spec_of_row
+from published_rows import Grade, LeftOut, NotGradable, Row, count_of, number, spec_of_row
 
 from lighten.device.catalog import match_device
-from lighten.device.datasheet import Limits, type_class
+from lighten.device.datasheet import Limits, Rates, load_rates, type_class
 from lighten.device.device import Device, Link
-from lighten.errors import DeviceError
+from lighten.errors import DeviceError, LightenError
 from lighten.model.spec import Embedding, Linear, ModelSpec, Part, WeightFormat
-from lighten.parallel.device_pass import wide_and_narrow
 from lighten.parallel.serving import (
     STACKS,
     Deployment,
@@ -34,8 +34,11 @@ from lighten.parallel.serving import (
     decode_work,
     flight_work,
     largest_concurrency,
+    limits_on,
+    memory_needed,
     prefill_work,
     static_work,
+    work_parts,
 )
 
 Kind = Literal["decode", "prefill", "serving"]
@@ -77,6 +80,7 @@ class InferenceCase:
         context: tokens in the cache before the first new one that is timed.
         truths: kind → tokens a second.
         unsaid: what the row leaves out: software, length, device, shape, bits, batch.
+        year: of the software, where its name says it.
         flash: it says that attention is one kernel.
         doubtful: its own note says that its figure is not what the device gives; graded, but not fitted.
     """
@@ -101,6 +105,7 @@ class InferenceCase:
     unsaid: tuple[str, ...]
     doubtful: bool = False
     flash: bool = False
+    year: float | None = None
 
     @property
     def parallelism(self) -> str:
@@ -115,6 +120,22 @@ def stack_of_row(row: Row) -> tuple[Stack, tuple[str, ...]]:
             stack = STACKS[name]
             return (replace(stack, split="gather") if "row split" in text else stack), ()
     return STACKS["engine"], ("software",)
+
+
+MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+
+
+def year_of(text: str) -> float | None:
+    """The year in a framework's name, with its month where it has one.
+
+    >>> year_of("llama.cpp Dec-2023"), year_of("runtime 2026-03"), year_of("b1234")
+    (2023.92, 2026.17, None)
+    """
+    found = re.search(r"(?:\b([a-z]{3})[a-z]*[- ])?\b(20[12]\d)(?:-(\d\d))?\b", text.lower())
+    if not found:
+        return None
+    month = MONTHS.index(found[1]) if found[1] in MONTHS else int(found[3]) - 1 if found[3] and 1 <= int(found[3]) <= 12 else 6
+    return round(int(found[2]) + month / 12, 2)
 
 
 def device_of_inference_row(row: Row) -> tuple[Device, tuple[str, ...]]:
@@ -273,6 +294,7 @@ def inference_case(row: Row) -> InferenceCase:
         id=row["id"], source=row.get("source_repo_or_doc") or "not said", spec=spec, device=device, devices=devices, tp=tp, pp=pp, stack=stack,
         batch=batch, input_len=input_len, output_len=output_len, context=context, dtype=dtype, product_dtype=products, kv_dtype=kept,
         in_flight=in_flight, truths=truths, unsaid=unsaid, doubtful=bool(re.search(DOUBT, row.get("note", "").lower())),
+        year=year_of(row.get("framework") or ""),
         flash=bool(re.search(r"flash|\bfa\b|-fa\b", f"{words} {row.get('framework', '').lower()}")),
     )  # fmt: skip
 
@@ -341,7 +363,7 @@ def limits_of(case: InferenceCase, kind: Kind) -> tuple[Limits, Limits]:
     """
     device = case.device
     try:
-        return wide_and_narrow(device, case.dtype, case.product_dtype)
+        return limits_on(device, deployment_of(case))
     except DeviceError:
         if kind != "decode" or (case.batch or 1) > 1:
             raise
@@ -353,3 +375,73 @@ def limits_of(case: InferenceCase, kind: Kind) -> tuple[Limits, Limits]:
             type_class=type_class(case.dtype),
         )
         return one, one
+
+
+# ---- grades ----
+
+
+def grade_inference(rows: Sequence[Row], *, file: str = "", rates: Mapping[str, Rates] | None = None, fitted: bool | None = None) -> list[Grade]:
+    """The grades of rows with the columns of inference.csv, in tokens a second.
+
+    Args:
+        rates: kind of software → constants; where it has none, those that are kept.
+        fitted: whether the constants were fitted to these rows; None: where they name the row's source.
+    """
+    return [grade for row in rows for grade in _grades(row, file, rates or {}, fitted)]
+
+
+def _grades(row: Row, file: str, rates: Mapping[str, Rates], fitted: bool | None) -> Iterator[Grade]:
+    source = row.get("source_repo_or_doc") or "not said"
+    about: dict[str, Any] = {
+        "id": row.get("id", ""), "file": file, "source": source, "framework": row.get("framework", ""), "device": row.get("hardware", ""),
+        "parallelism": "not said", "fitted": bool(fitted),
+    }  # fmt: skip
+    try:
+        case = inference_case(row)
+    except Exception as error:  # noqa: BLE001 - whatever is wrong with one row, it is counted and the others are graded
+        yield Grade(kind="inference", **about, left_out=_reason(error))
+        return
+    used = rates.get(case.stack.name) or load_rates(case.stack.name)
+    about |= {"parallelism": case.parallelism, "fitted": source in used.sources if fitted is None else fitted}
+    for kind in (*case.truths, "fits"):
+        try:
+            found = _fits(row, case) if kind == "fits" else predicted_speed(case, kind, used)  # type: ignore[arg-type]
+            yield Grade(kind=kind, **about, **found)
+        except Exception as error:  # noqa: BLE001
+            yield Grade(kind=kind, **about, left_out=_reason(error))
+
+
+def _reason(error: Exception) -> str:
+    text = (str(error).splitlines() or [""])[0]
+    known = isinstance(error, LeftOut | LightenError)
+    return text if known else f"a row that could not be read: {type(error).__name__}: {text}"
+
+
+def predicted_speed(case: InferenceCase, kind: Kind, rates: Rates) -> dict[str, float]:
+    """What is predicted for a figure of a row, with its 90 % range, wider for each thing that the row does not say."""
+    work = work_of(case, kind)
+    there = rates.on(case.device)
+    if case.year is not None:
+        there = there.in_year(case.year)
+    if case.flash:
+        there = replace(there, score_bytes=0.0)
+    speed = work.tokens / sum(work_parts(work, case.device, there, limits_of(case, kind)).values())
+    factor = rates.range_factor(kind, *(UNSAID_SPREAD[what] for what in case.unsaid), devices=case.tp * case.pp)
+    return {"predicted": speed, "low": speed / factor, "high": speed * factor, "truth": case.truths[kind]}
+
+
+HOST_TOO = r"ollama|lm.?studio|offload"
+"""Software that moves what does not fit to the host's memory by itself, so that a row does not say whether it fitted."""
+
+
+def _fits(row: Row, case: InferenceCase) -> dict[str, float]:
+    """Whether one sequence of the row's length fits: weights, cache and activations within the memory. A row that was measured did."""
+    if case.device.memory_bytes is None:
+        raise NotGradable("the memory of the device is not known")
+    if re.search(HOST_TOO, f"{row.get('framework', '')} {row.get('note', '')}".lower()):
+        raise NotGradable("its software moves what does not fit to the host by itself")
+    length = (case.input_len or DEFAULT_CONTEXT) + (case.output_len or 1)
+    batch = 1 if case.in_flight else case.batch or 1
+    needed = memory_needed(case.spec, batch, length, deployment_of(case))
+    outcome = (row.get("measured") or "measured").lower()
+    return {"predicted": float(needed <= case.device.memory_bytes), "truth": float("oom" not in outcome and "out of memory" not in outcome)}

@@ -16,7 +16,7 @@ import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,18 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-from published_inference import KINDS, InferenceCase, Kind, inference_case, limits_of, work_of
-from published_rows import LeftOut, read_rows
+from published_inference import KINDS, InferenceCase, Kind, grade_inference, inference_case, limits_of, work_of
+from published_rows import Grade, LeftOut, Row, read_rows
 
 from lighten.device.datasheet import (
     CLASS_BITS,
+    MOST_YEARS,
     OVER_DEVICES,
     Limits,
     Rates,
     device_class,
     is_weight_only,
+    load_rates,
     matrices_of,
     rates_from,
     rows_of_matrix,
@@ -75,17 +77,20 @@ PRIORS: dict[str, Prior] = {
     "weight_only_4": Prior(0.8, 0.3), "weight_only_8": Prior(0.9, 0.3), "weight_only_compute": Prior(0.7, 0.4),
     "operator_s": Prior(4e-6, 0.5), "pointwise": Prior(0.4, 0.5), "pass_s": Prior(3e-4, 0.7), "flight_s": Prior(2e-3, 1.0),
     "experts_share": Prior(0.6, 0.3), "sequence_s": Prior(1e-6, 1.5),
+    "progress": Prior(1.15, 0.1),
     "collective_s": Prior(1e-5, 0.7), "far_collective_s": Prior(4e-5, 0.7), "hop_s": Prior(5e-5, 1.0), "link_share": Prior(0.7, 0.3),
 }  # fmt: skip
 """Source of the values: kernels measured alone (aiconfigurator-core 0.12.0, NVIDIA, Apache-2.0, systems/data: gemm_perf, attention, nccl_perf)."""
 STACK_PRIORS: dict[str, dict[str, Prior]] = {
     "eager": {"operator_s": Prior(1.2e-5, 0.5), "pointwise": Prior(0.95, 0.1), "score_bytes": Prior(8.0, 0.7), "pass_s": Prior(1e-3, 1.0)},
-    "ggml": {"pointwise": Prior(0.7, 0.3), "score_bytes": Prior(16.0, 0.5)},
+    "ggml": {"bit8": Prior(0.45, 0.4), "weight_only_compute": Prior(0.8, 0.2), "pointwise": Prior(0.7, 0.3), "score_bytes": Prior(16.0, 0.5)},
 }
 BY_CLASS = ("compute", "bandwidth", "latency", "score", "link")
 DEVIATIONS = {"compute": 0.25, "bandwidth": 0.25, "latency": 0.5, "score": 1.0, "link": 0.4}
 """What may differ between classes of device, and how far, in standard deviations of its log."""
 LATENCIES = ("operator_s", "pass_s", "flight_s", "collective_s", "far_collective_s", "hop_s")
+YEAR = 2025.0
+"""Of the software that the constants are of; rows whose software names no year are taken to be of it."""
 FIXED = {"half_rows": 45.0, "half_columns": 90.0, "half_outputs": 90.0, "sharpness": 4.0}
 """Shape of the efficiency of products, as kernels measured alone show it."""
 
@@ -154,6 +159,7 @@ def _add(row: int, case: InferenceCase, work: Work, limits: tuple[Limits, Limits
         for exchange in one.collectives:
             for name, value in exchange_terms(exchange, one.tp, case.device).items():
                 cost[name] += count * exchange.count * value
+    years = max(-MOST_YEARS, min(MOST_YEARS / 2, case.year - YEAR)) if case.year else 0.0
     for count, one in work.passes:
         for op, times in one.ops:
             bound_by = limits[is_narrow(op)]
@@ -161,7 +167,7 @@ def _add(row: int, case: InferenceCase, work: Work, limits: tuple[Limits, Limits
             if linear and not op.rows:
                 continue
             ops.add(
-                row=row, count=count * times, sort=OPS.index(op.kind) if op.kind in OPS else 2,
+                row=row, years=years, count=count * times, sort=OPS.index(op.kind) if op.kind in OPS else 2,
                 flops=op.matmul_flops if linear else op.causal_flops, weight=op.weight_bytes, moved=op.activation_bytes,
                 m=rows_of_matrix(op) if linear else 1.0, matrices=matrices_of(op) if linear else 1.0, k=op.columns or 1.0, n=op.outputs or 1.0,
                 peak=bound_by.product_flops_per_s if linear else bound_by.attention_flops_per_s, bandwidth=bound_by.bytes_per_s,
@@ -194,27 +200,29 @@ def seconds_of(table: Table, names: Sequence[str], theta: Array) -> Array:
     own = {what: np.array([value.get(f"{what}@{name}", 1.0) for name in DEVICE_CLASSES]) for what in BY_CLASS}
     place = ops["place"].astype(int)
     linear, attention = ops["sort"] == 0, ops["sort"] == 1
-    compute_share = np.array([value[name] for name in TYPE_CLASSES])[ops["type"].astype(int)] * own["compute"][place]
+    compute_share = np.minimum(np.array([value[name] for name in TYPE_CLASSES])[ops["type"].astype(int)] * own["compute"][place], MOST_SHARE)
     compute_share = np.where(ops["matrices"] > 1, compute_share * value["experts_share"], compute_share)
     expanded = ops["expanded"] > 0
     compute_share = np.where(expanded, compute_share * value["weight_only_compute"], compute_share)
-    compute_share = np.where(attention, value["attention_share"] * own["compute"][place], compute_share)
+    compute_share = np.where(attention, np.minimum(value["attention_share"] * own["compute"][place], MOST_SHARE), compute_share)
+    compute_share = np.minimum(compute_share * value["progress"] ** ops["years"], MOST_SHARE)
     sizes = (1 + FIXED["half_rows"] / ops["m"]) * (1 + FIXED["half_columns"] / ops["k"]) * (1 + FIXED["half_outputs"] / ops["n"])
     compute = ops["flops"] / (ops["peak"] * compute_share) * np.where(linear, sizes, 1.0) * (linear | attention)
-    vector = ops["flops"] / np.maximum(ops["vector"] * value["vector_share"] * own["compute"][place], 1e-9)
+    vector = ops["flops"] / np.maximum(
+        ops["vector"] * np.minimum(value["vector_share"] * own["compute"][place] * value["progress"] ** ops["years"], MOST_SHARE), 1e-9
+    )
     compute = np.where(linear & (ops["vector"] > 0), np.minimum(compute, vector), compute)
-    bandwidth = ops["bandwidth"] * own["bandwidth"][place]
     read = np.where(expanded, np.where(ops["bits"] < 6, value["weight_only_4"], value["weight_only_8"]), 1.0)
     share = np.where(attention, value["cache_share"], value["bandwidth_share"])
-    memory = (ops["weight"] / read + ops["moved"]) / (bandwidth * share)
+    memory = (ops["weight"] / read + ops["moved"]) / (ops["bandwidth"] * np.minimum(own["bandwidth"][place] * share, MOST_SHARE))
     scores = np.where(attention, ops["scores"] * value["score_bytes"] * own["score"][place], 0.0)
-    memory = memory + scores / (bandwidth * value["bandwidth_share"])
+    memory = memory + scores / (ops["bandwidth"] * np.minimum(own["bandwidth"][place] * value["bandwidth_share"], MOST_SHARE))
     p = FIXED["sharpness"]
     roofline = (compute**p + memory**p) ** (1 / p) + value["operator_s"] * own["latency"][place]
     each = np.where(linear | attention, roofline, roofline * value["pointwise"])
     total = np.bincount(ops["row"].astype(int), weights=ops["count"] * each, minlength=len(table.samples))
     where = rows["place"].astype(int)
-    wire = (rows["near_wire"] + rows["far_wire"] + rows["hop_wire"]) / (value["link_share"] * own["link"][where])
+    wire = (rows["near_wire"] + rows["far_wire"] + rows["hop_wire"]) / np.minimum(value["link_share"] * own["link"][where], MOST_SHARE)
     latency = rows["near"] * value["collective_s"] + rows["far"] * value["far_collective_s"] + rows["hops"] * value["hop_s"]
     latency = latency + rows["passes"] * value["pass_s"] + rows["steps"] * value["flight_s"]
     return np.asarray(total + wire + latency * own["latency"][where] + rows["sequences"] * value["sequence_s"])
@@ -295,7 +303,7 @@ def left_out_errors(table: Table, stack: str, key: Callable[[Sample], str]) -> A
     return errors
 
 
-def rates_of(stack: str, table: Table, names: Sequence[str], theta: Array) -> Rates:
+def rates_of(stack: str, names: Sequence[str], theta: Array) -> Rates:
     """The constants as the package reads them."""
     return rates_from({"name": stack, **document_of(names, theta)})
 
@@ -303,26 +311,28 @@ def rates_of(stack: str, table: Table, names: Sequence[str], theta: Array) -> Ra
 def document_of(names: Sequence[str], theta: Array) -> dict[str, Any]:
     value = {name: float(f"{one:.4g}") for name, one in zip(names, np.exp(theta), strict=True)}
     shares = {name: value[name] for name in TYPE_CLASSES}
-    plain = [name for name in PRIORS if name not in TYPE_CLASSES and not name.startswith(("weight_only_4", "weight_only_8"))]
+    plain = [name for name in PRIORS if name not in (*TYPE_CLASSES, "weight_only_4", "weight_only_8", "progress")]
     by_class: dict[str, dict[str, Any]] = {}
     for place in DEVICE_CLASSES:
         own = {what: value.get(f"{what}@{place}") for what in BY_CLASS}
         if own["compute"] is None or own["bandwidth"] is None or own["latency"] is None:
             continue
         by_class[place] = {
-            "compute_share": {name: round(share * own["compute"], 4) for name, share in shares.items()},
-            "attention_share": round(value["attention_share"] * own["compute"], 4),
-            "bandwidth_share": round(value["bandwidth_share"] * own["bandwidth"], 4),
-            "cache_share": round(value["cache_share"] * own["bandwidth"], 4),
-            "vector_share": round(value["vector_share"] * own["compute"], 4),
-            "score_bytes": float(f"{value['score_bytes'] * (own['score'] or 1):.4g}"),
-            "link_share": round(value["link_share"] * (own["link"] or 1), 4),
+            "compute_share": {name: _share(share, own["compute"]) for name, share in shares.items()},
+            **{name: _share(value[name], own["compute"]) for name in ("attention_share", "vector_share")},
+            **{name: _share(value[name], own["bandwidth"]) for name in ("bandwidth_share", "cache_share")},
+            "link_share": _share(value["link_share"], own["link"]), "score_bytes": float(f"{value['score_bytes'] * (own['score'] or 1):.4g}"),
             **{name: float(f"{value[name] * own['latency']:.4g}") for name in LATENCIES},
         }  # fmt: skip
     return {
         "compute_share": shares, **{name: value[name] for name in plain},
-        "weight_only": {"4": value["weight_only_4"], "8": value["weight_only_8"]}, **FIXED, "by_class": by_class,
+        "weight_only": {"4": value["weight_only_4"], "8": value["weight_only_8"]}, **FIXED, "year": YEAR,
+        "progress": round(math.log(value["progress"]), 4), "by_class": by_class,
     }  # fmt: skip
+
+
+def _share(value: float, factor: float | None) -> float:
+    return round(min(value * (factor or 1.0), MOST_SHARE), 4)
 
 
 def describe(label: str, table: Table, errors: Array) -> None:
@@ -345,15 +355,42 @@ def by_source(table: Table, errors: Array) -> None:
 
 
 def samples_of(paths: Iterable[Path]) -> list[Sample]:
+    return [sample for path in paths for sample in samples_of_rows(read_rows(path))]
+
+
+def samples_of_rows(rows: Sequence[Row]) -> list[Sample]:
+    """The figures of rows that are gradable."""
     found = []
-    for path in paths:
-        for row in read_rows(path):
-            try:
-                case = inference_case(row)
-            except (LeftOut, LightenError):
-                continue
-            found += [Sample(case=case, kind=kind, truth=truth) for kind, truth in case.truths.items()]
+    for row in rows:
+        try:
+            case = inference_case(row)
+        except (LeftOut, LightenError):
+            continue
+        found += [Sample(case=case, kind=kind, truth=truth) for kind, truth in case.truths.items()]
     return found
+
+
+def grade_left_out(rows: Sequence[Row], *, file: str = "") -> list[Grade]:
+    """Grades of rows by constants that were fitted to these rows without those of the graded row's source."""
+    cases = samples_of_rows(rows)
+    tables = {stack: table_of([one for one in cases if one.case.stack.name == stack and not one.case.doubtful]) for stack in STACKS}
+    whole = {stack: fit(table, stack, np.ones(len(table.samples)))[1] for stack, table in tables.items() if table.samples}
+    grades: list[Grade] = []
+    for source in sorted({row.get("source_repo_or_doc") or "not said" for row in rows}):
+        rates = {
+            stack: rates_without(tables[stack], stack, source, start) for stack, start in whole.items()
+            if any(one.case.source == source for one in tables[stack].samples)
+        }  # fmt: skip
+        own = [row for row in rows if (row.get("source_repo_or_doc") or "not said") == source]
+        grades += grade_inference(own, file=file, rates=rates, fitted=False)
+    return grades
+
+
+def rates_without(table: Table, stack: str, source: str, start: Array) -> Rates:
+    """Constants fitted without a source, with the spread that is kept."""
+    use = np.array([float(one.case.source != source) for one in table.samples])
+    names, theta = fit(table, stack, use, start=start)
+    return replace(rates_of(stack, names, theta), spread=load_rates(stack).spread)
 
 
 def spread_of(errors: Array) -> float:

@@ -35,11 +35,12 @@ from lighten.units import DTYPE_BITS
 Bound = Literal["compute", "memory", "communication", "overhead"]
 BOUNDS: tuple[Bound, ...] = ("compute", "memory", "communication", "overhead")
 TypeClass = Literal["bit32", "bit16", "bit8", "bit4"]
-NARROW_BITS = {"float4": 4, "float6": 6, "float8": 8, "tf32": 32}
+NARROW_BITS = {"float4": 4, "float6": 6, "float8": 8, "tf32": 32, "float16_acc16": 16}
 """Types of peaks that are no types of stored values, or have another name there → bits."""
 CLASS_BITS = {"bit32": 32, "bit16": 16, "bit8": 8, "bit4": 4}
 ATTENTION_TYPES = ("bfloat16", "float16", "tf32", "float32")
 """What scores and their sums are computed in, where the linears have a narrower type: the first of these that the device has a rate of."""
+MOST_YEARS = 3
 OVER_DEVICES = " over devices"
 """What follows a name of `Rates.spread` where more than one device takes part."""
 RANGE_90 = 1.645
@@ -73,6 +74,7 @@ class Rates:
         far_collective_s: the same between nodes.
         hop_s: seconds from one stage of layers to the next.
         sharpness: p of the roofline's corner.
+        year, progress: of the software that these rates are of, and by how much (in logs) a year of work on it raised what it computes a second.
         by_class: class of device (`device_class`) → the fields that differ there.
         spread: what is predicted → standard deviation of log(predicted / measured) on rows that were not fitted.
         sources: what it was fitted to.
@@ -103,6 +105,8 @@ class Rates:
     far_collective_s: float = 30e-6
     hop_s: float = 50e-6
     sharpness: float = 4.0
+    year: float = 2025.0
+    progress: float = 0.0
     by_class: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     spread: Mapping[str, float] = field(default_factory=dict)
     sources: tuple[str, ...] = ()
@@ -112,6 +116,13 @@ class Rates:
         """These rates with what differs on this class of device."""
         changed = self.by_class.get(device_class(device))
         return replace(self, by_class={}, **changed) if changed else self
+
+    def in_year(self, year: float) -> Rates:
+        """These rates as software of that year reaches them, where the years that the rows were from are not left far."""
+        factor = math.exp(self.progress * max(-MOST_YEARS, min(MOST_YEARS / 2, year - self.year)))
+        shares = {name: min(1.0, share * factor) for name, share in self.compute_share.items()}
+        attention, vector = min(1.0, self.attention_share * factor), min(1.0, self.vector_share * factor)
+        return replace(self, year=year, compute_share=shares, attention_share=attention, vector_share=vector)
 
     def weight_only_share(self, weight: WeightFormat) -> float:
         """Share of `bandwidth_share` that weights of this width are read at: that of the nearest width that is known; 1 where none is."""
@@ -180,7 +191,7 @@ def attention_type(device: Device, dtype: str) -> str:
     Raises:
         DeviceError: no rate of a type that attention could take.
     """
-    if type_class(dtype) in ("bit32", "bit16"):
+    if type_class(dtype) in ("bit32", "bit16") and dtype in DTYPE_BITS:
         return dtype
     for name in ATTENTION_TYPES:
         if name in device.peak_flops_per_s:

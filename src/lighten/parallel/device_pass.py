@@ -31,8 +31,8 @@ Keep = Literal["all", "attention", "logits", "products"]
 """Operators of a pass: attention; those of positions that get logits; the rest."""
 ROUTER_OUTPUTS = 512
 """A linear of no more outputs, before experts, is their router, which each device computes for itself. The largest published routers have 512."""
-GATHERED_BYTES = 4
-"""Bytes of a value that a row split sends: ggml keeps activations between operators in float32."""
+GATHERED_BYTES = 8
+"""Bytes of a value that a row split sends: ggml keeps activations between operators in float32, and they go out through the host and in again."""
 
 
 @dataclass(frozen=True, kw_only=True)

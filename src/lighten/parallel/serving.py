@@ -38,6 +38,8 @@ class Stack:
         split: how tensor parallelism shares out a layer.
         chunk: tokens of a prompt that are computed in one pass; None: all.
         pipelines: stages of layers work on different chunks of a prompt at once.
+        short_sums: float16 products are summed up in float16 where the device does that faster.
+        integer_products: codes of weights are multiplied as int8, where the device has a rate of it, with activations rounded to int8.
         max_batch, max_tokens: sequences of a step, and tokens of a step, at most.
         micro_batches: stages of layers work on different parts of a batch at once.
         memory_share: of what weights and activations leave of the memory, what it gives to the cache.
@@ -48,6 +50,8 @@ class Stack:
     chunk: int | None = None
     pipelines: bool = False
     micro_batches: bool = False
+    short_sums: bool = False
+    integer_products: bool = False
     max_batch: int = 2048
     max_tokens: int = 8192
     memory_share: float = 0.9
@@ -55,8 +59,8 @@ class Stack:
 
 STACKS = {
     "engine": Stack(name="engine", micro_batches=True),
-    "ggml": Stack(name="ggml", chunk=512, pipelines=True),
-    "local": Stack(name="local"),
+    "ggml": Stack(name="ggml", chunk=512, pipelines=True, short_sums=True, integer_products=True),
+    "local": Stack(name="local", short_sums=True),
     "eager": Stack(name="eager"),
 }
 """engine: written or compiled kernels for whole blocks and batching in flight (TensorRT-LLM, vLLM, SGLang, FasterTransformer); ggml: llama.cpp
@@ -64,6 +68,8 @@ and what is built on it; local: quantized kernels under a light loop for one use
 from Python (transformers).
 Source of the limits: TensorRT-LLM 0.17 and 1.0, docs/source/performance (max_batch_size 2048, max_num_tokens 8192, 0.9 of free memory);
 llama.cpp, common/common.h (n_ubatch 512) and pull request 6017 (stages work on micro-batches at once)."""
+SHORT_SUMS = "float16_acc16"
+"""The device's rate of float16 products whose sums are float16 too."""
 ACTIVATION_COPIES = 6
 """Tensors of a token's hidden size that live at once in a pass: the residual, its norm, queries, keys, values and the attention's output."""
 
@@ -258,8 +264,21 @@ def _at_least_one(spec: ModelSpec, device: Device, length: int, deployment: Depl
 
 
 def _known_of(device: Device, deployment: Deployment) -> tuple[Rates, tuple[Limits, Limits]]:
-    types = deployment.types
-    return load_rates(deployment.stack.name).on(device), wide_and_narrow(device, types.activations, types.products)
+    return load_rates(deployment.stack.name).on(device), limits_on(device, deployment)
+
+
+def limits_on(device: Device, deployment: Deployment) -> tuple[Limits, Limits]:
+    """The device's figures for products of weights of at least 16 bits and of narrower ones, in the types that the software computes them in.
+
+    Raises:
+        DeviceError: the device's rate of one of them, or its bandwidth, is not known.
+    """
+    types, stack = deployment.types, deployment.stack
+    wide = SHORT_SUMS if stack.short_sums and types.activations == "float16" and SHORT_SUMS in device.peak_flops_per_s else types.activations
+    narrow = wide if types.products == types.activations else types.products
+    if stack.integer_products and types.products == types.activations and "int8" in device.peak_flops_per_s:
+        narrow = "int8"
+    return wide_and_narrow(device, wide, narrow)
 
 
 def stack_named(name: str) -> Stack:
