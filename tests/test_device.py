@@ -308,7 +308,7 @@ def test_blocks_that_cost_their_sum_give_factors_of_1_and_no_spread() -> None:
 
 def test_calibration_finds_what_fusion_saves() -> None:
     engine = make_engine()
-    truth = {"linear": 1.1, "weights": 1.0, "attention": 0.9, "pointwise": 0.3, "fresh": 1.0, "overhead": 2.0, "call": 1.0}
+    truth = {"linear": 1.1, "weights": 1.0, "attention": 0.9, "pointwise": 0.3, "fresh": 1.0, "overhead": 2.0, "overhead_rms": 1.0, "call": 1.0}
     calibrated = replace(engine, blocks=blocks_with(truth, engine))
     calibrated = replace(calibrated, calibration=fit_blocks(calibrated, FLAT))
     unseen = block(batch_size=8, seq_len=200)

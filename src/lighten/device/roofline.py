@@ -10,6 +10,8 @@
     pointwise  the same for norms, activation functions, sums and gathers
     fresh      what products and attention pay for writing an output into memory that the system has yet to give (large outputs)
     overhead   operators · what an operator adds
+    overhead_rms  the same of models with RMSNorm, where decoders were measured: `transformers`' newer code, without dropout and biases, runs
+               through less Python for an operator than what has LayerNorm
     call       what a pass costs before its first operator
 
 Measured seconds are interpolated between this engine's measured operators of the same kind (`rates.py`). The factors come from synthetic
@@ -37,7 +39,7 @@ ROTARY_FLOPS = 3
 """Operations an element of a rotary embedding (x·cos + rotate(x)·sin), by which it is told from an activation function (1)."""
 EXPANDING = ("torch", "torch-compile")
 """Runtimes that expand weight-only quantized weights when they load them: smaller on disk, not in memory."""
-CLASSES = ("linear", "weights", "attention", "pointwise", "fresh", "overhead", "call")
+CLASSES = ("linear", "weights", "attention", "pointwise", "fresh", "overhead", "overhead_rms", "call")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +106,7 @@ def sum_parts(ops: Sequence[Op], engine: EngineProfile, bandwidth: Sequence[Band
     tables = rate_tables(engine.samples)
     shapes = Counter(_shape(op, engine) for op in ops)
     weight_bytes = sum(shape.weight_bytes * count for shape, count in shapes.items())
-    read, share = bandwidth_at(bandwidth, weight_bytes)[0], _cold_share(bandwidth, weight_bytes, engine)
+    read, cold = bandwidth_at(bandwidth, weight_bytes)[0], _cold_share(bandwidth, weight_bytes, engine)
     found: dict[tuple[str, Bound], float] = defaultdict(float)
     for shape, count in shapes.items():
         compute = _compute_seconds(shape, tables, engine)
@@ -112,10 +114,12 @@ def sum_parts(ops: Sequence[Op], engine: EngineProfile, bandwidth: Sequence[Band
         bound: Bound = "memory" if memory > compute else "compute"
         found[_class(shape.kind), bound] += count * max(compute, memory)
         added = _added_by_cold_weights(shape, tables)
-        found["weights", "memory"] += count * (shape.weight_bytes / read if added is None else share * added)
+        found["weights", "memory"] += count * (shape.weight_bytes / read if added is None else cold * added)
         if "fresh" in tables:
             found["fresh", "memory"] += count * tables["fresh"].seconds(shape.output_bytes, ()) if shape.output_bytes else 0.0
-    found["overhead", "overhead"] = len(ops) * engine.operator_overhead_s
+    share = _rms_share(ops) if any(block.num_key_value_heads for block in engine.blocks) else 0.0
+    found["overhead", "overhead"] = (1 - share) * len(ops) * engine.operator_overhead_s
+    found["overhead_rms", "overhead"] = share * len(ops) * engine.operator_overhead_s
     found["call", "overhead"] = engine.call_overhead_s
     return Parts(seconds=dict(found))
 
@@ -140,6 +144,12 @@ def _compute_seconds(shape: _Shape, tables: dict[str, RateTable], engine: Engine
     if shape.kind not in tables:
         raise DeviceError(f"engine {engine.name} was measured without {shape.kind}; measured: {', '.join(tables)}. Run `lighten probe` again.")
     return tables[shape.kind].seconds(shape.rows, shape.shape)
+
+
+def _rms_share(ops: Sequence[Op]) -> float:
+    """The share of norms that are RMSNorm."""
+    kinds = [_sample_kind(op) for op in ops if op.kind == "norm"]
+    return kinds.count("rmsnorm") / len(kinds) if kinds else 0.0
 
 
 def _cold_share(bandwidth: Sequence[Bandwidth], weight_bytes: int, engine: EngineProfile) -> float:
