@@ -25,7 +25,7 @@ from lighten.device.catalog import match_device
 from lighten.device.device import Device, Link
 from lighten.errors import LightenError
 from lighten.model.families import describe
-from lighten.model.spec import ModelSpec
+from lighten.model.spec import Linear, ModelSpec, Part
 from lighten.parallel.plan import Plan
 
 Row = Mapping[str, str]
@@ -113,6 +113,21 @@ DEEPSEEK_V2_LITE = DEEPSEEK_V2 | {
     "num_hidden_layers": 27, "hidden_size": 2048, "num_attention_heads": 16,
 }  # fmt: skip
 """arXiv:2405.04434, appendix B.1; its dense layer's width is that of its config.json."""
+NEMOTRON_3 = {
+    "num_attention_heads": 32, "num_key_value_heads": 2, "head_dim": 128, "mamba_head_dim": 64, "n_groups": 8, "ssm_state_size": 128,
+    "vocab_size": 131072, "n_shared_experts": 1, "tie_word_embeddings": False,
+}  # fmt: skip
+NEMOTRON_3_NANO = NEMOTRON_3 | {
+    "hidden_size": 2688, "num_hidden_layers": 52, "mamba_num_heads": 64, "moe_intermediate_size": 1856, "n_routed_experts": 128,
+    "moe_shared_expert_intermediate_size": 3712, "num_experts_per_tok": 6, "hybrid_override_pattern": "MEMEM*E" * 6 + "MEMEMEMEME",
+}  # fmt: skip
+"""The published config.json, but for the order of its blocks; its count is the published 31.6 B, of which a token meets 3.6 B."""
+NEMOTRON_3_SUPER = NEMOTRON_3 | {
+    "hidden_size": 4096, "num_hidden_layers": 88, "mamba_num_heads": 128, "moe_intermediate_size": 2688, "n_routed_experts": 512,
+    "moe_latent_size": 1024, "moe_shared_expert_intermediate_size": 5376, "num_experts_per_tok": 22,
+    "hybrid_override_pattern": "MEMEM*EMEME" * 8,
+}  # fmt: skip
+"""The published config.json, but for the order of its blocks; its count is the published 120.6 B, of which a token meets 12.7 B."""
 BERT_LARGE = {
     "num_hidden_layers": 24, "hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096, "vocab_size": 30522,
     "max_position_embeddings": 512, "type_vocab_size": 2,
@@ -149,6 +164,8 @@ KINDS = (
     Kind(names=r"OPT", model_type="opt", architecture="OPTForCausalLM", fields={"max_position_embeddings": 2048}),
     Kind(names=r"Falcon-7B", model_type="falcon", architecture="FalconForCausalLM", fields={"multi_query": True, "new_decoder_architecture": False}),
     Kind(names=r"Falcon", model_type="falcon", architecture="FalconForCausalLM", fields={"new_decoder_architecture": True}),
+    Kind(names=r"Nemotron.?3.?Nano", model_type="nemotron_h", architecture="NemotronHForCausalLM", fields=NEMOTRON_3_NANO),
+    Kind(names=r"Nemotron.?3.?Super", model_type="nemotron_h", architecture="NemotronHForCausalLM", fields=NEMOTRON_3_SUPER),
     Kind(names=r"Nemotron", model_type="nemotron", architecture="NemotronForCausalLM"),
     Kind(names=r"BERT-large", model_type="bert", architecture="BertForMaskedLM", fields=BERT_LARGE, beside=_pair_heads),
 )
@@ -348,6 +365,8 @@ def _spec(items: tuple[tuple[str, str], ...]) -> tuple[ModelSpec, tuple[str, ...
     row = dict(items)
     unsaid: tuple[str, ...] = ()
     if not row["layers"] or not row["hidden"]:
+        if known := _by_name(row):
+            return known, ()
         row, unsaid = _filled(row)
     hidden, heads = count_of(row, "hidden"), count_of(row, "heads")
     if hidden and heads and hidden % heads and not row["head_dim"]:
@@ -358,6 +377,14 @@ def _spec(items: tuple[tuple[str, str], ...]) -> tuple[ModelSpec, tuple[str, ...
     if not unsaid and _distance(row, found[0]) <= NEAR:
         return found[0], unsaid
     return min(found, key=lambda spec: _distance(row, spec)), unsaid
+
+
+def _by_name(row: Row) -> ModelSpec | None:
+    """The public model that a name means, with all of its sizes; None where the name says less."""
+    try:
+        return spec_of(row)
+    except (LightenError, LeftOut):
+        return None
 
 
 def _distance(row: Row, spec: ModelSpec) -> float:
@@ -582,9 +609,10 @@ def types_of(row: Row) -> tuple[str, str]:
 
 
 SOFTWARE: tuple[tuple[str, str], ...] = (
+    (r"deepspeed", "compiled"),
     (r"eager|peft|\btrl\b|litgpt (\d|config)|litgpt$|hugging|\bhf\b|axolotl|unsloth|torchtune", "eager"),
     (r"megatron|nemo|maxtext|transformer.?engine|apex|flash-?att|colossal|internal|neuronx|\bjax\b|gaudi|optimum", "fused"),
-    (r"fsdp|composer|foundry|torchtitan|compile|thunder|lit-?gpt|deepspeed|accelerate|fairscale|nanogpt|nanochat|olmo|levanter", "compiled"),
+    (r"fsdp|composer|foundry|torchtitan|compile|thunder|lit-?gpt|accelerate|fairscale|nanogpt|nanochat|olmo|levanter", "compiled"),
 )
 """Words of a framework's name → its kind: operators run one by one; written kernels for whole blocks; compiled or sharded by PyTorch."""
 EARLY = r"20(1\d|2[012])\b|megatron-deepspeed"
@@ -787,8 +815,13 @@ def model_flops(spec: ModelSpec, seq_len: int) -> tuple[float, float, float]:
     ops = forward_operators(spec, Forward(batch_size=1, query_len=seq_len, key_len=seq_len), "bfloat16")
     attention = sum(op.matmul_flops for op in ops if op.kind == "attention")
     masked = sum(op.causal_flops for op in ops if op.kind == "attention")
-    linear = sum(op.matmul_flops for op in ops if op.kind != "attention")
+    linear = sum(op.matmul_flops * _chosen_share(part) for part, op in zip(spec.parts, ops, strict=True) if op.kind != "attention")
     return 3 * attention / seq_len, 3 * masked / seq_len, 3 * linear / seq_len
+
+
+def _chosen_share(part: Part) -> float:
+    """What of an operator's products is asked for: less than all where a class computes experts that no row is routed to."""
+    return getattr(part, "routed", part.experts_per_row) / part.experts_per_row if isinstance(part, Linear) else 1.0
 
 
 def step_seconds(row: Row, case: TrainingCase) -> tuple[float, tuple[str, ...]]:

@@ -518,10 +518,9 @@ class _Work:
             ends += 2 * once * rates.tp_exposed
         routed = [product for product in model.blocks.products if product.experts > 1]
         if plan.ep > 1 and routed:
-            rate = all_to_all_bytes_per_s(self.device, plan.ep, plan.tp * plan.cp if plan.ep * plan.tp * plan.cp <= plan.devices else plan.tp, rates)
             layers = max(product.count for product in routed)
-            sent = stream * routed[0].chosen * (plan.ep - 1) / plan.ep / plan.tp
-            total += (4 + 2 * again) * layers * (sent / rate + rates.collective_s) * rates.ep_exposed
+            once = all_to_all_seconds(self.device, plan.ep, plan.tp, stream / plan.tp, routed[0].chosen, rates)
+            total += (4 + 2 * again) * layers * (once + rates.collective_s) * rates.ep_exposed
         if plan.cp > 1:
             rate = group_bytes_per_s(self.device, plan.cp, plan.tp, rates)
             kv = sum(core.kv_bytes * core.count for core in model.blocks.cores) * self.micro / plan.tp
@@ -555,18 +554,22 @@ def group_bytes_per_s(device: Device, size: int, stride: int, rates: TrainingRat
     return min(inner.bytes_per_s * rates.link_share, outer.bytes_per_s * members * rates.network_share)
 
 
-def all_to_all_bytes_per_s(device: Device, size: int, stride: int, rates: TrainingRates) -> float:
-    """Bytes per second at which each member sends to all others: what leaves the node goes over its own network port.
+def all_to_all_seconds(device: Device, size: int, stride: int, sent_bytes: float, chosen: int, rates: TrainingRates) -> float:
+    """Seconds in which each member sends each row of its tensor to the members that hold the row's `chosen` experts.
+
+    A row crosses to another node once, however many of its experts are there, and is handed on inside. With uniform routing that is
+    nodes · (1 - (1 - 1 / nodes)^chosen) nodes. Source: DeepSeek-AI 2024 (arXiv:2412.19437), section 3.2.2.
 
     Raises:
         DeviceError: no known link joins so many.
     """
     inner, outer = _levels(device, size * stride)
     if outer is device.links[0]:
-        return outer.bytes_per_s * rates.link_share
-    members = max(1.0, min(size, (inner.devices or 1) / stride))
-    leaves = 1 - members / size
-    return 1 / ((1 - leaves) / (inner.bytes_per_s * rates.link_share) + leaves / (outer.bytes_per_s * rates.network_share))
+        return sent_bytes * chosen * (size - 1) / size / (outer.bytes_per_s * rates.link_share)
+    nodes = max(1.0, size / max(1.0, min(size, (inner.devices or 1) / stride)))
+    reached = nodes * (1 - (1 - 1 / nodes) ** chosen) * (nodes - 1) / nodes
+    inside = sent_bytes * chosen / (inner.bytes_per_s * rates.link_share)
+    return max(inside, sent_bytes * reached / (outer.bytes_per_s * rates.network_share))
 
 
 def traffic(plan: Plan, device: Device, rates: TrainingRates) -> Traffic:
