@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -18,10 +19,13 @@ import torch
 import torch.distributed as dist
 import transformers
 from live_bytes import OPTIMIZERS, LiveBytes, _default_dtype
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_param
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.pipelining.stage import InferenceMode
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.distributed.tensor.parallel import (
@@ -332,3 +336,77 @@ def _reduce_partial(parameters: Iterable[torch.Tensor]) -> None:
         gradient = parameter.grad
         if isinstance(gradient, DTensor) and any(isinstance(each, Partial) for each in gradient.placements):
             parameter.grad = gradient.redistribute(placements=[Replicate() if isinstance(each, Partial) else each for each in gradient.placements])
+
+
+class Stage(nn.Module):
+    """A stage of a pipeline, of the modules of a model: what its first, its last and every stage runs."""
+
+    def __init__(self, model: PreTrainedModel, blocks: Iterable[int], *, first: bool, last: bool) -> None:
+        super().__init__()
+        names = NAMES[model.config.model_type]
+        every = model.get_submodule(names.blocks)
+        self.kind = model.config.model_type
+        self.blocks = nn.ModuleList(every[i] for i in blocks)
+        before = {"bert": ("bert.embeddings",), "gpt2": ("transformer.wte", "transformer.wpe", "transformer.drop")}
+        after = {"bert": ("cls",)}
+        self.before = nn.ModuleList(map(model.get_submodule, before.get(self.kind, (names.embedding,)) if first else ()))
+        self.after = nn.ModuleList(map(model.get_submodule, after.get(self.kind, (names.last_norm, names.head)) if last else ()))
+        self.rotary = getattr(getattr(model, "model", None), "rotary_emb", None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        positions = torch.arange(x.shape[1])[None]
+        if self.kind == "gpt2" and len(self.before):
+            table, position_table, dropout = self.before
+            x = dropout(table(x) + position_table(positions))
+        else:
+            for each in self.before:
+                x = each(x)
+        shared: dict[str, Any] = {"attention_mask": None}
+        if self.rotary is not None:
+            shared |= {"position_embeddings": self.rotary(x, positions), "position_ids": positions}
+        for block in self.blocks:
+            made = block(x, **shared)
+            x = made[0] if isinstance(made, tuple) else made
+        for each in self.after:
+            x = each(x)
+        return x
+
+
+def run_stage(config: PretrainedConfig, workload: Workload, plan: Plan, stage: int, blocks: Iterable[int]) -> Watched:
+    """The second training step of one rank of a pipeline, in the order of torch's own schedule. Its loss is the head's cross entropy."""
+    live = Watched()
+    micro, count = plan.micro_batch(workload.batch_size), plan.micro_batches(workload.batch_size)
+    first, last = stage == 0, stage == plan.pp - 1
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(ranks(plan.pp, stage))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(_default_dtype(getattr(torch, workload.dtype)))
+        module = Stage(_built(config, workload), blocks, first=first, last=last)
+        width = getattr(config, "hidden_size", None) or config.n_embd
+        hidden = torch.zeros(micro, workload.seq_len, width)
+        ids = torch.zeros(micro, workload.seq_len, dtype=torch.long)
+        made = torch.zeros(micro, workload.seq_len, config.vocab_size) if last else hidden
+        piece = PipelineStage(
+            module, stage, plan.pp, torch.device("cpu"), input_args=(ids if first else hidden,), output_args=(made,),
+            input_grads=(None if first else hidden,), output_grads=None if last else (hidden,),
+        )  # fmt: skip
+        del made, hidden, ids
+        optimizer = OPTIMIZERS[workload.optimizer or ""](module.parameters())
+        schedule = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}[plan.schedule](piece, n_microbatches=count, loss_fn=partial(_loss, config))
+        schedule._warmup_p2p = lambda *_: setattr(piece, "_inference_mode", InferenceMode.STATIC)  # a vote that reads what it was sent
+        tokens = torch.zeros(workload.batch_size // plan.dp, workload.seq_len, dtype=torch.long)
+        stack.enter_context(live.counting())
+        live.watch(module.parameters(), "parameter")
+        live.watch(module.buffers(), "buffer")
+        live.watch([tokens], "inputs")
+        for _ in range(2):
+            live.start_over()
+            schedule.step(*([tokens] if first else []), **({"target": tokens, "losses": []} if last else {}), return_outputs=False)
+            optimizer.step()
+            optimizer.zero_grad()
+    return live
+
+
+def _loss(config: PretrainedConfig, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    wide = logits if config.model_type == "bert" else logits.float()
+    return nn.functional.cross_entropy(wide.flatten(0, 1), target.flatten())

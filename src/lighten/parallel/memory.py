@@ -21,6 +21,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Literal, TypeAlias
 
 from lighten.cost.memory import MemoryBreakdown
 from lighten.cost.operators import Forward, rows_of
@@ -33,17 +34,20 @@ from lighten.cost.replay.tape import Kind, Storage, Tensor, _Node
 from lighten.cost.tuning import _Tuned, memory_of
 from lighten.cost.workload import Workload, check_workload
 from lighten.errors import WorkloadError
-from lighten.model.spec import Attention, Embedding, Linear, ModelSpec, Part, block_name
+from lighten.model.spec import Attention, Embedding, Linear, ModelSpec, Norm, Part, block_name
 from lighten.parallel.communication import expert_ranks, shards, stored_tensors
-from lighten.parallel.pipeline import in_flight
+from lighten.parallel.pipeline import in_flight, passes
 from lighten.parallel.plan import Plan
 from lighten.parallel.rank import Placed, check_plan, rank_parts, rank_spec, rank_workload
 from lighten.units import dtype_bytes
 
 FLOAT32 = 4
+Received: TypeAlias = Literal["in_flight", "all"]
 
 
-def rank_memory(spec: ModelSpec, workload: Workload, plan: Plan, stage: int | None = None) -> MemoryBreakdown:
+def rank_memory(
+    spec: ModelSpec, workload: Workload, plan: Plan, stage: int | None = None, *, received: Received = "in_flight"
+) -> MemoryBreakdown:  # fmt: skip
     """Memory of one device: of a stage, or of the stage that needs most.
 
     A plan of one device and one micro-batch is `memory_of`. With `master_weights` and shard="zero3" the shards are float32 and are the masters
@@ -51,13 +55,18 @@ def rank_memory(spec: ModelSpec, workload: Workload, plan: Plan, stage: int | No
     all-reduced lie in their buckets (`gradient_as_bucket_view`, Megatron-LM's buffer). offload="optimizer" leaves state and masters in the
     host's memory, and counts nothing of them here. Phases other than train: the rank's shapes with its share of the batch.
 
+    Args:
+        stage: of the pipeline, from 0; None: the fullest.
+        received: what a stage gets from its neighbours has a buffer while it is in flight (Megatron-LM), or all micro-batches have one each, in
+            both directions, all the time (torch.distributed.pipelining).
+
     Raises:
         WorkloadError: the plan does not fit the model or the workload.
     """
     check_workload(spec, workload)
     check_plan(spec, workload, plan)
     if stage is None:
-        found = [rank_memory(spec, workload, plan, each) for each in fullest_stages(plan)]
+        found = [rank_memory(spec, workload, plan, each, received=received) for each in fullest_stages(plan)]
         return max(found, key=lambda memory: memory.peak)
     micro = rank_workload(spec, workload, plan)
     held = rank_spec(spec, plan, stage)
@@ -68,7 +77,7 @@ def rank_memory(spec: ModelSpec, workload: Workload, plan: Plan, stage: int | No
         return memory_of(held, micro)
     if workload.lora_rank is not None:
         raise WorkloadError(f"lora_rank={workload.lora_rank} over {plan.devices} devices is not described; use one device.")
-    return _Step(spec, micro, plan, stage, in_flight(plan, micro_batches, stage), micro_batches).memory()
+    return _Step(spec, micro, plan, stage, micro_batches, received).memory()
 
 
 def fullest_stages(plan: Plan) -> tuple[int, ...]:
@@ -93,38 +102,64 @@ class _Unit:
 class _Step:
     """What a training step of one rank needs."""
 
-    def __init__(self, spec: ModelSpec, micro: Workload, plan: Plan, stage: int, flying: Fraction, micro_batches: int) -> None:
+    def __init__(self, spec: ModelSpec, micro: Workload, plan: Plan, stage: int, micro_batches: int, received: Received) -> None:
         self.spec, self.micro, self.plan, self.stage = rank_spec(spec, plan, stage), micro, plan, stage
         self.parts = rank_parts(spec, plan, stage)
-        self.flying, self.micro_batches = flying, micro_batches
+        self.flying, self.micro_batches, self.received = in_flight(plan, micro_batches, stage), micro_batches, received
+        self.replays: dict[bool, _Replay] = {}
         self.optimizer = str(micro.optimizer)
         self.element = dtype_bytes(micro.dtype)
         self.wide = FLOAT32 if micro.master_weights else self.element
         self.ranks = 1 if plan.shard == "none" else plan.sharing_ranks
 
     def memory(self) -> MemoryBreakdown:
-        model = self.replay()
-        saved = model.saved
-        others = max(Fraction(0), self.flying - 1) * saved
-        fixed = self.fixed()
-        fullest = dict(model.ledger.fullest)
-        fullest["activations"] += round(others)
-        update: dict[Kind, int] = {
-            "gradients": model.gradient_bytes(),
-            "activations": model.inputs_bytes(),
-            "kv_cache": 0,
-            "temporary": self.scratch(),
-        }
-        best = max((fullest, update), key=lambda kinds: sum(kinds.values()))
-        return MemoryBreakdown(**fixed, **best)
+        moments = [self.moment(flying, summing=summing) for flying, summing in self.backwards()]
+        best = max((*moments, self.update()), key=lambda kinds: sum(kinds.values()))
+        return MemoryBreakdown(**self.fixed(), **best)
 
-    def replay(self) -> _Replay:
+    def backwards(self) -> list[tuple[Fraction, bool]]:
+        """The fullest backward passes: micro-batches in flight, and whether there are gradients from those before."""
+        first, more = (self.flying, False), self.micro_batches * self.plan.virtual_stages > self.flying * self.plan.virtual_stages
+        if self.micro_batches == 1:
+            return [first]
+        one = Fraction(1, self.plan.virtual_stages)
+        return [(self.flying, True)] if more else [first, (max(one, self.flying - one), True)]
+
+    def moment(self, flying: Fraction, *, summing: bool) -> dict[Kind, int]:
+        """What lives at the fullest moment of a micro-batch's pass, beside weights and the optimizer's state."""
+        model = self.replay(summing=summing)
+        fullest = dict(model.ledger.fullest)
+        fullest["activations"] += round(max(Fraction(0), flying - 1) * model.saved) + self.buffers(model.hidden_bytes, flying)
+        fullest["temporary"] += model.hidden_bytes if summing and self.stage > 0 else 0  # the gradient on its way to the stage before
+        return fullest
+
+    def update(self) -> dict[Kind, int]:
+        """What lives while the optimizer works."""
+        model = self.replay(summing=False)
+        kept = model.inputs_bytes() + self.buffers(model.hidden_bytes)
+        return {"gradients": model.gradient_bytes(), "activations": kept, "kv_cache": 0, "temporary": self.scratch()}
+
+    def buffers(self, hidden: int, flying: Fraction | None = None) -> int:
+        """Of what is received for micro-batches that are not in flight, where these have some; None: none is in flight."""
+        if self.received == "in_flight" or self.plan.pp == 1:
+            return 0
+        forward, backward = passes(self.plan, self.micro_batches, self.plan.pp - 1 - self.stage)  # what the opposite stage sends, this one receives
+        held = 0 if flying is None else flying * self.plan.virtual_stages
+        return round((max(0, forward - held) + max(0, backward - (flying is not None))) * hidden)
+
+    def replay(self, *, summing: bool) -> _Replay:
+        if summing not in self.replays:
+            self.replays[summing] = self.replayed(summing=summing)
+        return self.replays[summing]
+
+    def replayed(self, *, summing: bool) -> _Replay:
         length = self.micro.seq_len // self.plan.cp
         forward = training_forward(self.spec, replace(self.micro, seq_len=length))
-        model = _Replay(self, forward)
+        model = _Replay(self, forward, summing=summing)
         loss = model.loss()
         model.leave_root()
         model.saved = model.ledger.live["activations"] - model.inputs_bytes()
+        model.hidden_bytes = 0 if self.plan.pp == 1 else model.width_bytes()
         model.backward(loss)
         model.finish()
         return model
@@ -231,7 +266,7 @@ class _Replay(_Tuned):
         tables: split embeddings → elements of the whole table; twice: those whose gradient is a sum, since they are tied.
     """
 
-    def __init__(self, step: _Step, forward: Forward) -> None:
+    def __init__(self, step: _Step, forward: Forward, *, summing: bool) -> None:
         self.step, self.plan = step, step.plan
         self.roles: dict[str, Placed] = {each.part.name: each for each in step.parts}
         self.units = step.units() if self.plan.shard in ("zero2", "zero3") else {}
@@ -242,14 +277,38 @@ class _Replay(_Tuned):
         self.copied: Storage | None = None
         self.order = list(dict.fromkeys(str(each.block) for each in step.parts if each.block not in (None, "<", ">")))
         self.routing = False
-        self.saved = 0
+        self.saved = self.hidden_bytes = 0
         self.tables: dict[str, int] = {}
         self.twice: set[str] = set()
         super().__init__(step.spec, replace(step.micro, seq_len=forward.query_len), forward)
-        if self.units and step.micro_batches > 1:
+        if self.units and summing:
             self.reduced = {name: self.hold(unit.shard, "gradients") for name, unit in self.units.items()}
-        self.summing = not self.units and step.micro_batches > 1
+        self.summing = not self.units and summing
         self.totals = self.hold(self.whole_gradients() if self.summing else 0, "gradients")
+
+    def loss(self) -> Tensor:
+        """A stage that is not the last one starts its backward pass from a gradient of what it sent, which lives as long as that."""
+        if self.step.stage == self.plan.pp - 1:
+            return super().loss()
+        ((_, hidden),) = self.run()
+        return hidden
+
+    def embed(self, stream: Stream) -> Tensor:
+        """What the first blocks read: of a later stage, what it received."""
+        if self.step.stage == 0:
+            return super().embed(stream)
+        return self.tensor(round(self.width_bytes() / self.element))
+
+    def headed(self, stream: Stream, hidden: Tensor) -> Tensor:
+        """A stage's output, which a pipeline keeps to the end of its backward pass."""
+        made = super().headed(stream, hidden)
+        self.kept += [made] if self.plan.pp > 1 else []
+        return made
+
+    def width_bytes(self) -> int:
+        """Of the hidden state that goes from stage to stage."""
+        first = next(part for part in self.spec.parts if isinstance(part, Norm))
+        return round(self.batch * self.queries * first.size * self.element) // self.split_positions
 
     def whole_gradients(self) -> int:
         return round(sum(math.prod(shape) for shapes in self.step.shapes() for shape in shapes) * self.element)
