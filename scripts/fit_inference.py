@@ -82,12 +82,22 @@ PRIORS: dict[str, Prior] = {
 }  # fmt: skip
 """Source of the values: kernels measured alone (aiconfigurator-core 0.12.0, NVIDIA, Apache-2.0, systems/data: gemm_perf, attention, nccl_perf)."""
 STACK_PRIORS: dict[str, dict[str, Prior]] = {
-    "eager": {"operator_s": Prior(1.2e-5, 0.5), "pointwise": Prior(0.95, 0.1), "score_bytes": Prior(8.0, 0.7), "pass_s": Prior(1e-3, 1.0)},
+    "eager": {
+        "operator_s": Prior(1.2e-5, 0.5),
+        "pointwise": Prior(0.95, 0.1),
+        "score_bytes": Prior(8.0, 0.7),
+        "pass_s": Prior(1e-3, 1.0),
+        "weight_only_4": Prior(0.5, 0.7),
+        "weight_only_8": Prior(0.4, 0.7),
+    },
     "ggml": {"bit8": Prior(0.45, 0.4), "weight_only_compute": Prior(0.8, 0.2), "pointwise": Prior(0.7, 0.3), "score_bytes": Prior(16.0, 0.5)},
 }
 BY_CLASS = ("compute", "bandwidth", "latency", "score", "link")
 DEVIATIONS = {"compute": 0.25, "bandwidth": 0.25, "latency": 0.5, "score": 1.0, "link": 0.4}
 """What may differ between classes of device, and how far, in standard deviations of its log."""
+COMPILED_FOR = ("npu", "tpu", "fpga", "asic")
+YOUNGER = 0.75
+"""What accelerators that are no GPUs are taken to reach of what GPUs do before any row is seen: their kernels come from compilers, not from hands."""
 LATENCIES = ("operator_s", "pass_s", "flight_s", "collective_s", "far_collective_s", "hop_s")
 YEAR = 2025.0
 """Of the software that the constants are of; rows whose software names no year are taken to be of it."""
@@ -189,7 +199,8 @@ def names_of(stack: str, table: Table) -> list[str]:
 
 def prior_of(stack: str, name: str) -> Prior:
     if "@" in name:
-        return Prior(1.0, DEVIATIONS[name.partition("@")[0]])
+        what, _, place = name.partition("@")
+        return Prior(YOUNGER if place in COMPILED_FOR and what in ("compute", "bandwidth", "link") else 1.0, DEVIATIONS[what])
     return STACK_PRIORS.get(stack, {}).get(name) or PRIORS[name]
 
 
