@@ -7,7 +7,7 @@ parallelism); what lies between is taken as straight lines:
     each = saved · blocks + entry            what a micro-batch keeps for its backward pass
     (in flight - 1) · each + max(each + passing, floor)
 
-with saved, entry and passing lines over the positions of a rank, and a floor for what does not grow with them (a table's gradient).
+where saved, entry and passing grow with the positions of a rank, and a floor does not (a table's gradient).
 
     pp=1     blocks of all of the model, embedding and head
     pp>1     the first stage (embedding, most micro-batches in flight), the second (most blocks), the last (head)
@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from lighten.cost.optimizer_state import scratch_bytes, state_bytes
 from lighten.cost.replay.layout import streams
 from lighten.cost.workload import RECOMPUTES, Workload
-from lighten.model.spec import Linear, ModelSpec, Part, block_name
+from lighten.model.spec import Attention, Embedding, Linear, ModelSpec, Part, block_name
 from lighten.parallel.columns import Columns
 from lighten.parallel.communication import stored_tensors
 from lighten.parallel.memory import rank_memory
@@ -46,8 +46,7 @@ BLOCKS, MANY = 2, 64
 """Blocks of a stage that a replay has (one more tells what each block adds), and sequences of its micro-batch: so many that activations decide."""
 PLACES: dict[Stage, tuple[int, ...]] = {"only": (0, 1, 2), "first": (0, 1), "second": (1,), "last": (1, 2)}
 """Kind of stage → what it holds: what stands before the blocks, blocks, what stands behind them."""
-INNER: tuple[Stage, ...] = ("first", "second")
-LINE = ("entry", "constant", "passing", "floor")
+LINE = ("entry", "passing", "floor")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,27 +55,20 @@ class Line:
 
     Attributes:
         entry: kept of each sequence in flight.
-        constant, passing: at the fullest moment beside what is kept, for any number of sequences, and for each.
+        passing: of each sequence, at the fullest moment beside what is kept.
         floor: of what is kept and passes, at least.
     """
 
     entry: float
-    constant: float
     passing: float
     floor: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lines:
-    """Activations and what comes and goes, of one way to cut a block.
-
-    Attributes:
-        saved: bytes that a block keeps of one sequence.
-        context: that pass, of one sequence, where its keys and values come from other ranks.
-    """
+    """Activations and what comes and goes, of one way to cut a block; `saved`: bytes that a block keeps of one sequence."""
 
     saved: float
-    context: float
     stages: Mapping[Stage, Line]
 
     def mixed(self, other: Lines, share: float) -> Lines:
@@ -85,14 +77,19 @@ class Lines:
             stage: Line(**{name: (1 - share) * getattr(line, name) + share * getattr(other.stages[stage], name) for name in LINE})
             for stage, line in self.stages.items()
         }
-        mix = {name: (1 - share) * getattr(self, name) + share * getattr(other, name) for name in ("saved", "context")}
-        return Lines(**mix, stages=stages)
+        return Lines(saved=(1 - share) * self.saved + share * other.saved, stages=stages)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tensors:
-    """Shapes of one rank's tensors: first dimension and product of the rest, with where each stands (0 before, 1 blocks, 2 behind) and whether
-    it is an expert's; those of all blocks together."""
+    """One rank's tensors, those of all blocks together.
+
+    Attributes:
+        rows, rest: first dimension, and product of the others.
+        place: 0 before the blocks, 1 in them, 2 behind.
+        routed: an expert's; hidden: a matrix of a hidden layer.
+        table: values that the gradient of a vocabulary's table has more than the rank's share: DTensor sums up whole ones.
+    """
 
     rows: Floats
     rest: Floats
@@ -100,6 +97,7 @@ class Tensors:
     routed: NDArray[np.bool_]
     hidden: NDArray[np.bool_]
     blocks: int
+    table: float
 
     def values(self, ranks: int, few: int) -> Floats:
         """Values of the fullest rank's shards where `ranks` share them, experts `few`: before, of one block in the mean, behind."""
@@ -133,6 +131,7 @@ class _Shares:
     whole: Floats
     shard: Floats
     padded: Floats
+    table: float
     scratch: dict[Stage, float]
 
 
@@ -177,24 +176,34 @@ class _Memory:
         return total
 
     def _plain(self, stage: Stage, whole: Floats) -> Floats:
-        """Gradients are there from the start, or come as activations go."""
-        others, each, passing, floor = self.growth(stage)
-        at_most = others + np.maximum(each + passing, floor)
-        ends = others + np.maximum(passing, floor) + whole * self.element
-        return np.where(self.micro_batches > 1, at_most + whole * self.element, np.maximum(at_most, ends))
+        """Gradients of the micro-batches before are there from the start, but for the first one; or they come as activations go."""
+        each, passing, floor = self.growth(stage)
+        flying, gradients = self.flying(stage), whole * self.element
+        own = np.maximum(each + passing, floor)
+        first = (flying - 1) * each + own
+        later = np.maximum(np.where(self.in_turn(flying), flying - 1, flying - 1 - 1 / self.columns.virtual_stages), 0.0) * each + own + gradients
+        ends = np.maximum(passing, floor) + gradients
+        return np.where(self.micro_batches > 1, np.where(self.in_turn(flying), later, np.maximum(first, later)), np.maximum(first, ends))
+
+    def in_turn(self, flying: Floats) -> NDArray[np.bool_]:
+        """Whether there are more micro-batches than are in flight at once, so that the fullest moments find gradients of those before."""
+        found: NDArray[np.bool_] = self.micro_batches > flying
+        return found
 
     def _units(self, stage: Stage, shard: Floats) -> Floats:
         """FSDP2's three fullest moments: at the loss, in a block's backward pass, and at the end."""
-        others, each, passing, _ = self.growth(stage)
+        each, passing, _ = self.growth(stage)
+        others = (self.flying(stage) - 1) * each
         block = self.padded[:, 1]
         outside = sum_of([self.padded[:, place] for place in PLACES[stage] if place != 1])
         gathered = ((self.columns.shard == SHARDS.index("zero3")) & (self.ranks > 1)) * self.element
-        held = shard * self.wide * (self.micro_batches > 1)
+        held = shard * self.wide * self.in_turn(self.flying(stage))
         head = outside * self.element * (stage in ("only", "last"))
         grown = others + each + passing + held
         at_loss = grown + gathered * (outside + block)
         in_block = grown + gathered * (outside + 2 * block) + block * (self.element + self.wide) + head
-        at_end = others + gathered * outside + outside * (self.element + self.wide) + shard * self.wide
+        table = self.table * self.element * (0 in PLACES[stage])
+        at_end = others + gathered * outside + outside * (self.element + self.wide) + table + shard * self.wide
         most: Floats = np.maximum.reduce([at_loss, in_block, at_end])
         return most
 
@@ -213,29 +222,37 @@ class _Memory:
         single = np.minimum(self.micro_batches, c.pp - number)
         started = 2 * (c.pp - number - 1) + (c.virtual_stages - 1) * c.pp + 1
         several = np.minimum(self.micro_batches * c.virtual_stages, started) / c.virtual_stages
-        return np.where(c.virtual_stages > 1, several, single)
+        flying: Floats = np.where(c.virtual_stages > 1, several, single)
+        return flying
 
-    def growth(self, stage: Stage) -> tuple[Floats, Floats, Floats, Floats]:
-        """What the other micro-batches in flight keep, what this one keeps, what comes and goes beside it, and the least of both."""
+    def growth(self, stage: Stage) -> tuple[Floats, Floats, Floats]:
+        """What a micro-batch keeps, what comes and goes beside it, and the least of both."""
         saved = np.array([each.saved for each in self.lines])[self.cut]
-        lines = [each.stages.get(stage, Line(entry=0.0, constant=0.0, passing=0.0, floor=0.0)) for each in self.lines]
-        entry, constant, passing, floor = (np.array([getattr(line, name) for line in lines])[self.cut] for name in LINE)
-        context = np.array([each.context for each in self.lines])[self.cut] * self.columns.micro_batch_size * (self.columns.cp > 1)
+        lines = [each.stages.get(stage, Line(entry=0.0, passing=0.0, floor=0.0)) for each in self.lines]
+        entry, passing, floor = (np.array([getattr(line, name) for line in lines])[self.cut] for name in LINE)
         each = (saved * self.stage_layers(stage) + entry) * self.positions
-        return (self.flying(stage) - 1) * each, each, constant + passing * self.positions + context, floor
+        return each, passing * self.positions + self.context(), floor
+
+    def context(self) -> Floats:
+        """Keys and values of a whole sequence, which pass in backward too where attention is computed again."""
+        c = self.columns
+        widths = [part.num_key_value_heads * (part.head_dim + part.value_dim) for part in self.spec.parts if isinstance(part, Attention)]
+        bytes_ = max(widths, default=0) * self.workload.seq_len * self.element
+        found: Floats = np.where((c.cp > 1) & (c.recompute > 0), c.micro_batch_size * bytes_ / c.tp, 0.0)
+        return found
 
     def _lines(self) -> tuple[list[Lines], NDArray[np.int64]]:
         """Lines for each (tp, ep, recomputation, sequence parallelism): experts on 1/ep of the ranks are between the fewest and the most."""
         c = self.columns
         rows, cut = unique_rows(c.tp, c.recompute, c.sequence_parallel, c.ep)
-        piped, context = bool((c.pp > 1).any()), bool((c.cp > 1).any())
+        piped = bool((c.pp > 1).any())
         few, many = int(c.ep.min()), int(c.ep.max())
 
         @cache
         def measured(tp: int, again: int, split: int, ep: int) -> Lines:
             workload = replace(self.workload, recompute=RECOMPUTES[again])
             plan = Plan(dp=ep, tp=tp, ep=ep, sequence_parallel=bool(split))
-            return _measured(self.spec, workload, plan, piped=piped, context=context)
+            return _measured(self.spec, workload, plan, piped=piped)
 
         def lines_of(tp: int, again: int, split: int, ep: int) -> Lines:
             if ep in (few, many):
@@ -269,12 +286,13 @@ class _Memory:
         kept = "float32" if self.workload.master_weights else self.workload.dtype
         self.state = state_bytes(str(self.workload.optimizer), hidden, kept, others=others) / values
         self.whole, self.shard, self.padded = (np.array([getattr(each, name) for each in found])[share] for name in ("whole", "shard", "padded"))
+        self.table = np.array([each.table for each in found])[share]
         return found, share
 
     def _shares_of(self, tensors: Tensors, ranks: int, few: int) -> _Shares:
         whole = tensors.values(1, 1)
         scratch = {stage: self._scratch(*tensors.shapes(ranks, few, places)) for stage, places in PLACES.items()}
-        return _Shares(whole=whole, shard=tensors.values(ranks, few), padded=tensors.padded(ranks, few), scratch=scratch)
+        return _Shares(whole=whole, shard=tensors.values(ranks, few), padded=tensors.padded(ranks, few), table=tensors.table, scratch=scratch)
 
     def _scratch(self, hidden: list[tuple[int, ...]], others: list[tuple[int, ...]]) -> float:
         wide = "float32" if self.workload.master_weights else self.workload.dtype
@@ -308,7 +326,10 @@ def rank_tensors(spec: ModelSpec, *, tp: int, ep: int) -> Tensors:
     """Tensors of one rank that holds all blocks; a tied head has none of its own, as on one stage."""
     rows, rest, place, routed, hidden = [], [], [], [], []
     seen: set[str] = set()
+    table = 0.0
     for each in rank_parts(spec, Plan(dp=ep, tp=tp, ep=ep)):
+        if isinstance(each.part, Embedding) and each.role == "vocabulary":
+            table += (tp - 1) * each.part.parameters
         inside = isinstance(each.part, Linear) and each.part.component != "head"
         for name, shape in stored_tensors(each.part).items():
             if name in seen:
@@ -321,7 +342,7 @@ def rank_tensors(spec: ModelSpec, *, tp: int, ep: int) -> Tensors:
             hidden.append(inside and len(shape) == 2)
     return Tensors(
         rows=np.array(rows, dtype=np.float64), rest=np.array(rest, dtype=np.float64), place=np.array(place), routed=np.array(routed),
-        hidden=np.array(hidden), blocks=len(block_names(spec)),
+        hidden=np.array(hidden), blocks=len(block_names(spec)), table=table,
     )  # fmt: skip
 
 
@@ -331,27 +352,23 @@ def _stage_counts(blocks: int, pp: int, virtual_stages: int) -> tuple[int, int, 
     return sizes[0], sizes[min(1, pp - 1)], sizes[-1]
 
 
-def _measured(spec: ModelSpec, workload: Workload, plan: Plan, *, piped: bool, context: bool) -> Lines:
+def _measured(spec: ModelSpec, workload: Workload, plan: Plan, *, piped: bool) -> Lines:
     """Lines through replays of a few blocks."""
-    few, more = (shortened(spec, blocks) for blocks in (BLOCKS, BLOCKS + 1))
-    at = _Probe(few, workload, plan, 0)
-    saved = (_Probe(more, workload, plan, 0).bytes(MANY, 2) - at.bytes(MANY, 2)) / MANY
-    only = _line(at, at.bytes(MANY, 2), saved, BLOCKS * saved)
+    few, more = (_Probe(shortened(spec, blocks), workload, replace(plan, dp=2 * plan.dp), 0) for blocks in (BLOCKS, BLOCKS + 1))
+    whole = few.bytes(MANY, 1) / MANY
+    saved = more.bytes(MANY, 1) / MANY - whole
+    only = Line(entry=0.0, passing=whole - BLOCKS * saved, floor=few.floor(BLOCKS * saved))
     stages: dict[Stage, Line] = {"only": only, "last": only}
     if piped:
-        pipeline = shortened(spec, 4 * BLOCKS)
-        for number, stage in enumerate(INNER):
-            probe = _Probe(pipeline, workload, replace(plan, pp=4), number)
-            two = probe.bytes(MANY, 2)
-            each = (probe.bytes(MANY, 3) - two) / MANY  # a third micro-batch in flight
-            stages[stage] = _line(probe, two - each * MANY, saved, each)
-    apart = 0.0
-    if context:  # two ranks of a sequence each, so as many positions
-        apart = max(0.0, _Probe(few, workload, replace(plan, cp=2), 0).bytes(2 * MANY, 2) - at.bytes(MANY, 2)) / (2 * MANY)
-    return Lines(saved=saved, context=apart, stages=stages)
+        first, second = (_Probe(shortened(spec, 4 * BLOCKS), workload, replace(plan, pp=4), stage) for stage in (0, 1))
+        one = first.bytes(MANY, 1) / MANY
+        each = first.bytes(MANY, 2) / MANY - one  # a second micro-batch in flight
+        stages["first"] = Line(entry=each - BLOCKS * saved, passing=one - each, floor=first.floor(each))
+        stages["second"] = replace(stages["first"], floor=second.floor(each))
+    return Lines(saved=saved, stages=stages)
 
 
-@dataclass(frozen=True, kw_only=False)
+@dataclass(frozen=True)
 class _Probe:
     """A stage of a few blocks, of which replays are asked for."""
 
@@ -366,16 +383,23 @@ class _Probe:
         memory = rank_memory(self.spec, asked, replace(self.plan, micro_batch_size=micro), self.stage)
         return float(memory.activations + memory.temporary)
 
+    def floor(self, each: float) -> float:
+        """What does not grow with positions, of one micro-batch of several: where there are few of them, it decides.
 
-def _line(probe: _Probe, one: float, saved: float, each: float) -> Line:
-    """Args:
-    one: bytes with one micro-batch of `MANY` sequences in flight; each: what a micro-batch keeps of a sequence.
-    """
-    others = 1 if probe.plan.pp > 1 else 0
-    twice = probe.bytes(2 * MANY, 2) - others * 2 * MANY * each
-    passing = (twice - one) / MANY - each
-    constant = max(0.0, 2 * one - twice)
-    return Line(entry=each - BLOCKS * saved, constant=constant, passing=passing, floor=probe.bytes(1, 2) - others * each)
+        Args:
+            each: that a micro-batch keeps of a sequence.
+        """
+        cut = _cut(self.workload, self.spec, self.plan)
+        short = replace(self, workload=replace(self.workload, seq_len=self.workload.seq_len // cut))
+        others = 1 if self.plan.pp > 1 else 0
+        return max(0.0, short.bytes(1, 2) - others * each / cut)
+
+
+def _cut(workload: Workload, spec: ModelSpec, plan: Plan) -> int:
+    """A number that cuts a sequence into few positions, which still divide over tensor-parallel ranks; 1 of a model of one length."""
+    if spec.fixed_len is not None:
+        return 1
+    return next((cut for cut in (64, 32, 16, 8, 4, 2) if workload.seq_len % (cut * plan.tp) == 0), 1)
 
 
 def shortened(spec: ModelSpec, blocks: int) -> ModelSpec:

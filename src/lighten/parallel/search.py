@@ -51,6 +51,8 @@ UNSURE = 0.15
 """How far `plan_bytes` may be above the memory that there is before a plan is not asked about: more than its distance from `rank_memory`."""
 MOST_ASKED = 200
 """Plans at most whose memory is replayed in a search."""
+FEW = 5
+"""Plans that lack memory which are looked at."""
 WORTH_SAYING = 0.005
 """Of the best plan's time: smaller differences are not told."""
 
@@ -369,14 +371,13 @@ def _link(device: Device, devices: int) -> str:
 
 
 def _missed(searched: Sequence[Field], best: Candidate, asked: Asked) -> Candidate | None:
-    """The fastest plan that lacks memory, where the goal is time."""
+    """Of the plans that would be faster, were there more memory, the one that lacks least; where the goal is time."""
     if asked.goal != "time":
         return None
     one = searched[0]
-    for row in one.order()[:MOST_ASKED].tolist():
-        if one.seconds[row] >= best.time.seconds:
-            return None
-        if one.bytes[row] > asked.capacity and one.memory(row).peak > asked.capacity:
+    faster = np.flatnonzero((one.seconds < (1 - WORTH_SAYING) * best.time.seconds) & (one.bytes > asked.capacity))
+    for row in faster[np.argsort(one.bytes[faster], kind="stable")][:FEW].tolist():
+        if one.memory(row).peak > asked.capacity:
             found = one.candidate(row, None)
             lacks, gain = format_bytes(found.memory.peak - asked.capacity), 1 - found.time.seconds / best.time.seconds
             return replace(found, why=f"{lacks} more than a device has, else {100 * gain:.1f} % faster")
