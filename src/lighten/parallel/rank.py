@@ -175,6 +175,20 @@ def block_names(spec: ModelSpec) -> list[str]:
     return list(dict.fromkeys(each.block for each in place(spec) if each.block not in (None, "<", ">")))
 
 
+def block_kinds(spec: ModelSpec, *, windows: bool) -> dict[str, int]:
+    """Block → number of its kind: blocks of one kind differ in their names alone, and in the windows of attention unless `windows`."""
+    kept: dict[bool, dict[str, int]] = spec.__dict__.setdefault("_block_kinds", {})
+    if windows not in kept:
+        numbers: dict[tuple[str, ...], int] = {}
+        blocks: dict[str, list[str]] = {}
+        for each in place(spec):
+            if each.block not in (None, "<", ">"):
+                part = replace(each.part, window=None) if isinstance(each.part, Attention) and not windows else each.part
+                blocks.setdefault(str(each.block), []).append(repr(part).replace(f"{each.block}.", ""))
+        kept[windows] = {name: numbers.setdefault(tuple(parts), len(numbers)) for name, parts in blocks.items()}
+    return kept[windows]
+
+
 def check_plan(spec: ModelSpec, workload: Workload, plan: Plan) -> None:
     """Raises:
     WorkloadError: the plan does not fit the model or the workload; one line says which size does not divide and what would.
