@@ -728,7 +728,7 @@ def training_case(row: Row) -> TrainingCase:
     batch, plan, no_batch = _batch_of(row, plan, seq_len or DEFAULT_LEN, spread="plan" not in no_plan)
     missing = {
         "shape": bool(unsaid), "plan": "plan" in no_plan, "schedule": "schedule" in no_plan, "batch": no_batch, "recompute": not said,
-        "length": seq_len is None or "varies" in (row.get("note") or ""), "network": no_network, "software": software is None,
+        "length": seq_len is None or bool(re.search("varies|padding", row.get("note") or "")), "network": no_network, "software": software is None,
         "precision": not row.get("precision"), "power": bool(re.search(r"\d+w\b", row["hardware"].lower())),
     }  # fmt: skip
     adapters = row.get("method") in ("lora", "qlora", "dora")

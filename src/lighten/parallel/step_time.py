@@ -73,7 +73,8 @@ class TrainingRates:
         compute_share: class of type (bit32, bit16, bit8, bit4) → share of the dense peak that large products reach on a device whose 16-bit peak
             is `REFERENCE_FLOPS_PER_S`.
         peak_slope: how that share falls with the device's 16-bit peak, as an exponent: faster devices are limited by power sooner.
-        attention_share, attention_slope: the same for attention in one kernel.
+        attention_share, attention_slope: the same for attention in one kernel; the slope by kind of software, as kernels written for a device keep up
+            with it and others do not.
         half: sizes of a product at which it reaches half of that, for 16-bit types; `half_narrow` for narrower ones.
         bandwidth_share: share of the memory's bandwidth that is reached.
         pointwise: kind of software → how often its norms and elementwise operators move their bytes, where 1 is each once.
@@ -96,7 +97,7 @@ class TrainingRates:
     compute_share: Mapping[str, float]
     peak_slope: float = 0.07
     attention_share: float = 0.6
-    attention_slope: float = 0.3
+    attention_slope: Mapping[str, float] = field(default_factory=dict)
     half: tuple[float, float, float] = (40.0, 80.0, 80.0)
     half_narrow: tuple[float, float, float] = (150.0, 400.0, 400.0)
     bandwidth_share: float = 0.8
@@ -501,7 +502,7 @@ class _Work:
             share = self.share(rates.compute_share[type_class(self.wide)], rates.peak_slope) / 2
             moved = core.scores * dtype_bytes(self.workload.dtype) * rates.score_passes * (1 + 0.4 * again)
             return (3 + again) * core.flops * part / (peak * share) * self.slow, moved * part / self.bytes_per_s
-        share = self.share(rates.attention_share, rates.attention_slope)
+        share = self.share(rates.attention_share, rates.of_software(rates.attention_slope, self.stack.software))
         return (1 + FLASH_BACKWARD + again) * core.causal_flops * part / (peak * share) * self.slow, 0.0
 
     def communication(self, model: Outline) -> tuple[float, float]:
