@@ -240,6 +240,8 @@ def quantized(bits: float) -> WeightFormat:
 
 
 def _formatted(part: Part, weight: WeightFormat) -> Part:
+    if isinstance(part, Embedding) and isinstance(weight.layout, AverageBits):  # a table has no layout of its own; its width is the nearest whole one
+        return replace(part, weight=WeightFormat(bits=max(1, round(weight.layout.bits))))
     return replace(part, weight=weight) if isinstance(part, Linear | Embedding) else part
 
 

@@ -326,6 +326,8 @@ def document_of(names: Sequence[str], theta: Array) -> dict[str, Any]:
     by_class: dict[str, dict[str, Any]] = {}
     for place in DEVICE_CLASSES:
         own = {what: value.get(f"{what}@{place}") for what in BY_CLASS}
+        if place in COMPILED_FOR and own["compute"] is None:  # no row of one: what is taken for granted of them
+            own = {what: prior_of("", f"{what}@{place}").value for what in BY_CLASS}
         if own["compute"] is None or own["bandwidth"] is None or own["latency"] is None:
             continue
         by_class[place] = {

@@ -394,9 +394,10 @@ def largest_concurrency(spec: ModelSpec, device: Device, context_len: int, deplo
     """
     if device.memory_bytes is None:
         raise DeviceError(f"{device.name}: its memory is not known, so how many requests fit is not either; describe it in a device file.")
-    one, two = (memory_needed(spec, batch, context_len, deployment) for batch in (1, 2))
+    full = math.ceil(deployment.stack.max_tokens / context_len)  # from here on a pass has as many tokens as it may: activations grow no more
+    one, two = (memory_needed(spec, batch, context_len, deployment) for batch in (full, full + 1))
     each = max(1, two - one)
-    return int(min(deployment.stack.max_batch, max(0, deployment.stack.memory_share * (device.memory_bytes - one + each) // each)))
+    return int(min(deployment.stack.max_batch, max(0, deployment.stack.memory_share * (device.memory_bytes - one + full * each) // each)))
 
 
 def memory_needed(spec: ModelSpec, batch: int, context_len: int, deployment: Deployment) -> int:
