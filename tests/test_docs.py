@@ -288,6 +288,7 @@ def literal_keys(module: str, function: str) -> set[str]:
 
 COMMANDS_MD = ROOT / "docs" / "commands.md"
 DOCUMENTS: dict[str, Callable[[], set[str]]] = {
+    "Fields on a device": lambda: literal_keys("recipe/placement.py", "as_json"),
     "Fields of a sweep": lambda: literal_keys("cli/sizes.py", "sweep_document"),
     "Fields of a point": lambda: set(POINT_FIELDS),
     "Fields of max": lambda: literal_keys("cost/sweep.py", "as_json"),

@@ -13,7 +13,7 @@ from typing import NoReturn
 from lighten import __version__
 from lighten.errors import LightenError
 
-COMMANDS = ("estimate", "advise", "compare", "devices", "compress", "measure", "choose", "probe", "report")
+COMMANDS = ("estimate", "advise", "plan", "compare", "devices", "compress", "measure", "choose", "probe", "report")
 """Each is a module of its name beside this one, imported when it is asked for: an estimate takes a quarter of a second."""
 
 EXTRAS = {
