@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -264,6 +265,7 @@ def run_plan(config: PretrainedConfig, workload: Workload, plan: Plan) -> Watche
     live = Watched()
     held_as = "float32" if workload.master_weights else workload.dtype
     with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
         stack.enter_context(ranks(plan.devices))
         mesh = init_device_mesh("cpu", (plan.dp, plan.tp), mesh_dim_names=("dp", "tp"))  # which looks at values
         data, tensor = mesh["dp"], mesh["tp"]
@@ -277,6 +279,7 @@ def run_plan(config: PretrainedConfig, workload: Workload, plan: Plan) -> Watche
             split(model, names, tensor, sequence=plan.sequence_parallel)
         if plan.shard == "zero3":
             shard(model, names, data, workload)
+        warnings.filterwarnings("ignore", message=".*returned a view tensor")  # which nobody changes in place
         with live.counting():
             live.watch(model.parameters(), "parameter")
             live.watch(model.buffers(), "buffer")
@@ -306,7 +309,7 @@ def _built(config: PretrainedConfig, workload: Workload) -> PreTrainedModel:
 def _train(model: PreTrainedModel, workload: Workload, plan: Plan, live: Watched) -> None:
     model.train()
     if workload.recompute == "full":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable()
     optimizer = OPTIMIZERS[workload.optimizer or ""](model.parameters())
     micro = plan.micro_batch(workload.batch_size)
     given: dict[str, Any] = {"input_ids": torch.zeros(micro, workload.seq_len, dtype=torch.long)}

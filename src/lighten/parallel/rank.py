@@ -8,7 +8,7 @@ Roles are told from a part's place in its block, its component and its widths, n
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal, TypeAlias
 
 from lighten.cost.operators import Forward, Op, forward_operators
@@ -373,7 +373,7 @@ def _untied(each: Placed, plan: Plan, stage: int) -> Part:
     """A tied head on another stage than its embedding has a weight of its own there."""
     part = each.part
     if plan.pp > 1 and stage > 0 and each.block == ">" and isinstance(part, Linear) and part.tied_to:
-        return replace(part, tied_to=None)
+        return Linear(**{each.name: getattr(part, each.name) for each in fields(Linear)} | {"tied_to": None})
     return part
 
 
