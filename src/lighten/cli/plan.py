@@ -15,7 +15,7 @@ from lighten.cost.optimizer_state import OPTIMIZERS
 from lighten.cost.workload import ATTENTIONS, CROSS_ENTROPIES, PHASES, RECOMPUTES, Recompute, Workload
 from lighten.device.bill import Bill, parse_tokens, training_run
 from lighten.device.device import Device
-from lighten.device.find import find_place
+from lighten.device.find import THIS_MACHINE, find_place
 from lighten.errors import DeviceError, OutputError, WorkloadError
 from lighten.model.spec import ModelSpec
 from lighten.parallel.flags import FRAMEWORKS, Flags, can_express, plan_flags
@@ -90,9 +90,10 @@ def _asked(arguments: argparse.Namespace) -> Asked:
     own = place_of(arguments)
     stack = own.pop("stack", None)
     own.pop("tokens", None)
-    device, count = find_place(arguments.device, **own)
-    if not isinstance(device, Device):
+    if arguments.device in THIS_MACHINE:
         raise DeviceError(f"--device {arguments.device} is one machine; plans are for devices of published figures, such as h100-sxm:64.")
+    device, count = find_place(arguments.device, **own)
+    assert isinstance(device, Device)
     if stack is not None and stack not in SOFTWARES:
         raise WorkloadError(f"--stack {stack} runs inference; kinds of software that train: {', '.join(SOFTWARES)}.")
     spec = open_spec(arguments.model)
