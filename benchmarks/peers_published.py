@@ -17,7 +17,7 @@ The error of a row is |predicted / measured - 1|. Rows that a peer does not expr
 its own note says that it is wrong or that its length varies, where it ran out of memory, or where it lacks what the quantity needs.
 
 Prints one JSON line for each prediction (to FILE with `--out FILE`), then a table, then one JSON object as the last line. `--ours FILE` takes
-other predictions, JSON lines with at least `id`, `kind` and `predicted`, and shows them beside each peer's on the rows that both express.
+other predictions, JSON lines with `id`, `kind`, `predicted` and at best `truth`, and shows them beside each peer's on the rows that both express.
 """
 
 from __future__ import annotations
@@ -390,14 +390,18 @@ def by_source(lines: list[Case]) -> list[tuple[str, str, str, int, float]]:
 
 
 def ours_on(path: Path, cases: list[Case]) -> list[Case]:
-    """Predictions of a file, held against what the cases measured; rows that are no case, or without a prediction, are passed over."""
+    """Predictions of a file; rows that are no case here, or without a prediction, are passed over.
+
+    Each is held against its own `truth` where it has one, as its step may be of other tokens than the case's, else against the case's.
+    """
     truths = {(case["id"], case["kind"]): case for case in cases}
     found = []
     for line in path.read_text("utf-8").splitlines():
         given = json.loads(line)
         case = truths.get((given.get("id"), given.get("kind")))
         if case is not None and given.get("predicted") is not None:
-            more = {"predicted": given["predicted"], "truth": case["truth"], "ratio": given["predicted"] / case["truth"]}
+            truth = given.get("truth") or case["truth"]
+            more = {"predicted": given["predicted"], "truth": truth, "ratio": given["predicted"] / truth}
             found.append({"id": case["id"], "source": case["source"], "kind": case["kind"], "peer": "ours"} | more)
     return found
 
