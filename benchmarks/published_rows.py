@@ -25,6 +25,7 @@ from lighten.device.catalog import match_device
 from lighten.device.device import Device, Link
 from lighten.errors import LightenError
 from lighten.model.families import describe
+from lighten.model.families._config import complete
 from lighten.model.spec import Linear, ModelSpec, Part
 from lighten.parallel.plan import Plan
 
@@ -565,6 +566,8 @@ class TrainingCase:
     Attributes:
         linear_dtype: the type that products of weights run in, where it is not the workload's.
         software: fused, compiled, eager or None where the framework's name does not tell (`lighten.parallel.step_time`).
+        early: from before attention in one kernel.
+        chunked_loss: it takes the loss in pieces.
         unsaid: what the row leaves out: recompute, batch, plan, software, shape, length, precision, network, power.
     """
 
@@ -575,6 +578,7 @@ class TrainingCase:
     linear_dtype: str
     software: str | None
     early: bool
+    chunked_loss: bool
     unsaid: tuple[str, ...]
 
     @property
@@ -617,6 +621,8 @@ SOFTWARE: tuple[tuple[str, str], ...] = (
 """Words of a framework's name → its kind: operators run one by one; written kernels for whole blocks; compiled or sharded by PyTorch."""
 EARLY = r"20(1\d|2[012])\b|megatron-deepspeed"
 """Software from before attention in one kernel: a year up to 2022, or a fork that stood still then."""
+CHUNKED = r"lit-?gpt|torchtune|liger|unsloth"
+"""Software whose loss is taken in pieces. Source: litgpt's `chunked_cross_entropy`, torchtune's `CEWithChunkedOutputLoss`, Liger Kernel."""
 FLASH = r"flash|\bfa2?\b|sdpa"
 
 
@@ -693,8 +699,9 @@ def _as_pretrained(spec: _Same) -> ModelSpec:
     """The decoder without the dropouts of its class's defaults, and with one kernel for GELU: as large models are trained."""
     known = spec.spec
     config = dict(known.config) | dict.fromkeys(DROPOUTS, 0.0)
-    if known.family == "gpt2":
-        config["activation_function"] = "gelu"
+    for name in ("activation_function", "hidden_act"):
+        if "gelu" in str(complete(config).get(name)):
+            config[name] = "gelu"
     return replace(known, config=config, parts=describe(config, known.architecture))
 
 
@@ -740,6 +747,7 @@ def training_case(row: Row) -> TrainingCase:
     )  # fmt: skip
     return TrainingCase(
         spec=spec, workload=workload, plan=plan, device=device, linear_dtype=products, software=software, early=early,
+        chunked_loss=bool(re.search(CHUNKED, (row.get("framework") or "").lower())),
         unsaid=tuple(name for name, is_missing in missing.items() if is_missing),
     )  # fmt: skip
 

@@ -124,10 +124,8 @@ def _peak(row: Row, case: TrainingCase) -> float:
     workload, plan = case.workload, case.plan
     if workload.recompute == "selective":
         workload = replace(workload, attention="flash")  # what selective recomputation keeps of attention is what one kernel keeps
-    if case.software == "fused" and plan.sequence_parallel:
-        plan = replace(plan, sequence_parallel=False)  # kernels that gather again in backward keep a rank's share (arXiv:2205.05198, section 4.2.2)
-    if case.software == "compiled" and workload.lora_rank is None:
-        workload = replace(workload, cross_entropy="chunked")  # a fused loss keeps no float32 copy of all logits
+    if case.software == "compiled" or case.chunked_loss:
+        workload = replace(workload, cross_entropy="chunked")  # a loss that keeps no float32 copy of all logits
     if (row.get("optimizer") or "").startswith("Paged"):
         plan = replace(plan, offload="optimizer")
     found = rank_memory(case.spec, workload, plan)
@@ -141,13 +139,26 @@ def _fits(row: Row, case: TrainingCase, rates: TrainingRates) -> dict[str, Any]:
     if row.get("cpu_offload") == "True":
         raise NotGradable("weights and optimizer are offloaded to the host")
     capacity = (number(row, "gpu_mem_gb") or 0) * GIB * USABLE
-    needed = _peak(row, _least(case)) * SLACK + CONTEXT_BYTES
+    needed = min(_peaks(row, _least(case))) * SLACK + CONTEXT_BYTES
     needed /= math.exp(MEMORY_SPREAD * (1.0 if MATTERS & set(case.unsaid) else 0.5))
     return {"predicted": float(needed <= capacity), "truth": float(row.get("measured", "measured") == "measured")}
 
 
-MATTERS = {"recompute", "batch", "plan", "length", "shape", "schedule", "precision"}
+MATTERS = {"recompute", "batch", "plan", "length", "shape", "precision"}
 """What a row may leave out that memory depends on."""
+
+
+def _peaks(row: Row, case: TrainingCase) -> Iterator[float]:
+    """Peaks under the row's plan, or under each of several that it leaves open: all data parallel, or with tensor parallelism beside it."""
+    yield _peak(row, case)
+    if "plan" in case.unsaid and case.workload.lora_rank is None:
+        for tp in (4, 8, 16):
+            if case.plan.dp % tp == 0 and case.workload.batch_size % (case.plan.dp // tp) == 0:
+                plan = replace(case.plan, dp=case.plan.dp // tp, tp=tp, sequence_parallel=True, ep=1)
+                try:
+                    yield _peak(row, replace(case, plan=plan))
+                except LightenError:
+                    continue  # heads or experts that it does not divide
 
 
 def _least(case: TrainingCase) -> TrainingCase:

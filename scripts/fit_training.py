@@ -182,15 +182,15 @@ def spreads(cases: Sequence[Case], errors: Sequence[float], coverage: float = 0.
     weights = np.array([1 / math.sqrt(sizes[case.source]) for case in cases])
     values = np.abs(np.array(errors))
     columns = np.array([[1.0, *(float(name in case.unsaid) for name in UNSAID)] for case in cases])
-    squares = np.minimum(values, 3 * np.median(values)) ** 2
+    squares = np.minimum(values, 5 * np.median(values)) ** 2
     prior = np.array([0.12**2, *([0.1**2] * len(UNSAID))])
     parts = prior.copy()
     strength = 3.0
-    for _ in range(200):  # coordinate descent, each part not below a tenth of its prior
+    for _ in range(200):  # coordinate descent, each part not below half of its prior's spread
         for i in range(len(parts)):
             rest = squares - columns @ parts + columns[:, i] * parts[i]
             top = float((weights * columns[:, i]) @ rest) + strength * prior[i]
-            parts[i] = max(0.05 * prior[i], top / (float(weights @ columns[:, i]) + strength))
+            parts[i] = max(0.25 * prior[i], top / (float(weights @ columns[:, i]) + strength))
     sd = np.sqrt(columns @ parts)
     ratio = values / (RANGE_90 * sd)
     order = np.argsort(ratio)
@@ -212,9 +212,8 @@ def show(title: str, cases: Sequence[Case], errors: dict[int, float], key: Calla
         groups[key(case)].append(errors[i])
     for name, values in sorted(groups.items()):
         found = summary(values)
-        print(
-            f"  {name[:60]:60s} {found['n']:4d} rows  median {found['median_error']:6.1%}  p90 {found['p90_error']:6.1%}  bias {np.median(values):+.2f}"
-        )
+        ends = f"p90 {found['p90_error']:6.1%}  bias {np.median(values):+.2f}"
+        print(f"  {name[:60]:60s} {found['n']:4d} rows  median {found['median_error']:6.1%}  {ends}")
 
 
 def main() -> int:
