@@ -52,7 +52,7 @@ STACK_WORDS: tuple[tuple[str, str], ...] = (
 """Words of a framework's name → the kind of software that it is, the first that matches."""
 EMPTY_CONTEXT = r"\btg\b|\btg ?\d|empty c(on)?te?xt|short c(on)?te?xt|empty ctx|short ctx"
 """Words of a metric or note that say that generation was timed from an empty context."""
-DOUBT = r"exclude|anomal"
+DOUBT = r"\bexclude\b|anomal"
 DEFAULT_CONTEXT = 256
 """Tokens in the cache where a row says nothing of lengths: a chat's question and half its answer. The range is widened for it."""
 DEFAULT_NEW = 128

@@ -17,12 +17,41 @@ import published_inference as inference
 from published_rows import NotGradable, Row
 
 ROW: dict[str, str] = {
-    "id": "1", "model": "Llama-3-8B", "params_total": "8030261248", "layers": "32", "hidden": "4096", "heads": "32",
-    "kv_heads": "8", "head_dim": "128", "ffn": "14336", "vocab": "128256", "hardware": "RTX4090-24GB", "device_mem_gb": "", "device_mem_bw_gbs": "1008", "n_devices": "1",
-    "tp": "1", "pp": "1", "framework": "llama.cpp May-2024", "weight_format": "F16", "weight_bits": "16", "kv_dtype": "f16", "batch_or_concurrency": "1",
-    "batch_kind": "single stream", "input_len": "512", "output_len": "512", "metric": "pp L / tg L", "prefill_tok_s": "9382", "decode_tok_s": "54.84",
-    "total_output_tok_s": "", "latency_ms": "", "ttft_ms": "", "tpot_ms": "", "model_file_gib": "", "source_repo_or_doc": "someone", "note": "",
-}  # fmt: skip
+    "id": "1",
+    "model": "Llama-3-8B",
+    "params_total": "8030261248",
+    "layers": "32",
+    "hidden": "4096",
+    "heads": "32",
+    "kv_heads": "8",
+    "head_dim": "128",
+    "ffn": "14336",
+    "vocab": "128256",
+    "hardware": "RTX4090-24GB",
+    "device_mem_gb": "",
+    "device_mem_bw_gbs": "1008",
+    "n_devices": "1",
+    "tp": "1",
+    "pp": "1",
+    "framework": "llama.cpp May-2024",
+    "weight_format": "F16",
+    "weight_bits": "16",
+    "kv_dtype": "f16",
+    "batch_or_concurrency": "1",
+    "batch_kind": "single stream",
+    "input_len": "512",
+    "output_len": "512",
+    "metric": "pp L / tg L",
+    "prefill_tok_s": "9382",
+    "decode_tok_s": "54.84",
+    "total_output_tok_s": "",
+    "latency_ms": "",
+    "ttft_ms": "",
+    "tpot_ms": "",
+    "model_file_gib": "",
+    "source_repo_or_doc": "someone",
+    "note": "",
+}
 
 
 def written(path: Path, rows: list[dict[str, str]]) -> Path:
@@ -55,14 +84,26 @@ def test_the_last_line_has_every_figure(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 STRANGE = [
-    {"layers": "many"}, {"hidden": "-1"}, {"hidden": "1e999"}, {"weight_bits": "nan"}, {"weight_bits": ""},
+    {"layers": "many"},
+    {"hidden": "-1"},
+    {"hidden": "1e999"},
+    {"weight_bits": "nan"},
+    {"weight_bits": ""},
     {"hardware": "abacus", "device_mem_bw_gbs": ""},
-    {"decode_tok_s": "fast", "prefill_tok_s": ""}, {"decode_tok_s": "", "prefill_tok_s": ""}, {"n_devices": "0"},
+    {"decode_tok_s": "fast", "prefill_tok_s": ""},
+    {"decode_tok_s": "", "prefill_tok_s": ""},
+    {"n_devices": "0"},
     {"tp": "3", "n_devices": "3"},
-    {"batch_or_concurrency": "1e9"}, {"input_len": "99999999999"}, {"model": "", "layers": "", "hidden": "", "params_total": ""},
+    {"batch_or_concurrency": "1e9"},
+    {"input_len": "99999999999"},
+    {"model": "", "layers": "", "hidden": "", "params_total": ""},
     {"output_len": "1.5"},
-    {"weight_bits": "0.0001"}, {"heads": "7"}, {"device_mem_bw_gbs": "0"}, {"hardware": "\x00\ufffd"}, {"kv_heads": "999"},
-]  # fmt: skip
+    {"weight_bits": "0.0001"},
+    {"heads": "7"},
+    {"device_mem_bw_gbs": "0"},
+    {"hardware": "\x00\ufffd"},
+    {"kv_heads": "999"},
+]
 
 
 def test_strange_rows_never_stop_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

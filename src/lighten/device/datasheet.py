@@ -61,7 +61,6 @@ class Rates:
         score_bytes: bytes that attention moves for each score beside its inputs and outputs: 0 where it is one kernel.
         bandwidth_share: share of the memory's bandwidth that weights and activations are read at.
         cache_share: the same for cached keys and values.
-        reach_bytes_per_s: what its kernels draw at most, however fast the memory is; None: no limit seen.
         weight_only: bits of weights that are expanded before they are multiplied → share of `bandwidth_share` that they are read at.
         weight_only_compute: share of `compute_share` that products with such weights reach.
         operator_s: seconds that each operator adds, beside its roofline.
@@ -88,7 +87,6 @@ class Rates:
     score_bytes: float = 0.0
     bandwidth_share: float = 0.85
     cache_share: float = 0.7
-    reach_bytes_per_s: float | None = None
     weight_only: Mapping[str, float] = field(default_factory=dict)
     weight_only_compute: float = 1.0
     experts_share: float = 0.7
@@ -279,10 +277,7 @@ def saturation(rows: float, columns: float, outputs: float, rates: Rates) -> flo
 
 def memory_seconds(moved: float, bytes_per_s: float, rates: Rates) -> float:
     """Seconds of reading and writing so many bytes."""
-    reached = bytes_per_s * rates.bandwidth_share
-    if rates.reach_bytes_per_s is not None:
-        reached = reached / (1 + (reached / rates.reach_bytes_per_s) ** rates.sharpness) ** (1 / rates.sharpness)
-    return moved / reached
+    return moved / (bytes_per_s * rates.bandwidth_share)
 
 
 def scores_of(op: Op) -> float:
