@@ -22,8 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -248,11 +247,13 @@ class _Memory:
         piped = bool((c.pp > 1).any())
         few, many = int(c.ep.min()), int(c.ep.max())
 
-        @cache
         def measured(tp: int, again: int, split: int, ep: int) -> Lines:
-            workload = replace(self.workload, recompute=RECOMPUTES[again])
+            workload = replace(self.workload, recompute=RECOMPUTES[again], batch_size=1)
             plan = Plan(dp=ep, tp=tp, ep=ep, sequence_parallel=bool(split))
-            return _measured(self.spec, workload, plan, piped=piped)
+            kept: dict[Any, Lines] = self.spec.__dict__.setdefault("_plan_lines", {})
+            if (workload, plan, piped) not in kept:
+                kept[workload, plan, piped] = _measured(self.spec, workload, plan, piped=piped)
+            return kept[workload, plan, piped]
 
         def lines_of(tp: int, again: int, split: int, ep: int) -> Lines:
             if ep in (few, many):
