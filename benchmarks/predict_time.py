@@ -295,7 +295,7 @@ def decode_step(model: Path, kind: str, threads: int, folder: Path) -> Callable[
 
         def step() -> None:
             module(input_ids=ids[:, -1:], attention_mask=mask, past_key_values=cache, use_cache=True)
-            cache.crop(ids.shape[1])
+            cache.crop(-1)
 
         return step
 

@@ -16,8 +16,9 @@ from lighten.device.calibration import MIN_CALM
 from lighten.device.cases import BLOCKS, CALL, CHAIN, COLD_ROWS, EMPTY, LARGE_WIDTH, LINEARS, STACK, Case, all_cases, in_graphs, sizes
 from lighten.device.clock import involuntary_switches, time_all, time_call, waited_s
 from lighten.device.engines.bench import open_bench, open_loader, required_modules
+from lighten.device.probe_child import _believable as believable
 from lighten.device.probe_child import main, measure_engine
-from lighten.device.profile import ENGINES, engine_from_json
+from lighten.device.profile import ENGINES, Bandwidth, Sample, engine_from_json
 from lighten.errors import DeviceError
 
 PROBE = sys.modules["lighten.device.probe"]  # the package exports a function of the same name
@@ -170,6 +171,25 @@ def test_sizes_cover_what_the_tables_say() -> None:
     assert all(list(sizes(case)) for case in cases)
     parameters = STACK.shape[0] * STACK.shape[1] * 2 * STACK.shape[2]
     assert 40e6 < 4 * parameters < 60e6
+
+
+def test_a_disturbed_sample_that_more_rows_contradict_is_dropped_and_others_stay() -> None:
+    def sample(rows: int, seconds: float, kind: str = "linear") -> Sample:
+        return Sample(kind=kind, rows=rows, shape=(8, 8), seconds=seconds)
+
+    calm, slow, beyond, other = sample(16, 2e-6), sample(4, 3e-6), sample(64, 9e-6), sample(4, 3e-6, "cold")
+    assert believable([(slow, False), (calm, True), (beyond, False), (other, False)]) == [calm, beyond, other]
+    assert believable([(slow, True), (calm, True)]) == [slow, calm]
+
+
+def test_of_bandwidth_s_rounds_the_best_counts(monkeypatch) -> None:
+    rates = iter([1e9, 2e9, 4e9, 3e9])
+    monkeypatch.setattr("lighten.device.bandwidth.WORKING_SETS", (1 << 16, 1 << 18))
+    monkeypatch.setattr(
+        "lighten.device.bandwidth._measure",
+        lambda pool, threads, size: Bandwidth(working_set_bytes=size, read_bytes_per_s=(rate := next(rates)), copy_bytes_per_s=rate),
+    )
+    assert [point.read_bytes_per_s for point in measure_bandwidth(1)] == [4e9, 3e9]
 
 
 def test_bandwidth_is_measured_at_each_size(monkeypatch) -> None:

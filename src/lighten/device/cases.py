@@ -104,6 +104,7 @@ ATTENTIONS: dict[tuple[int, int, int], tuple[int, ...]] = {
     (256, 256, 64): (1, 8),
     (512, 512, 64): (1, 4),
     (1, 128, 64): (1, 8),
+    (1, 384, 64): (1, 8),
     (1, 1024, 64): (1, 8),
 }
 """(queries, keys, head_dim) → batches of `HEADS` heads each."""

@@ -39,6 +39,8 @@ ROTARY_FLOPS = 3
 """Operations an element of a rotary embedding (x·cos + rotate(x)·sin), by which it is told from an activation function (1)."""
 EXPANDING = ("torch", "torch-compile")
 """Runtimes that expand weight-only quantized weights when they load them: smaller on disk, not in memory."""
+BEYOND = 0.4
+"""32 MB for bf16 and 64 MB for fp32: what processors of a few cores keep in no cache."""
 CLASSES = ("linear", "weights", "attention", "pointwise", "fresh", "overhead", "overhead_rms", "call")
 
 
@@ -116,7 +118,7 @@ def sum_parts(ops: Sequence[Op], engine: EngineProfile, bandwidth: Sequence[Band
         added = _added_by_cold_weights(shape, tables)
         found["weights", "memory"] += count * (shape.weight_bytes / read if added is None else cold * added)
         if "fresh" in tables:
-            found["fresh", "memory"] += count * tables["fresh"].seconds(shape.output_bytes, ()) if shape.output_bytes else 0.0
+            found["fresh", "memory"] += count * _seconds_of_new_memory(shape.output_bytes, tables["fresh"])
     share = _rms_share(ops) if any(block.num_key_value_heads for block in engine.blocks) else 0.0
     found["overhead", "overhead"] = (1 - share) * len(ops) * engine.operator_overhead_s
     found["overhead_rms", "overhead"] = share * len(ops) * engine.operator_overhead_s
@@ -153,12 +155,17 @@ def _rms_share(ops: Sequence[Op]) -> float:
 
 
 def _cold_share(bandwidth: Sequence[Bandwidth], weight_bytes: int, engine: EngineProfile) -> float:
-    """How much of the way from caches to the memory behind the `cold` samples a working set is, by the seconds that reading a byte takes."""
+    """How much of the way from caches to the memory behind the `cold` samples a working set is, by the seconds that reading a byte takes.
+
+    Those of the memory are the fewest of all sets from `BEYOND` of the cold one: neighbours make them more, nothing makes them fewer.
+    """
     cold_bytes = COLD_ELEMENTS * dtype_bytes(engine.dtype)
     if weight_bytes >= cold_bytes:
         return 1.0
+    beyond = [point.read_bytes_per_s for point in bandwidth if point.working_set_bytes >= BEYOND * cold_bytes]
+    memory = max([bandwidth_at(bandwidth, cold_bytes)[0], *beyond])
     fastest = max(point.read_bytes_per_s for point in bandwidth)
-    here, cold = (1 / bandwidth_at(bandwidth, size)[0] - 1 / fastest for size in (weight_bytes, cold_bytes))
+    here, cold = (1 / rate - 1 / fastest for rate in (bandwidth_at(bandwidth, weight_bytes)[0], memory))
     return min(here / cold, 1.0) if cold > 0 else 0.0
 
 
@@ -172,6 +179,11 @@ def _added_by_cold_weights(shape: _Shape, tables: dict[str, RateTable]) -> float
     cold, warm = tables["cold"], tables["linear"]
     fewer = [rows for rows in cold.rows if rows <= shape.rows] or cold.rows[:1]
     return max(min(cold.seconds(rows, shape.shape) - warm.seconds(rows, shape.shape) for rows in fewer), 0.0) if shape.weight_bytes else 0.0
+
+
+def _seconds_of_new_memory(output_bytes: int, table: RateTable) -> float:
+    """What an output costs by being new; those smaller than all that was measured are taken for memory that was used before."""
+    return table.seconds(output_bytes, ()) if output_bytes >= table.rows[0] else 0.0
 
 
 def _shape(op: Op, engine: EngineProfile) -> _Shape:
