@@ -312,7 +312,7 @@ def test_losses_are_multiplied_and_never_mixed():
 def every_lever(spec: ModelSpec, target: Device | None) -> Iterator[tuple[Case, Lever]]:
     for phase in phases_of(spec):
         case = case_of(spec, phase, attention="eager")
-        yield from ((case, lever) for lever in propose(case, target))
+        yield from ((case, lever) for lever in propose(case, target) if isinstance(lever, Lever))
 
 
 def parsed(lever: Lever, device: str) -> argparse.Namespace:

@@ -15,7 +15,7 @@ from lighten.errors import LightenError, WorkloadError
 from lighten.model.spec import ModelSpec
 from lighten.recipe.case import Case, Cost, Target, cost_of, device_name
 from lighten.recipe.draft import ACCEPTED, Speculation, check_draft, speculate
-from lighten.recipe.levers import LEVERS, STEP_ORDER, Lever, compatible, propose
+from lighten.recipe.levers import LEVERS, STEP_ORDER, Lever, Unfit, compatible, propose
 from lighten.recipe.quality import SAME, UNMEASURED, Quality, together
 from lighten.recipe.recipe import parse_recipe
 from lighten.units import format_bytes
@@ -106,9 +106,9 @@ def advise(
 
     Args:
         target: a device of published figures, which the case's plan counts; a machine that was probed; None: memory and FLOPs alone.
-        goal: fits (what makes it fit on as many devices, least loss of quality first; where it fits, least memory), latency (of the workload),
-            throughput (time of a token), cost (money of a token, or without a price the time of all devices). None: fits where it does not fit
-            or there is no device, else latency.
+        goal: fits (what makes it fit on as many devices, least loss of quality first, then least time; where it fits, least memory), latency (of
+            the workload), throughput (time of a token), cost (money of a token, or without a price the time of all devices). None: fits where
+            it does not fit or there is no device, else latency.
         draft: a smaller model of the same vocabulary, for speculative decoding.
         most_loss: what levers that are put together may lose in quality, as a factor of perplexity.
         device: how `--device` named it, without a count; None: its own name.
@@ -158,6 +158,9 @@ class _Search:
         """Each lever that gains something; of the plans over one number of devices the best alone."""
         plans: dict[int, Line] = {}
         for lever in (*propose(self.case, self.target), *self._batches()):
+            if isinstance(lever, Unfit):
+                self.left_out[lever.text] = lever.why
+                continue
             if (line := self._tried(lever)) is None:
                 continue
             if lever.name != "plan":
@@ -245,7 +248,9 @@ class _Search:
         misfit = float(cost.fits is False)
         if self.goal == "fits":
             more = float(cost.devices > self.baseline.devices)
-            return (misfit, more, loss(quality), cost.needed_bytes) if self.baseline.fits is False else (misfit, more, cost.needed_bytes)
+            if self.baseline.fits is not False:
+                return misfit, more, cost.needed_bytes
+            return misfit, more, loss(quality), cost.needed_bytes if misfit else cost.seconds_per_token or 0.0
         values: dict[str, float | None] = {
             "latency": cost.seconds, "throughput": cost.seconds_per_token,
             "cost": cost.usd_per_token if self.baseline.usd is not None else cost.device_seconds_per_token,

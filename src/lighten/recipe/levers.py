@@ -17,7 +17,7 @@ from lighten.device.device import Device
 from lighten.device.profile import Profile
 from lighten.errors import LightenError
 from lighten.model.spec import Attention, Linear, ModelSpec
-from lighten.parallel.plan import Plan, Shard
+from lighten.parallel.plan import Plan
 from lighten.recipe.case import Case, Target
 from lighten.recipe.predict import apply_recipe, compute_dtype
 from lighten.recipe.quality import BASELINE, SAME, Quality, quality_of_cache, quality_of_step
@@ -78,7 +78,7 @@ class Lever:
     def flags(self, device: str = "") -> tuple[str, ...]:
         """The options that it sets; those of a plan with the devices that it takes, where the device is named."""
         found: list[str] = ["--draft", self.draft] if self.draft else []
-        spread = {name: value for name, value in self.plan.items() if value != Plan.__dataclass_fields__[name].default}
+        spread = {name: value for name, value in self.plan.items() if value != FIELDS[name].default}
         if self.spreads and device:
             found += ["--device", f"{device}:{Plan(**self.plan).devices}"]
         for name, value in (*spread.items(), *self.workload.items()):
@@ -122,19 +122,27 @@ class Lever:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Unfit:
+    """What was thought of and cannot be, and why."""
+
+    text: str
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class LeverKind:
     """A kind of lever.
 
     Attributes:
         how: what it does, as the first words of a sentence.
         phases: in which it can have an effect.
-        propose: the levers of this kind that are worth a try on a case.
+        propose: the levers of this kind that are worth a try on a case, and what of it cannot be.
         excludes: kinds that cannot be turned with it; its own always.
     """
 
     how: str
     phases: tuple[Phase, ...]
-    propose: Callable[[Case, Target], Iterator[Lever]]
+    propose: Callable[[Case, Target], Iterator[Lever | Unfit]]
     excludes: tuple[str, ...] = ()
 
 
@@ -145,6 +153,9 @@ WIDTHS_BY_GPTQ = (4, 3)
 GROUP_SIZES = (128, 96, 64, 32)
 """Largest first: the group that divides all rows is taken, for its scales take least room."""
 SIXTEEN_BITS = ("bfloat16", "float16")
+SPLITS = (1, 2, 4, 8, 16)
+"""Sizes of tensor and pipeline parallelism that are tried in inference."""
+FIELDS = Plan.__dataclass_fields__
 PRUNED_SHARES = (0.25, 0.5)
 SMALLEST_WINDOW = 16
 
@@ -273,35 +284,42 @@ def _micro_batches(case: Case, target: Target) -> Iterator[Lever]:
         yield Lever(name="micro-batch", plan={"micro_batch_size": 1}, quality=SAME)
 
 
-def _plans(case: Case, target: Target) -> Iterator[Lever]:
-    """Other ways over as many devices, and over twice, four and eight times as many."""
+def _plans(case: Case, target: Target) -> Iterator[Lever | Unfit]:
+    """Plans over as many devices, and over twice, four and eight times as many: in training the best that a search of all finds, else each."""
     if not isinstance(target, Device):
         return
-    training = case.workload.phase == "train"
-    seen = {case.plan}
     for count in (case.plan.devices * more for more in (1, 2, 4, 8)):
-        for plan in _spreads(count, training=training):
-            if plan not in seen:
-                seen.add(plan)
-                yield Lever(name="plan", plan=_fields(plan), quality=SAME)
+        try:
+            plans = [_best_plan(case, target, count)] if case.workload.phase == "train" else list(_spreads(count))
+        except LightenError as error:
+            yield Unfit(text=f"--device {target.name}:{count}", why=str(error))
+            continue
+        yield from (Lever(name="plan", plan=_fields(plan), quality=SAME) for plan in plans if plan != case.plan)
 
 
-def _spreads(count: int, *, training: bool) -> Iterator[Plan]:
-    sizes = [size for size in (1, 2, 4, 8, 16) if count % size == 0]
-    for tp in sizes:
-        for pp in (size for size in sizes if count % (tp * size) == 0):
-            dp = count // tp // pp
-            if training:
-                shards: tuple[Shard, ...] = ("none", "zero1", "zero3") if dp > 1 else ("none",)
-                for shard in shards:
-                    yield Plan(dp=dp, tp=tp, pp=pp, shard=shard)
-            elif dp == 1 or (tp == pp == 1):
-                yield Plan(dp=dp, tp=tp, pp=pp)
+def _best_plan(case: Case, target: Device, count: int) -> Plan:
+    """The fastest that fits, with the recomputation that the case has and nothing in the host's memory."""
+    from lighten.parallel.search import Asked, search_plans  # which no other lever needs
+    from lighten.parallel.step_time import Stack
+
+    fixed = {"recompute": case.workload.recompute, "offload": "none"}
+    stack = Stack() if case.stack is None else Stack(software=case.stack)  # type: ignore[arg-type]
+    asked = Asked(spec=case.changed, workload=case.workload, device=target, count=count, fixed=fixed, stack=stack)
+    return search_plans(asked, top=1).best[0].plan
+
+
+def _spreads(count: int) -> Iterator[Plan]:
+    """Ways of inference over so many devices: copies, or one copy over all."""
+    sizes = [size for size in SPLITS if count % size == 0]
+    yield Plan(dp=count)
+    yield from (Plan(tp=tp, pp=count // tp) for tp in sizes if count // tp in sizes and count > 1)
 
 
 def _fields(plan: Plan) -> dict[str, Any]:
-    """The sizes of a plan and how it shards, all of them said."""
-    return {name: getattr(plan, name) for name in ("tp", "pp", "dp", "shard")}
+    """The sizes of a plan, all of them said, and what else of it is not its default."""
+    sizes = ("tp", "pp", "dp")
+    others = {name: value for name in FIELDS if name not in sizes and (value := getattr(plan, name)) != FIELDS[name].default}
+    return {name: getattr(plan, name) for name in sizes} | others
 
 
 def _none(case: Case, target: Target) -> Iterator[Lever]:
@@ -332,7 +350,7 @@ LEVERS: dict[str, LeverKind] = {
 """Kind of lever → what it is. `lighten advise` tries all of them; tests/test_advise.py holds each to its phases and its text."""
 
 
-def propose(case: Case, target: Target) -> Iterator[Lever]:
+def propose(case: Case, target: Target) -> Iterator[Lever | Unfit]:
     """The levers to try, of every kind that can have an effect in the case's phase."""
     for kind in LEVERS.values():
         if case.workload.phase in kind.phases:
@@ -342,13 +360,3 @@ def propose(case: Case, target: Target) -> Iterator[Lever]:
 def compatible(one: Lever, other: Lever) -> bool:
     """Whether two levers can be turned at once."""
     return one.name != other.name and other.name not in LEVERS[one.name].excludes and one.name not in LEVERS[other.name].excludes
-
-
-def fits_case(lever: Lever, case: Case) -> str | None:
-    """Why a lever cannot be turned on a case; None where it can."""
-    try:
-        changed = lever.on(case)
-        changed.changed  # noqa: B018 - the recipe is read on the model
-    except LightenError as error:
-        return str(error)
-    return None
