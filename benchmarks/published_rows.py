@@ -91,7 +91,7 @@ def _llama4(row: Row) -> dict[str, Any]:
 
 def _positions(row: Row) -> dict[str, Any]:
     found = re.search(r"max_seq (\d+)", row["model"])
-    return {"n_positions": int(found[1])} if found else {"n_positions": int(row.get("seq_len") or 2048)}
+    return {"n_positions": int(found[1])} if found else {"n_positions": count_of(row, "seq_len") or 2048}
 
 
 MLA = {
@@ -408,8 +408,8 @@ def _candidates(row: Row) -> Iterable[ModelSpec | None]:
         yield _made(row, "bert", "BertForMaskedLM", {"max_position_embeddings": 512, "type_vocab_size": 2})
         return
     for model_type, architecture, fields in GENERIC_MIXTURES if row["n_experts"] else GENERIC:
-        if (model_type in LATENT) == bool(row["kv_heads"]):
-            continue
+        if model_type in LATENT and row["kv_heads"]:
+            continue  # latent attention has no heads of keys
         yield _made(row, model_type, architecture, fields)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import sys
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -292,3 +295,109 @@ def test_published_steps_of_megatron_lie_in_their_range(plan, batch, recompute, 
         spec_of(config, "GPT2LMHeadModel"), training(batch, dtype="float16", recompute=recompute, attention=attention), plan, A100
     )  # fmt: skip
     assert found.low < published < found.high
+
+
+# ---- published rows as the tool's own types (benchmarks/published_rows.py) ----
+
+ROW = {
+    "id": "1", "model": "a name that says nothing", "hardware": "H100-SXM-80GB", "n_gpus": "8", "layers": "32", "hidden": "4096", "heads": "32",
+    "kv_heads": "32", "head_dim": "128", "ffn": "11008", "vocab": "32000", "params_total": "6738415616", "seq_len": "2048", "precision": "bf16",
+    "micro_batch": "1", "global_batch_seqs": "64", "framework": "FSDP", "act_ckpt": "full", "zero_stage": "3", "dp": "8", "tp": "1", "pp": "1",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rows():
+    sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+    return importlib.import_module("published_rows")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "family", "parameters"),
+    [
+        ({}, "llama", 6_738_415_616),  # huggingface meta-llama/Llama-2-7b-hf
+        # huggingface EleutherAI/pythia-6.9b: no gate, head and embedding apart
+        ({"ffn": "16384", "vocab": "50432", "params_total": "6857302016"}, "gpt_neox", 6_857_302_016),
+        # arXiv:2401.04088, mistralai/Mixtral-8x7B-v0.1
+        (
+            {
+                "kv_heads": "8",
+                "ffn": "14336",
+                "n_experts": "8",
+                "top_k": "2",
+                "moe_ffn": "14336",
+                "params_total": "46702792704",
+                "params_active": "12879925248",
+            },
+            "mixtral",
+            46_702_792_704,
+        ),
+    ],
+)
+def test_a_shape_without_a_known_name_finds_its_architecture_by_its_parameters(rows, sizes, family, parameters):
+    spec, unsaid = rows.spec_of_row(ROW | sizes)
+    assert (spec.family, spec.total_parameters, unsaid) == (family, parameters, ())
+
+
+def test_a_size_without_a_shape_gives_a_typical_model_and_says_so(rows):
+    spec, unsaid = rows.spec_of_row({"id": "1", "model": "Nobody-34B", "hardware": "x"})
+    assert unsaid == ("shape",)
+    assert spec.total_parameters == pytest.approx(34e9, rel=0.05)
+    mixture, _ = rows.spec_of_row({"id": "1", "model": "Nobody-100B-A10B", "hardware": "x"})
+    assert mixture.total_parameters == pytest.approx(100e9, rel=0.1)
+    assert mixture.active_parameters == pytest.approx(10e9, rel=0.3)
+    with pytest.raises(rows.NotGradable, match="the row gives neither the model's shape nor its number of parameters"):
+        rows.spec_of_row({"id": "1", "model": "Nobody", "hardware": "x"})
+
+
+def test_what_a_row_leaves_out_is_named(rows):
+    assert rows.training_case(ROW).unsaid == ()
+    bare = rows.training_case(
+        {name: ROW[name] for name in ("id", "model", "hardware", "n_gpus", "params_total", "layers", "hidden", "heads", "ffn", "vocab")}
+    )
+    assert {"plan", "batch", "recompute", "length", "software", "precision"} <= set(bare.unsaid)
+
+
+def test_numbers_are_read_strictly(rows):
+    with pytest.raises(rows.NotGradable, match="seq_len 'long' is not a number"):
+        rows.training_case(ROW | {"seq_len": "long"})
+    with pytest.raises(rows.NotGradable, match=r"micro_batch '1\.5' is not a whole positive number"):
+        rows.training_case(ROW | {"micro_batch": "1.5"})
+    with pytest.raises(rows.NotGradable, match="precision 'ternary' is not known"):
+        rows.training_case(ROW | {"precision": "ternary"})
+
+
+@pytest.mark.parametrize(
+    ("text", "bits"),
+    [
+        ("1600Gbps RoCE/node", 200e9), ("NVLink/NVSwitch; 8x HDR IB", 200e9), ("NVLink; RoCE 400Gb/s per GPU", 400e9), ("4x200Gbps RDMA/node", 100e9),
+        ("NVLink; 4x Omni-Path/node (JZ)", 50e9), ("NVLink", None), ("", None),
+    ],
+)  # fmt: skip
+def test_a_network_in_words_is_bits_per_second_of_a_device(rows, text, bits):
+    assert rows.network_bits_per_s(text) == bits
+
+
+def test_a_step_is_read_from_the_best_figure_that_a_row_has(rows):
+    case = rows.training_case(ROW)
+    tokens = 64 * 2048
+    assert rows.step_seconds(ROW | {"step_time_s": "3.5", "tokens_per_s": "1"}, case) == (3.5, ())
+    assert rows.step_seconds(ROW | {"tokens_per_s": "32768"}, case) == (tokens / 32768, ())
+    assert rows.step_seconds(ROW | {"samples_per_s": "16"}, case) == (4.0, ())
+    # by the row's own FLOPs of a token, and with recomputing counted in
+    counted = ROW | {"tflops_per_gpu": "200", "flops_per_token_implied_g": "45", "tflops_kind": "model"}
+    assert rows.step_seconds(counted, case)[0] == pytest.approx(tokens * 45e9 / (8 * 200e12))
+    assert rows.step_seconds(counted | {"tflops_kind": "hardware"}, case)[0] == pytest.approx(4 / 3 * tokens * 45e9 / (8 * 200e12))
+    with pytest.raises(rows.NotGradable, match="the row gives no time"):
+        rows.step_seconds(ROW, case)
+
+
+def test_attention_is_counted_as_the_row_says(rows):
+    case = rows.training_case(ROW)
+    products = 6 * (32 * (4 * 4096 * 4096 + 3 * 4096 * 11008) + 32000 * 4096)
+    full = 12 * 32 * 4096 * 2048
+    for convention, attention in (("none", 0), ("full", full), ("causal_half", full * 2049 / 4096)):
+        found, unsaid = rows.flops_per_token(ROW | {"attn_flops_convention_inferred": convention}, case)
+        assert found == pytest.approx(products + attention)
+        assert unsaid == ()
+    assert rows.flops_per_token(ROW, rows.training_case(ROW | {"seq_len": "65536"}))[1] == ("flops",)

@@ -520,7 +520,8 @@ class _Work:
         routed = [product for product in model.blocks.products if product.experts > 1]
         if plan.ep > 1 and routed:
             layers = max(product.count for product in routed)
-            once = all_to_all_seconds(self.device, plan.ep, plan.tp, stream / plan.tp, routed[0].chosen, rates)
+            sent = self.micro * routed[0].m / plan.cp * routed[0].k * element / plan.tp  # what experts take, which may be narrower than the stream
+            once = all_to_all_seconds(self.device, plan.ep, plan.tp, sent, routed[0].chosen, rates)
             total += (4 + 2 * again) * layers * (once + rates.collective_s) * rates.ep_exposed
         if plan.cp > 1:
             rate = group_bytes_per_s(self.device, plan.cp, plan.tp, rates)
