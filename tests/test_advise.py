@@ -593,6 +593,13 @@ def test_together_is_no_worse_than_the_best_of_its_parts_and_keeps_within_the_lo
         assert cost_of(both.lever.on(found.case), with_price(read_device("l4"), "1/h")).needed_bytes == both.cost.needed_bytes
 
 
+def test_a_type_that_was_asked_for_is_changed_by_name(folder):
+    found = advise(case_of(spec_of(folder, "llama"), "prefill", dtype="float32"))
+    texts = [line.lever.text() for line in found.lines]
+    assert "--dtype bfloat16" in texts
+    assert "cast(bfloat16)" in [line.lever.text() for line in advise(case_of(spec_of(folder, "gpt2"), "prefill")).lines]
+
+
 def test_joined_levers_are_one_recipe_in_order():
     parts = [
         Lever(name="quantize", steps="quantize(rtn, bits=4)"),

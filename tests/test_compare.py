@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import re
 import xml.etree.ElementTree as ET
@@ -15,6 +16,8 @@ from lighten import verbs
 from lighten.cli.main import main
 from lighten.device.datasheet import Rates, load_rates
 from lighten.parallel import serving
+from lighten.report import compare_page
+from lighten.report.compare_page import say_rate
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 3000, "hidden_size": 256, "num_hidden_layers": 4,
@@ -78,6 +81,10 @@ def refused(folder, capsys):
         return line.removeprefix("lighten: ")
 
     return run
+
+
+def test_doctests():
+    assert doctest.testmod(compare_page).failed == 0
 
 
 def test_every_combination_is_what_estimate_says(folder, compared):
@@ -171,7 +178,7 @@ def test_the_page_holds_every_figure_and_fetches_nothing(compared, tmp_path):
     assert not re.findall(r'(?:src|href)="', text)
     assert text.count("<tr") == len(said) + 1
     for entry in said:
-        assert f"{entry['time']['tokens_per_second']:,.4g}" in text
+        assert say_rate(entry["time"]["tokens_per_second"]) in text
     svgs = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
     assert len(svgs) == 2, "one for wide screens, one for narrow ones"
     for svg in svgs:

@@ -179,6 +179,9 @@ def _casts(case: Case, target: Target) -> Iterator[Lever]:
     known = target.peak_flops_per_s if isinstance(target, Device) else dict.fromkeys(SIXTEEN_BITS, 0.0)
     dtype = next((dtype for dtype in SIXTEEN_BITS if dtype in known), None)
     if dtype is not None and case.workload.dtype == "float32":
+        if case.workload.dtype != compute_dtype(case.recipe, case.changed):  # it was asked for by name
+            yield Lever(name="cast", workload={"dtype": dtype}, quality=BASELINE)
+            return
         step = _step(f"cast({dtype})")
         computed = compute_dtype(replace(case.recipe, steps=(*case.recipe.steps, step)), replace(case.changed, dtype=dtype))
         yield _recipe("cast", case, str(step), workload={} if computed == dtype else {"dtype": dtype})

@@ -58,13 +58,21 @@ def figures_of(entry: Entry) -> dict[str, str]:
         ],
         "time": f"{format_seconds(time.seconds)}{range_}" if time else "not known",
         "bound by": time.bound_by if time else "not known",
-        "tokens/s": f"{cost.tokens / time.seconds:,.4g}" if time else "not known",
+        "tokens/s": say_rate(cost.tokens / time.seconds) if time else "not known",
         "$ a million tokens": "not known" if cost.usd is None else f"{cost.usd / cost.tokens * 1e6:.3g}",
         "J a token, at most": "not known" if cost.joules is None else f"{cost.joules / cost.tokens:.3g}",
         "parameters": format_count(cost.estimate.spec.total_parameters),
         "FLOPs": format_count(cost.flops),
         "on disk": format_bytes(cost.estimate.size_bytes),
     }
+
+
+def say_rate(tokens_per_second: float) -> str:
+    """
+    >>> say_rate(40521.7), say_rate(24.618)
+    ('40,522', '24.62')
+    """
+    return f"{tokens_per_second:,.0f}" if tokens_per_second >= 1000 else f"{tokens_per_second:.4g}"
 
 
 def _fits(cost: Cost) -> str:
@@ -100,13 +108,13 @@ def compare_plot(entries: Sequence[Entry], against: Against, *, width: float, he
         _Point(
             x=x.place(across), y=y.place(up), colour=1 + kinds.index(_kind(entry)) % COLOURS,
             name=shortened(entry.choice.device or "", 18 if width < WIDE[0] else 40),
-            note=f"{entry.choice}: {up:,.4g} tokens/s, {_say(against)(across)}", fits=entry.cost is not None and entry.cost.fits is not False,
+            note=f"{entry.choice}: {say_rate(up)} tokens/s, {_say(against)(across)}", fits=entry.cost is not None and entry.cost.fits is not False,
         )
         for entry, across, up in drawn
     ]  # fmt: skip
     joined = _joined(drawn, points)
     x_ticks = {value: _say(against)(value) for value in x.ticks(int(frame.width / 90))}
-    y_ticks = {value: f"{value:,.4g}" for value in y.ticks(int(frame.height / 40))}
+    y_ticks = {value: say_rate(value) for value in y.ticks(int(frame.height / 40))}
     body = [
         grid(x, y, x_ticks, y_ticks), *(line(*ends, "leader") for ends in joined), *map(_mark, points), *_labels(points, frame, joined),
         text(frame.x, 14, "tokens/s (up is better, log scale)", "axis"),
@@ -214,7 +222,7 @@ def _headline(entries: Sequence[Entry]) -> str:
     if not timed:
         return f"{len(entries)} combinations side by side"
     best = max(timed, key=lambda entry: entry.tokens_per_second or 0.0)
-    return f"{best.tokens_per_second:,.4g} tokens/s at most, on {best.choice.device}"
+    return f"{say_rate(best.tokens_per_second or 0.0)} tokens/s at most, on {best.choice.device}"
 
 
 def _head(entries: Sequence[Entry]) -> str:
