@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_param
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.distributed.pipelining.stage import InferenceMode
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
@@ -43,6 +43,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from lighten.cost.workload import Workload
 from lighten.parallel.plan import Plan
+from lighten.parallel.rank import stage_blocks
 
 Sent = tuple[str, int, int]
 """Kind, bytes of the whole buffer, ranks."""
@@ -267,8 +268,9 @@ def run_plan(config: PretrainedConfig, workload: Workload, plan: Plan) -> Watche
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         stack.enter_context(ranks(plan.devices))
-        mesh = init_device_mesh("cpu", (plan.dp, plan.tp), mesh_dim_names=("dp", "tp"))  # which looks at values
-        data, tensor = mesh["dp"], mesh["tp"]
+        copies, names_of = plan.dp // plan.sharing_ranks, ("replicate", "dp", "tp")
+        mesh = init_device_mesh("cpu", (copies, plan.sharing_ranks, plan.tp), mesh_dim_names=names_of)  # which looks at values
+        data, tensor = mesh["replicate", "dp"] if copies > 1 else mesh["dp"], mesh["tp"]
         stack.enter_context(_real_meshes())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None))
@@ -375,39 +377,53 @@ class Stage(nn.Module):
         return x
 
 
-def run_stage(config: PretrainedConfig, workload: Workload, plan: Plan, stage: int, blocks: Iterable[int]) -> Watched:
+def run_stage(config: PretrainedConfig, workload: Workload, plan: Plan, stage: int) -> Watched:
     """The second training step of one rank of a pipeline, in the order of torch's own schedule. Its loss is the head's cross entropy."""
     live = Watched()
-    micro, count = plan.micro_batch(workload.batch_size), plan.micro_batches(workload.batch_size)
-    first, last = stage == 0, stage == plan.pp - 1
+    count = plan.micro_batches(workload.batch_size)
     with contextlib.ExitStack() as stack:
         stack.enter_context(ranks(plan.pp, stage))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(_default_dtype(getattr(torch, workload.dtype)))
-        module = Stage(_built(config, workload), blocks, first=first, last=last)
-        width = getattr(config, "hidden_size", None) or config.n_embd
-        hidden = torch.zeros(micro, workload.seq_len, width)
-        ids = torch.zeros(micro, workload.seq_len, dtype=torch.long)
-        made = torch.zeros(micro, workload.seq_len, config.vocab_size) if last else hidden
-        piece = PipelineStage(
-            module, stage, plan.pp, torch.device("cpu"), input_args=(ids if first else hidden,), output_args=(made,),
-            input_grads=(None if first else hidden,), output_grads=None if last else (hidden,),
-        )  # fmt: skip
-        del made, hidden, ids
-        optimizer = OPTIMIZERS[workload.optimizer or ""](module.parameters())
-        schedule = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}[plan.schedule](piece, n_microbatches=count, loss_fn=partial(_loss, config))
-        schedule._warmup_p2p = lambda *_: setattr(piece, "_inference_mode", InferenceMode.STATIC)  # a vote that reads what it was sent
+        layers = getattr(config, "num_hidden_layers", None) or config.n_layer
+        whole = _built(config, workload)
+        blocks = stage_blocks(layers, plan)[stage]
+        pieces = [_piece(whole, workload, plan, stage + i * plan.pp, own) for i, own in enumerate(blocks)]
+        del whole
+        modules = nn.ModuleList(piece.submod for piece in pieces)
+        optimizer = OPTIMIZERS[workload.optimizer or ""](modules.parameters())
+        kind = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe, "interleaved": ScheduleInterleaved1F1B}[plan.schedule]
+        stages = pieces if plan.schedule == "interleaved" else pieces[0]
+        schedule = kind(stages, n_microbatches=count, loss_fn=partial(_loss, config))
+        for piece in pieces:  # a vote that reads what it was sent
+            piece._inference_mode = InferenceMode.STATIC
+        schedule._warmup_p2p = lambda *_: None
         tokens = torch.zeros(workload.batch_size // plan.dp, workload.seq_len, dtype=torch.long)
         stack.enter_context(live.counting())
-        live.watch(module.parameters(), "parameter")
-        live.watch(module.buffers(), "buffer")
+        live.watch(modules.parameters(), "parameter")
+        live.watch(modules.buffers(), "buffer")
         live.watch([tokens], "inputs")
+        given, wanted = ([tokens] if stage == 0 else []), ({"target": tokens, "losses": []} if stage == plan.pp - 1 else {})
         for _ in range(2):
             live.start_over()
-            schedule.step(*([tokens] if first else []), **({"target": tokens, "losses": []} if last else {}), return_outputs=False)
+            schedule.step(*given, **wanted, return_outputs=False)
             optimizer.step()
             optimizer.zero_grad()
     return live
+
+
+def _piece(model: PreTrainedModel, workload: Workload, plan: Plan, index: int, blocks: Iterable[int]) -> PipelineStage:
+    """One of the pipeline's pp · virtual_stages stages, told the shapes of what it gets and gives."""
+    config, count = model.config, plan.pp * plan.virtual_stages
+    first, last = index == 0, index == count - 1
+    micro = plan.micro_batch(workload.batch_size)
+    hidden = torch.zeros(micro, workload.seq_len, getattr(config, "hidden_size", None) or config.n_embd)
+    ids = torch.zeros(micro, workload.seq_len, dtype=torch.long)
+    made = torch.zeros(micro, workload.seq_len, config.vocab_size) if last else hidden
+    return PipelineStage(
+        Stage(model, blocks, first=first, last=last), index, count, torch.device("cpu"), input_args=(ids if first else hidden,), output_args=(made,),
+        input_grads=(None if first else hidden,), output_grads=None if last else (hidden,),
+    )  # fmt: skip
 
 
 def _loss(config: PretrainedConfig, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -88,8 +88,8 @@ def test_tensor_parallelism_keeps_the_bytes_and_sends_the_collectives_predicted(
 def test_pipeline_stages_keep_the_bytes_and_send_the_tensors_predicted(name: str, schedule: Any) -> None:
     config, spec = model(name, layers=4, vocab_size=1000, tie_word_embeddings=False)
     plan = Plan(pp=2, micro_batch_size=2, schedule=schedule)
-    for stage, pieces in enumerate(stage_blocks(4, plan)):
-        live = run_stage(config, TRAIN, plan, stage, pieces[0])
+    for stage in range(2):
+        live = run_stage(config, TRAIN, plan, stage)
         assert rank_memory(spec, TRAIN, plan, stage, received="all").peak == pytest.approx(live.peak, rel=WITHIN), stage
         assert sent(spec, TRAIN, plan, stage) == live.sent
 

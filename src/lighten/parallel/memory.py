@@ -112,7 +112,8 @@ class _Step:
         """What lives at the fullest moment of a micro-batch's pass, beside weights and the optimizer's state."""
         found = self.figures(summing=summing)
         fullest = found.fullest
-        fullest["activations"] += round(max(Fraction(0), flying - 1) * found.saved) + self.buffers(found.hidden, flying)
+        between = (self.plan.virtual_stages - 1) * found.hidden  # a piece's output stands beside what the next one receives
+        fullest["activations"] += round(max(Fraction(0), flying - 1) * (found.saved + between)) + between + self.buffers(found.hidden, flying)
         fullest["temporary"] += found.hidden if summing and self.stage > 0 else 0  # the gradient on its way to the stage before
         return fullest
 
@@ -134,7 +135,7 @@ class _Step:
         if self.received == "in_flight" or self.plan.pp == 1:
             return 0
         forward, backward = passes(self.plan, self.micro_batches, self.plan.pp - 1 - self.stage)  # what the opposite stage sends, this one receives
-        held = 0 if flying is None else flying * self.plan.virtual_stages
+        held = 0 if flying is None else flying * (self.plan.virtual_stages - (self.stage == 0))
         return round((max(0, forward - held) + max(0, backward - (flying is not None))) * hidden)
 
     @cached_property
