@@ -75,9 +75,9 @@ PRIORS: dict[str, Prior] = {
     "attention_share": Prior(0.45, 0.5), "vector_share": Prior(0.5, 0.4), "score_bytes": Prior(0.3, 1.0),
     "bandwidth_share": Prior(0.8, 0.15), "cache_share": Prior(0.65, 0.4),
     "weight_only_4": Prior(0.8, 0.3), "weight_only_8": Prior(0.9, 0.3), "weight_only_compute": Prior(0.7, 0.4),
-    "operator_s": Prior(4e-6, 0.5), "pointwise": Prior(0.4, 0.5), "pass_s": Prior(3e-4, 0.7), "flight_s": Prior(2e-3, 1.0),
+    "operator_s": Prior(4e-6, 0.5), "pointwise": Prior(0.4, 0.5), "pass_s": Prior(3e-4, 0.7), "flight_s": Prior(5e-4, 1.0),
     "experts_share": Prior(0.6, 0.3), "sequence_s": Prior(1e-6, 1.5),
-    "progress": Prior(1.15, 0.1),
+    "progress": Prior(1.2, 0.1),
     "collective_s": Prior(1e-5, 0.7), "far_collective_s": Prior(4e-5, 0.7), "hop_s": Prior(5e-5, 1.0), "link_share": Prior(0.7, 0.3),
 }  # fmt: skip
 """Source of the values: kernels measured alone (aiconfigurator-core 0.12.0, NVIDIA, Apache-2.0, systems/data: gemm_perf, attention, nccl_perf)."""
@@ -98,6 +98,8 @@ DEVIATIONS = {"compute": 0.25, "bandwidth": 0.25, "latency": 0.5, "score": 1.0, 
 COMPILED_FOR = ("npu", "tpu", "fpga", "asic")
 YOUNGER = 0.75
 """What accelerators that are no GPUs are taken to reach of what GPUs do before any row is seen: their kernels come from compilers, not from hands."""
+UNFUSED_BYTES = 9.0
+"""Bytes that a score moves there at least: compilers write scores out, as software without a kernel for attention does."""
 LATENCIES = ("operator_s", "pass_s", "flight_s", "collective_s", "far_collective_s", "hop_s")
 YEAR = 2025.0
 """Of the software that the constants are of; rows whose software names no year are taken to be of it."""
@@ -200,6 +202,8 @@ def names_of(stack: str, table: Table) -> list[str]:
 def prior_of(stack: str, name: str) -> Prior:
     if "@" in name:
         what, _, place = name.partition("@")
+        if place in COMPILED_FOR and what == "score":
+            return Prior(max(1.0, UNFUSED_BYTES / prior_of(stack, "score_bytes").value), DEVIATIONS[what])
         return Prior(YOUNGER if place in COMPILED_FOR and what in ("compute", "bandwidth", "link") else 1.0, DEVIATIONS[what])
     return STACK_PRIORS.get(stack, {}).get(name) or PRIORS[name]
 
@@ -316,10 +320,10 @@ def left_out_errors(table: Table, stack: str, key: Callable[[Sample], str]) -> A
 
 def rates_of(stack: str, names: Sequence[str], theta: Array) -> Rates:
     """The constants as the package reads them."""
-    return rates_from({"name": stack, **document_of(names, theta)})
+    return rates_from({"name": stack, **document_of(stack, names, theta)})
 
 
-def document_of(names: Sequence[str], theta: Array) -> dict[str, Any]:
+def document_of(stack: str, names: Sequence[str], theta: Array) -> dict[str, Any]:
     value = {name: float(f"{one:.4g}") for name, one in zip(names, np.exp(theta), strict=True)}
     shares = {name: value[name] for name in TYPE_CLASSES}
     plain = [name for name in PRIORS if name not in (*TYPE_CLASSES, "weight_only_4", "weight_only_8", "progress")]
@@ -327,7 +331,7 @@ def document_of(names: Sequence[str], theta: Array) -> dict[str, Any]:
     for place in DEVICE_CLASSES:
         own = {what: value.get(f"{what}@{place}") for what in BY_CLASS}
         if place in COMPILED_FOR and own["compute"] is None:  # no row of one: what is taken for granted of them
-            own = {what: prior_of("", f"{what}@{place}").value for what in BY_CLASS}
+            own = {what: prior_of(stack, f"{what}@{place}").value for what in BY_CLASS}
         if own["compute"] is None or own["bandwidth"] is None or own["latency"] is None:
             continue
         by_class[place] = {
@@ -429,15 +433,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, nargs="+", required=True)
     parser.add_argument("--stack", choices=list(STACKS), nargs="*", default=list(STACKS))
-    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--devices", action="store_true", help="leave out each device too")
+    parser.add_argument("--write", action="store_true", help="keep the constants in the package")
     arguments = parser.parse_args()
     samples = samples_of(arguments.rows)
     for stack in arguments.stack:
         table = table_of([sample for sample in samples if sample.case.stack.name == stack and not sample.case.doubtful])
-        report(stack, table, write=arguments.write)
+        report(stack, table, devices=arguments.devices, write=arguments.write)
 
 
-def report(stack: str, table: Table, *, write: bool) -> None:
+def report(stack: str, table: Table, *, devices: bool = False, write: bool) -> None:
     print(f"{stack}: {len(table.samples)} figures of {len({sample.case.source for sample in table.samples})} sources")
     names, theta = fit(table, stack, np.ones(len(table.samples)))
     print("  " + "  ".join(f"{name} {value:.3g}" for name, value in zip(names, np.exp(theta), strict=True)))
@@ -445,10 +450,12 @@ def report(stack: str, table: Table, *, write: bool) -> None:
     left = left_out_errors(table, stack, lambda sample: sample.case.source)
     describe("source", table, left)
     by_source(table, left)
+    if devices:
+        describe("device", table, left_out_errors(table, stack, lambda sample: sample.case.device.name))
     if write:
         spread = spreads(table, left)
         document = {
-            "name": stack, **document_of(names, theta), "spread": spread,
+            "name": stack, **document_of(stack, names, theta), "spread": spread,
             "sources": sorted({sample.case.source for sample in table.samples}),
             "note": "Fitted by scripts/fit_inference.py; spread is of each source's rows by constants fitted without that source.",
         }  # fmt: skip
