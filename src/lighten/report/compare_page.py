@@ -118,7 +118,7 @@ def compare_plot(entries: Sequence[Entry], against: Against, *, width: float, he
     body = [
         grid(x, y, x_ticks, y_ticks), *(line(*ends, "leader") for ends in joined), *map(_mark, points), *_labels(points, frame, joined),
         text(frame.x, 14, "tokens/s (up is better, log scale)", "axis"),
-        text(frame.x + frame.width, height - 6, f"{_title(against)} (left is better, log scale)", "axis", anchor="end"),
+        text(frame.x + frame.width, height - 6, _across_title(against, width), "axis", anchor="end"),
     ]  # fmt: skip
     return document(width, height, "".join(body), label=f"tokens per second against {against} of {len(drawn)} combinations", style="plot")
 
@@ -131,8 +131,11 @@ def _say(against: Against) -> Callable[[float], str]:
     return format_bytes if against == "memory" else lambda value: f"${value:.3g}"
 
 
-def _title(against: Against) -> str:
-    return "memory of the fullest device" if against == "memory" else "US dollars a million tokens"
+def _across_title(against: Against, width: float) -> str:
+    if width < WIDE[0]:
+        return "memory (left is better)" if against == "memory" else "$ a million tokens (left is better)"
+    name = "memory of the fullest device" if against == "memory" else "US dollars a million tokens"
+    return f"{name} (left is better, log scale)"
 
 
 def _kind(entry: Entry) -> tuple[str, str | None]:
@@ -260,7 +263,11 @@ def _table(entries: Sequence[Entry]) -> str:
         choice, found = entry.choice, figures_of(entry)
         first = f'<th scope="row">{_text(choice.model)}</th>'
         first += f'<td class="named"><code>{_text(choice.recipe or "")}</code></td><td class="named">{_text(choice.device or "")}</td>'
-        cells = "".join(f"<td>{_text(found[name])}</td>" for name in names) if found else f'<td colspan="{len(names)}">{_text(entry.failure)}</td>'
+        cells = (
+            "".join(f"<td>{_text(found[name])}</td>" for name in names)
+            if found
+            else f'<td class="named" colspan="{len(names)}">{_text(entry.failure)}</td>'
+        )
         style = ' class="over"' if entry.cost is not None and entry.cost.fits is False else ""
         rows.append(f"<tr{style}>{first}{cells}</tr>\n")
     said = {assumption for entry in entries if entry.cost for assumption in entry.cost.estimate.assumptions}
