@@ -280,6 +280,24 @@ def test_every_operator_of_both_families_has_a_measured_kind() -> None:
     assert predict_time(block_operators(block(), "bfloat16"), one_kind, make_profile()).seconds > 0  # a BERT layer has no rotary embedding
 
 
+def test_operators_without_rows_cost_nothing() -> None:
+    """An encoder-decoder's encoder, in a step that has its output in a cache."""
+    idle = [
+        Op(name="l", kind="linear", component="mlp", columns=64, outputs=64, weight_bytes=4 * 64 * 64),
+        Op(name="a", kind="attention", component="attention", outputs=32),
+        Op(name="e", kind="gather", component="embedding"),
+    ]
+    engine, profile = make_engine(), make_profile(CACHES)
+    assert predict_time([*idle, linear_op(8, 64, 64)], engine, profile) == predict_time([linear_op(8, 64, 64)], engine, profile)
+
+
+def test_a_scan_is_timed_by_its_bytes() -> None:
+    scan = Op(name="s", kind="elementwise", component="mixer", other_flops=1 << 20, activation_bytes=3 * 4 << 20, rows=64)
+    add = Op(name="s", kind="elementwise", component="mixer", other_flops=1 << 20, activation_bytes=3 * 4 << 20, rows=64, columns=1 << 14)
+    engine, profile = make_engine(), make_profile(CACHES)
+    assert predict_time([scan], engine, profile) == predict_time([add], engine, profile)
+
+
 def test_peak_memory_is_base_copies_and_activations() -> None:
     engine = make_engine(base_memory_bytes=100, weight_copies=1.5)
     assert predict_peak_memory(200, 30, engine) == 430

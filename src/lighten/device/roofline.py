@@ -104,7 +104,8 @@ def predict_time(ops: Sequence[Op], engine: EngineProfile, profile: Profile) -> 
 
 
 def sum_parts(ops: Sequence[Op], engine: EngineProfile, bandwidth: Sequence[Bandwidth]) -> Parts:
-    """The operators' measured seconds summed by class, before calibration."""
+    """The operators' measured seconds summed by class, before calibration; those of no rows (an encoder whose output is cached) are not run."""
+    ops = [op for op in ops if op.rows or (op.kind == "gather" and op.bytes)]
     tables = rate_tables(engine.samples)
     shapes = Counter(_shape(op, engine) for op in ops)
     weight_bytes = sum(shape.weight_bytes * count for shape, count in shapes.items())
@@ -197,13 +198,14 @@ def _shape(op: Op, engine: EngineProfile) -> _Shape:
         return _Shape("attention", op.products, (op.rows, op.columns, op.outputs), 0, op.activation_bytes, written)
     if kind == "gather":
         return _Shape("gather", 0, (), op.weight_bytes, op.activation_bytes)
-    return _Shape(kind, op.rows * op.columns, (), 0, op.activation_bytes)
+    elements = op.rows * op.columns or max(round(op.activation_bytes / (3 * element)), 1)  # a scan tells its bytes alone
+    return _Shape(kind, elements, (), 0, op.activation_bytes)
 
 
 def _sample_kind(op: Op) -> str:
     """The measured kind that stands for an operator.
 
-    A sum or product moves three operands, an activation function two. All activation functions are taken for GELU: one transcendental
+    A sum or product moves three operands, an activation function two; a scan is taken for sums that move its bytes. All activation functions are taken for GELU: one transcendental
     function an element.
     """
     if op.kind == "norm":
@@ -211,6 +213,8 @@ def _sample_kind(op: Op) -> str:
     if op.kind != "elementwise":
         return op.kind
     elements = op.rows * op.columns
+    if not elements:
+        return "add"
     if op.other_flops == ROTARY_FLOPS * elements:
         return "rotary"
     return "add" if op.activation_bytes % (3 * elements) == 0 else "gelu"
