@@ -205,8 +205,8 @@ def _shape(op: Op, engine: EngineProfile) -> _Shape:
 def _sample_kind(op: Op) -> str:
     """The measured kind that stands for an operator.
 
-    A sum or product moves three operands, an activation function two; a scan is taken for sums that move its bytes. All activation functions are taken for GELU: one transcendental
-    function an element.
+    A sum or product moves three operands, an activation function two; a scan is taken for sums that move its bytes. All activation functions are
+    taken for GELU: one transcendental function an element.
     """
     if op.kind == "norm":
         return "layernorm" if op.other_flops >= NORM_FLOPS["layernorm"] * op.rows * op.columns else "rmsnorm"
