@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from lighten.cost.optimizer_state import scratch_bytes, state_bytes
 from lighten.cost.replay.layout import streams
 from lighten.cost.workload import RECOMPUTES, Workload
-from lighten.model.spec import Attention, Embedding, Linear, ModelSpec, Part, block_name
+from lighten.model.spec import Attention, Embedding, Linear, ModelSpec, Norm, Part, block_name
 from lighten.parallel.columns import Columns
 from lighten.parallel.communication import stored_tensors
 from lighten.parallel.memory import rank_memory
@@ -165,8 +165,9 @@ class _Memory:
         whole, shard = (sum_of([each * rows[:, i] for i, each in enumerate(weigh)]) for rows in (self.whole, self.shard))
         full_shards, host = c.shard == SHARDS.index("zero3"), c.offload == OFFLOADS.index("optimizer")
         sharded = c.shard >= SHARDS.index("zero2")
-        moving = np.where(sharded, self._units(stage, shard), self._plain(stage, whole))
-        kept = np.where(sharded, shard * self.wide, whole * self.element) + np.where(host, 0.0, self.scratch(stage))
+        gradients = (whole + self.table * (0 in places)) * self.element  # those of split tables are whole ones
+        moving = np.where(sharded, self._units(stage, shard), self._plain(stage, whole * self.element, gradients))
+        kept = np.where(sharded, shard * self.wide, gradients) + np.where(host, 0.0, self.scratch(stage))
         weights = np.where(full_shards, shard * self.wide, whole * self.element)
         masters = np.where(full_shards, 0.0, FLOAT32 * shard * self.workload.master_weights)
         state = np.where(host, 0.0, shard * self.state + masters)
@@ -174,13 +175,13 @@ class _Memory:
         total: Floats = np.where(present, weights + state + np.maximum(moving, kept), 0.0)
         return total
 
-    def _plain(self, stage: Stage, whole: Floats) -> Floats:
+    def _plain(self, stage: Stage, totals: Floats, gradients: Floats) -> Floats:
         """Gradients of the micro-batches before are there from the start, but for the first one; or they come as activations go."""
         each, passing, floor = self.growth(stage)
-        flying, gradients = self.flying(stage), whole * self.element
+        flying = self.flying(stage)
         own = np.maximum(each + passing, floor)
         first = (flying - 1) * each + own
-        later = np.maximum(np.where(self.in_turn(flying), flying - 1, flying - 1 - 1 / self.columns.virtual_stages), 0.0) * each + own + gradients
+        later = np.maximum(np.where(self.in_turn(flying), flying - 1, flying - 1 - 1 / self.columns.virtual_stages), 0.0) * each + own + totals
         ends = np.maximum(passing, floor) + gradients
         return np.where(self.micro_batches > 1, np.where(self.in_turn(flying), later, np.maximum(first, later)), np.maximum(first, ends))
 
@@ -229,8 +230,16 @@ class _Memory:
         saved = np.array([each.saved for each in self.lines])[self.cut]
         lines = [each.stages.get(stage, Line(entry=0.0, passing=0.0, floor=0.0)) for each in self.lines]
         entry, passing, floor = (np.array([getattr(line, name) for line in lines])[self.cut] for name in LINE)
-        each = (saved * self.stage_layers(stage) + entry) * self.positions
+        each = (saved * self.stage_layers(stage) + entry) * self.positions + self.between()
         return each, passing * self.positions + self.context(), floor
+
+    def between(self) -> Floats:
+        """Hidden states between the pieces of a stage: one's output stands beside what the next one received."""
+        c = self.columns
+        width = next((part.size for part in self.spec.parts if isinstance(part, Norm)), 0)
+        hidden = width * self.workload.seq_len * self.element * self.positions / np.where(c.sequence_parallel == 1, c.tp, 1)
+        found: Floats = (c.virtual_stages - 1) * hidden
+        return found
 
     def context(self) -> Floats:
         """Keys and values of a whole sequence, which pass in backward too where attention is computed again."""
@@ -361,11 +370,10 @@ def _measured(spec: ModelSpec, workload: Workload, plan: Plan, *, piped: bool) -
     only = Line(entry=0.0, passing=whole - BLOCKS * saved, floor=few.floor(BLOCKS * saved))
     stages: dict[Stage, Line] = {"only": only, "last": only}
     if piped:
-        first, second = (_Probe(shortened(spec, 4 * BLOCKS), workload, replace(plan, pp=4), stage) for stage in (0, 1))
-        one = first.bytes(MANY, 1) / MANY
-        each = first.bytes(MANY, 2) / MANY - one  # a second micro-batch in flight
-        stages["first"] = Line(entry=each - BLOCKS * saved, passing=one - each, floor=first.floor(each))
-        stages["second"] = replace(stages["first"], floor=second.floor(each))
+        first, second, last = (_Probe(shortened(spec, 4 * BLOCKS), workload, replace(plan, pp=4, schedule="gpipe"), stage) for stage in (0, 1, 3))
+        stages["first"] = first.line(saved)
+        stages["second"] = replace(stages["first"], floor=second.floor(stages["first"].entry + BLOCKS * saved))
+        stages["last"] = last.line(saved)
     return Lines(saved=saved, stages=stages)
 
 
@@ -383,6 +391,12 @@ class _Probe:
         asked = replace(self.workload, batch_size=micro_batches * micro * self.plan.dp, optimizer="sgd")
         memory = rank_memory(self.spec, asked, replace(self.plan, micro_batch_size=micro), self.stage)
         return float(memory.activations + memory.temporary)
+
+    def line(self, saved: float) -> Line:
+        """The line of a pipeline's stage, which holds all micro-batches (GPipe)."""
+        one = self.bytes(MANY, 1) / MANY
+        each = self.bytes(MANY, 2) / MANY - one
+        return Line(entry=each - BLOCKS * saved, passing=one - each, floor=self.floor(each))
 
     def floor(self, each: float) -> float:
         """What does not grow with positions, of one micro-batch of several: where there are few of them, it decides.
