@@ -652,6 +652,16 @@ def test_mistakes_are_one_line(folder, capsys, model, options, says):
     assert says in refused(capsys, folder / model, *options)
 
 
+def test_an_image_has_its_own_length(tmp_path, capsys):
+    vit = {
+        "model_type": "vit", "architectures": ["ViTModel"], "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "intermediate_size": 128, "image_size": 32, "patch_size": 16,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(vit))
+    assert main(["advise", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["workload"]["seq_len"] == 5
+
+
 @pytest.mark.parametrize("text", ["0", "x", "0.9", "inf"])
 def test_a_factor_of_loss_is_checked(folder, capsys, text):
     with pytest.raises(SystemExit):

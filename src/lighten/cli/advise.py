@@ -6,8 +6,8 @@ import argparse
 import re
 import textwrap
 
-from lighten.cli.cases import case_of, open_spec
-from lighten.cli.options import add_device, add_json, add_numerics, add_plan, add_workload, positive, print_json
+from lighten.cli.cases import add_case, case_of, open_spec
+from lighten.cli.options import add_device, add_json, add_plan, positive, print_json
 from lighten.recipe.advise import GOALS, MOST_LOSS, Advice, Line, advise
 from lighten.recipe.case import Cost
 from lighten.recipe.quality import Quality
@@ -22,8 +22,7 @@ TOP = 12
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a folder in Hugging Face format, a config.json, .safetensors or .gguf file, or a hub id")
-    add_workload(parser)
-    add_numerics(parser)
+    add_case(parser)
     add_device(parser)
     add_plan(parser)
     parser.add_argument("--recipe", metavar="TEXT|FILE", help="what the model becomes first; the levers are turned after it")

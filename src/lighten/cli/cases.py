@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lighten.cli.options import place_of, plan_of, workload_of
+from lighten.cli.options import add_numerics, add_workload, place_of, plan_of, workload_of
 from lighten.cost.workload import Workload
 from lighten.device.device import Device
 from lighten.device.find import find_place
@@ -17,6 +17,13 @@ from lighten.recipe.predict import apply_recipe, compute_dtype
 from lighten.recipe.recipe import Recipe
 from lighten.trace.open import open_model
 from lighten.verbs import make_workload
+
+
+def add_case(parser: argparse.ArgumentParser) -> None:
+    """The workload's options; a length that is not given is the model's own, as an image's is."""
+    add_workload(parser)
+    parser.set_defaults(seq_len=None)
+    add_numerics(parser)
 
 
 def open_spec(model: str) -> ModelSpec:
@@ -37,7 +44,7 @@ def case_of(spec: ModelSpec, arguments: argparse.Namespace, recipe: Recipe, devi
     Raises:
         LightenError: what is asked does not fit together.
     """
-    words = workload_of(arguments)
+    words = {name: value for name, value in workload_of(arguments).items() if value is not None}
     dtype = words.pop("dtype", None) or compute_dtype(recipe, apply_recipe(recipe, spec))
     workload = make_workload(spec, dtype=dtype, **words)
     own = place_of(arguments)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from lighten.cli.cases import case_of, open_spec
-from lighten.cli.options import add_json, add_numerics, add_workload, print_json, progress
+from lighten.cli.cases import add_case, case_of, open_spec
+from lighten.cli.options import add_json, print_json, progress
 from lighten.errors import DeviceError, OutputError
 from lighten.model.spec import ModelSpec
 from lighten.recipe.compare import Choice, Entry, compare
@@ -30,8 +30,7 @@ ASIDE = 4
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("models", metavar="MODEL", nargs="+", help="a folder in Hugging Face format, a config.json, .gguf file, … or a hub id")
-    add_workload(parser)
-    add_numerics(parser)
+    add_case(parser)
     parser.add_argument("--device", action="append", metavar="NAME[:COUNT]", help="as of lighten estimate; repeatable")
     parser.add_argument("--price", metavar="USD/h", help="of one device, such as 2.10/h; with one --device")
     parser.add_argument("--recipe", action="append", metavar="TEXT|FILE", help="what the models become first; repeatable, '' is the model as it is")
