@@ -67,7 +67,8 @@ def _factor(text: str) -> float:
 def advice_text(found: Advice, top: int = TOP) -> str:
     """The advice for people: what it is now, the best levers with their ratios, one line of why each, and what they give together."""
     shown = found.lines[:top]
-    header = ["#", "lever", *(["memory", "FLOPs"] if found.device is None else ["memory", "fits", "a token", "latency", "money"]), "quality"]
+    figures = ["memory", "FLOPs"] if found.device is None else ["memory", "fits", "a token", "latency", *(["money"] if found.baseline.usd else [])]
+    header = ["#", "lever", *figures, "quality"]
     rows: list[list[str]] = []
     for rank, line in enumerate(shown, start=1):
         rows += _rows(str(rank), line, found)
@@ -90,7 +91,7 @@ def _rows(rank: str, line: Line, found: Advice) -> list[list[str]]:
     if found.device is None:
         figures.append(_ratio(line.flops))
     else:
-        figures += [_fits(line.cost), _ratio(line.time), _ratio(line.latency), _ratio(line.money)]
+        figures += [_fits(line.cost), _ratio(line.time), _ratio(line.latency), *([_ratio(line.money)] if found.baseline.usd else [])]
     lever = "\n".join(textwrap.wrap(text, 46, break_long_words=False, break_on_hyphens=False))
     why = textwrap.wrap(line.why, WIDTH - 6, break_on_hyphens=False)
     return [[rank, lever, *figures, _quality(line.quality)], ["", "\n".join(f"  {each}" for each in why)]]

@@ -204,7 +204,7 @@ def _quantized(case: Case, target: Target) -> Iterator[Lever]:
 
 def _other_runtimes(case: Case, target: Target) -> Iterator[Lever]:
     for runtime in _runtimes(target)[1:]:
-        yield Lever(name="runtime", runtime=runtime, quality=SAME if "(" not in str(runtime) else None)
+        yield Lever(name="runtime", runtime=runtime, quality=BASELINE if "float16" in str(runtime) else SAME)
 
 
 def _runtimes(target: Target) -> tuple[str | None, ...]:
