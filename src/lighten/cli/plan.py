@@ -28,7 +28,7 @@ from lighten.units import DTYPE_BITS, format_bytes, format_count, format_seconds
 from lighten.verbs import make_workload
 
 EXAMPLE = """lighten plan .models/smollm2-135m --device h100-sxm:64 --global-batch 1024 --seq-len 2048
-  lighten plan .models/smollm2-135m --device h100-sxm:8 --global-batch 64 --seq-len 1024 --tp 2 --write torchtitan -o plan.toml"""
+  lighten plan .models/smollm2-135m --device h100-sxm:8 --global-batch 64 --seq-len 1024 --shard zero3 --write torchtitan -o plan.toml"""
 TOP = 5
 
 

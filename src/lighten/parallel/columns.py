@@ -246,7 +246,8 @@ def _check_fixed(spec: ModelSpec, workload: Workload, count: int, asked: Fixed) 
     given, said = math.prod(sizes.values()), " · ".join(f"{name}={size}" for name, size in sizes.items())
     if (len(sizes) == 4 and given != count) or count % given:
         verb = "is not" if len(sizes) == 4 else "does not divide"
-        raise WorkloadError(f"{said} = {given} {verb} the number of devices, {count}; {_sizes_that_divide(count)}.")
+        total = f" = {given}" if len(sizes) > 1 else ""
+        raise WorkloadError(f"{said}{total} {verb} the number of devices, {count}; {_sizes_that_divide(count)}.")
     if "tp" in asked.values:
         rank_spec(spec, Plan(tp=asked.values["tp"]))
     if "pp" in asked.values:
