@@ -214,6 +214,16 @@ def test_sequence_parallelism_sends_as_much_as_tensor_parallelism() -> None:
     assert forward(True) == (2 * (branches + 1)) * hidden / 2  # a gather before each branch and the head, a scatter behind each and the embedding
 
 
+@pytest.mark.parametrize("tp", [1, 2])
+def test_fused_kernels_keep_what_the_formula_of_megatron_says(tp: int) -> None:
+    """Korthikanti et al. 2022 (arXiv:2205.05198), table 2: 34·s·b·h / t bytes a layer with selective recomputation; 2 of the 34 are dropouts' masks."""
+    dropouts = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    workload = replace(TRAIN, batch_size=4, seq_len=1024, attention="flash", dtype="bfloat16")
+    plan = Plan(tp=tp, sequence_parallel=tp > 1)
+    kept = [rank_memory(model("gpt2", layers=n, **dropouts)[1], workload, plan, kernels="fused").activations for n in (8, 9)]
+    assert kept[1] - kept[0] == pytest.approx(32 * 4 * 1024 * 256 / tp, rel=0.005)
+
+
 def test_experts_are_divided_and_rows_sent_to_them() -> None:
     _, spec = model("mixtral", layers=4)
     plan = Plan(dp=4, ep=4, shard="zero1")

@@ -39,10 +39,11 @@ from lighten.units import dtype_bytes
 
 FLOAT32 = 4
 Received: TypeAlias = Literal["in_flight", "all"]
+Kernels: TypeAlias = Literal["eager", "fused"]
 
 
 def rank_memory(
-    spec: ModelSpec, workload: Workload, plan: Plan, stage: int | None = None, *, received: Received = "in_flight"
+    spec: ModelSpec, workload: Workload, plan: Plan, stage: int | None = None, *, received: Received = "in_flight", kernels: Kernels = "eager"
 ) -> MemoryBreakdown:  # fmt: skip
     """Memory of one device: of a stage, or of the stage that needs most.
 
@@ -55,6 +56,8 @@ def rank_memory(
         stage: of the pipeline, from 0; None: the fullest.
         received: what a stage gets from its neighbours has a buffer while it is in flight (Megatron-LM), or all micro-batches have one each, in
             both directions, all the time (torch.distributed.pipelining).
+        kernels: "eager": transformers' own modules, each operator by itself; "fused": what Megatron-LM and compilers keep, where norms, gated and
+            approximated activations are one kernel each, and a gathered input is gathered again in backward (held to no run).
 
     Raises:
         WorkloadError: the plan does not fit the model or the workload.
@@ -62,18 +65,20 @@ def rank_memory(
     check_workload(spec, workload)
     check_plan(spec, workload, plan)
     if stage is None:
-        found = [rank_memory(spec, workload, plan, each, received=received) for each in fullest_stages(plan)]
+        found = [rank_memory(spec, workload, plan, each, received=received, kernels=kernels) for each in fullest_stages(plan)]
         return max(found, key=lambda memory: memory.peak)
     micro = rank_workload(spec, workload, plan)
     held = rank_spec(spec, plan, stage)
     if workload.phase != "train":
         return memory_of(held, micro)
     micro_batches = plan.micro_batches(workload.batch_size)
-    if plan.devices == micro_batches == 1 and plan.offload == "none":
+    if plan.devices == micro_batches == 1 and plan.offload == "none" and kernels == "eager":
         return memory_of(held, micro)
     if workload.lora_rank is not None:
         raise WorkloadError(f"lora_rank={workload.lora_rank} over {plan.devices} devices is not described; use one device.")
-    return _Step(spec, micro, plan, stage, micro_batches, received).memory()
+    step = _Step(spec, micro, plan, stage, micro_batches)
+    step.received, step.kernels = received, kernels
+    return step.memory()
 
 
 def fullest_stages(plan: Plan) -> tuple[int, ...]:
@@ -84,10 +89,12 @@ def fullest_stages(plan: Plan) -> tuple[int, ...]:
 class _Step:
     """What a training step of one rank needs."""
 
-    def __init__(self, spec: ModelSpec, micro: Workload, plan: Plan, stage: int, micro_batches: int, received: Received) -> None:
+    def __init__(self, spec: ModelSpec, micro: Workload, plan: Plan, stage: int, micro_batches: int) -> None:
         self.spec, self.micro, self.plan, self.stage = rank_spec(spec, plan, stage), micro, plan, stage
         self.parts = rank_parts(spec, plan, stage)
-        self.flying, self.micro_batches, self.received = in_flight(plan, micro_batches, stage), micro_batches, received
+        self.flying, self.micro_batches = in_flight(plan, micro_batches, stage), micro_batches
+        self.received: Received = "in_flight"
+        self.kernels: Kernels = "eager"
         self.found: dict[bool, Figures] = {}
         self.kinds = block_kinds(spec, windows=micro.attention == "eager")
         self.optimizer = str(micro.optimizer)
@@ -142,7 +149,7 @@ class _Step:
     def setting(self) -> Setting:
         sharing = self.plan.shard in ("zero2", "zero3")
         return Setting(
-            spec=self.spec, parts=self.parts, kinds=self.kinds, micro=self.micro, plan=self.plan, stage=self.stage,
+            fused=self.kernels == "fused", spec=self.spec, parts=self.parts, kinds=self.kinds, micro=self.micro, plan=self.plan, stage=self.stage,
             units=self.units() if sharing else {}, gathers=self.plan.shard == "zero3" and self.ranks > 1,
             gradient_bytes=round(sum(math.prod(shape) for shapes in self.shapes for shape in shapes) * self.element),
         )  # fmt: skip

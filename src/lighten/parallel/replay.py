@@ -56,6 +56,7 @@ class Setting:
         units: block, or "" for what stands outside → its unit, where gradients are shared out.
         gathers: weights are shared out too.
         gradient_bytes: of all weights of the rank, in the activations' type.
+        fused: norms and activations are one kernel each, and a gathered input is not kept.
     """
 
     spec: ModelSpec
@@ -67,6 +68,7 @@ class Setting:
     units: Mapping[str, Unit]
     gathers: bool
     gradient_bytes: int
+    fused: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +196,7 @@ class Replay(_Tuned):
         self.routing = False
         self.tables: dict[str, int] = {}
         self.twice: set[str] = set()
+        self.sources: dict[int, Tensor] = {}
         super().__init__(spec, replace(setting.micro, seq_len=forward.query_len), forward)
         self.ledger = self.moments = PhaseLedger(self.ledger)
         if self.units and summing:
@@ -244,7 +247,10 @@ class Replay(_Tuned):
         apart = self.hold(whole * x.element)  # as the collective gives it, before its pieces are put in order
         made = self.tensor(whole, x.element)
         del apart
-        return self.record(made, [x], scratch=made.bytes)
+        found = self.record(made, [x], scratch=made.bytes)
+        if self.setting.fused:
+            self.sources[id(found.storage)] = x
+        return found
 
     def sum_up(self, x: Tensor) -> Tensor:
         """What a split branch gives: the sum over the ranks, of the rank's own positions with sequence parallelism."""
@@ -302,7 +308,11 @@ class Replay(_Tuned):
             x = self.gather(x)
         if not placed.seen and self.split_positions > 1:
             return self.record(x.elements // part.in_features * part.out_features, [x], [x], part=part)
-        made = super().linear(part, x)
+        source = self.sources.get(id(x.storage))
+        if source is not None:  # whose gathered form is made again in backward
+            made = self.record(rows_of(part, self.forward) * part.out_features, [x], [source], part=part, scratch=x.bytes)
+        else:
+            made = super().linear(part, x)
         return self.sum_up(made) if placed.role == "row" and not self.routing else made
 
     def embedding(self, part: Embedding, indices: Sequence[Tensor]) -> Tensor:
@@ -344,6 +354,24 @@ class Replay(_Tuned):
         made = super().fused(part, q, k, v, mask)
         del passing
         return made
+
+    # ---- one kernel for what transformers writes out ----
+
+    def rmsnorm(self, part: Norm, x: Tensor) -> Tensor:
+        if not self.setting.fused:
+            return super().rmsnorm(part, x)
+        out, statistics = self.tensor(x.elements), self.tensor(x.elements // part.size, FLOAT32)
+        return self.record(out, [x], [x, statistics], part=part)
+
+    def rotate(self, x: Tensor) -> Tensor:
+        return self.record(x.elements, [x]) if self.setting.fused else super().rotate(x)
+
+    def gelu_new(self, x: Tensor) -> Tensor:
+        return self.kept_input(x) if self.setting.fused else super().gelu_new(x)
+
+    def multiply(self, x: Tensor, y: Tensor) -> Tensor:
+        """A gate's activation is computed again from its input, which is kept for it."""
+        return self.record(x.elements, [x, y], [y]) if self.setting.fused else super().multiply(x, y)
 
     # ---- FSDP2 ----
 
