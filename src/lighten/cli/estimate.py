@@ -139,6 +139,7 @@ def _placed_lines(placed: Placed, tokens: int, mfu: float | None) -> list[str]:
             f"  serving     {serving.concurrency} requests at once (at most {serving.largest_concurrency}): "
             f"{serving.output_tokens_per_s:,.0f} new tokens/s ({low} to {high}), "
             f"first token {format_seconds(serving.ttft_s)}, then {format_seconds(serving.tpot_s)} each"
+            + (f"; ${placed.served.usd_per_million_tokens:,.3g} a million" if placed.served and placed.served.usd is not None else "")
         )
     return lines
 

@@ -21,6 +21,7 @@ tomllib = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")  
 
 KNOWN = Path(__file__).parent / "known"
 MAX_FILE_BYTES = 1_000_000
+DEEPEST_KEY = 100
 _NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")
 _COUNT = re.compile(r"(.+):([^:/\\]*)")
 
@@ -176,7 +177,7 @@ def _parsed(path: Path) -> Mapping[str, Any]:
         if path.is_dir():
             raise DeviceError(f"{path} is a folder; a device is one TOML file.")
         if not path.is_file():
-            raise DeviceError(f"there is no file {path}.")
+            raise DeviceError(f"{path} is no file that can be read." if path.exists() else f"there is no file {path}.")
         if path.stat().st_size > MAX_FILE_BYTES:
             raise DeviceError(f"{path} has {path.stat().st_size} bytes; a device's TOML file has at most {MAX_FILE_BYTES}.")
         text = path.read_bytes().decode("utf-8")
@@ -184,6 +185,8 @@ def _parsed(path: Path) -> Mapping[str, Any]:
         raise DeviceError(f"{path} is no text; a device is a TOML file in UTF-8.") from error
     except (OSError, ValueError) as error:  # a name that the system refuses
         raise DeviceError(f"{_short(str(path))} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+    if any(line.partition("=")[0].count(".") > DEEPEST_KEY for line in text.splitlines()):  # the parser's time is quadratic in it
+        raise DeviceError(f"{path.name} is no device's TOML: a key has more than {DEEPEST_KEY} dots.")
     try:
         document: Mapping[str, Any] = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # a number of too many digits is a ValueError of its own

@@ -65,14 +65,14 @@ class Estimate:
 
     @property
     def mfu(self) -> float | None:
-        """Share of the devices' peak that goes into the model's own matrix products: attention in full, nothing that is recomputed."""
+        """Share of the devices' peak that goes into the model's own matrix products: attention in full, nothing that is computed again."""
         if self.placed is None or self.placed.time is None or self.placed.peak_flops_per_s is None:
             return None
         matmul, spec = sum(self.matmul.values()), self.spec
-        if self.workload.recompute != "none":
-            if not isinstance(spec, ModelSpec):
-                return None
-            matmul = workload_flops(spec, replace(self.workload, recompute="none"))["matmul"]
+        if isinstance(spec, ModelSpec):
+            matmul = workload_flops(_once(spec), replace(self.workload, recompute="none"))["matmul"]
+        elif self.workload.recompute != "none":
+            return None
         return matmul / self.placed.time.seconds / self.placed.peak_flops_per_s
 
     @property
@@ -185,6 +185,13 @@ def _placed(  # noqa: PLR0913  what is asked, and of what
             "a plan and what else is asked of it are of devices with published figures, which `lighten devices` lists; this machine is one."
         )
     return place_on_machine(forward_passes(spec, workload), spec, workload, recipe, memory, device) if device else None
+
+
+def _once(spec: ModelSpec) -> ModelSpec:
+    """The model whose keys and values from a cached latent are not made again at each step, as software with latent attention of its own runs it."""
+    if not any(isinstance(part, Linear) and part.over_cache for part in spec.parts):
+        return spec
+    return spec.with_parts(lambda part: replace(part, over_cache=False) if isinstance(part, Linear) and part.over_cache else part)
 
 
 FORMULA_LABELS = {"parameters": "exact", "flops": "formula", "memory": "formula"}

@@ -38,12 +38,13 @@ def place_on_devices(  # noqa: PLR0913  what is asked, of what, and where
     if recipe.runtime != Recipe().runtime:
         raise DeviceError(f"runtime {recipe.runtime} is timed on this machine alone; on {device.name} --stack says the kind of software.")
     timed, peak = (_trained if workload.phase == "train" else _inferred)(spec, workload, device, plan, use.stack)
+    serving = _served(spec, workload, device, plan, use)
     return Placed(
         device=device.name, count=plan.devices, memory=memory if plan == ONE_DEVICE else rank_memory(spec, workload, plan),
         capacity_bytes=device.memory_bytes, time=timed, peak_flops_per_s=peak * plan.devices, label="fitted", plan=plan,
         bill=bill_of(device, plan.devices, timed.seconds, workload.tokens), run=_run(workload, device, plan, timed, use),
-        serving=_served(spec, workload, device, plan, use),
-        assumptions=_assumptions(device, plan),
+        serving=serving, served=bill_of(device, plan.devices, 1.0, serving.output_tokens_per_s) if serving else None,
+        assumptions=_assumptions(workload, device, plan),
     )  # fmt: skip
 
 
@@ -88,8 +89,10 @@ def _served(spec: ModelSpec, workload: Workload, device: Device, plan: Plan, use
     )  # fmt: skip
 
 
-def _assumptions(device: Device, plan: Plan) -> tuple[str, ...]:
+def _assumptions(workload: Workload, device: Device, plan: Plan) -> tuple[str, ...]:
     said = [f"time from the data sheet of {device.name} and the shares of it that published runs reach; low to high is a 90 % range"]
+    if workload.phase == "train":
+        said.append("memory is of transformers' modules under torch, whatever the stack; kernels that keep less (Megatron-LM's) need less")
     if plan.devices > 1:
         said.append(f"memory of the fullest of {plan.devices} devices: {plan}")
     return tuple(said)

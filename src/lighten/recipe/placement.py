@@ -45,7 +45,7 @@ class Placed:
         plan: how it is spread; None: on one machine.
         bill: energy and money of the workload; None on a machine of one's own.
         run: the same of a whole training run.
-        serving: batching in flight at a steady load of requests like this one.
+        serving: batching in flight at a steady load of requests like this one; `served`: energy and money of its new tokens in a second.
         label: how the time was found: calibrated (by measurements on the device) or fitted (to published runs of others).
     """
 
@@ -61,6 +61,7 @@ class Placed:
     bill: Bill | None = None
     run: Bill | None = None
     serving: Serving | None = None
+    served: Bill | None = None
     assumptions: tuple[str, ...] = field(default=())
 
     def as_json(self) -> dict[str, Any]:
@@ -68,7 +69,7 @@ class Placed:
         return {
             "plan": None if self.plan is None else asdict(self.plan), "bill": None if self.bill is None else bill_json(self.bill),
             "run": None if self.run is None else {"tokens": self.run.tokens, "seconds": self.run.seconds, **bill_json(self.run)},
-            "serving": None if self.serving is None else self.serving.as_json(),
+            "serving": None if self.serving is None else self.serving.as_json() | (bill_json(self.served) if self.served else {}),
         }  # fmt: skip
 
     @property
