@@ -275,7 +275,7 @@ def inference_case(row: Row) -> InferenceCase:
     """
     stack, no_software = stack_of_row(row)
     device, no_device = device_of_inference_row(row)
-    spec, no_shape = spec_of_row(row)
+    spec, no_shape = _spec_of(row)
     dtype, products, kept = types_of_row(row, device, stack)
     spec, no_bits = with_weights(spec, row, dtype, stack)
     devices = count_of(row, "n_devices") or 1
@@ -299,6 +299,22 @@ def inference_case(row: Row) -> InferenceCase:
         year=year_of(row.get("framework") or ""),
         flash=bool(re.search(r"flash|\bfa\b|-fa\b", f"{words} {row.get('framework', '').lower()}")),
     )  # fmt: skip
+
+
+def _spec_of(row: Row) -> tuple[ModelSpec, tuple[str, ...]]:
+    """The model of a row; where `ffn` is not the width of its experts, that which its parameters leave for them."""
+    spec, unsaid = spec_of_row(row)
+    total, experts, layers, hidden = (number(row, name) for name in ("params_total", "n_experts", "layers", "hidden"))
+    if not (total and experts and layers and hidden) or row.get("moe_ffn") or abs(spec.total_parameters / total - 1) < FAR:
+        return spec, unsaid
+    width = max(1, round(total / (layers * experts * 3 * hidden) / 128)) * 128
+    other, more = spec_of_row({**row, "moe_ffn": str(width)})
+    nearer = abs(other.total_parameters / total - 1) < abs(spec.total_parameters / total - 1)
+    return (other, more) if nearer else (spec, unsaid)
+
+
+FAR = 0.1
+"""How far a mixture's parameters may be from the published ones before its experts are taken to have another width than `ffn`."""
 
 
 def _spread(row: Row, devices: int, stack: Stack) -> tuple[int, int]:

@@ -420,12 +420,13 @@ FEWEST = 15
 
 
 def spreads(table: Table, errors: Array) -> dict[str, float]:
-    """What is predicted, on one device and over many → its spread."""
+    """What is predicted, on one device and over many → its spread; without figures that no device could reach."""
     own: dict[str, float] = {}
+    can = possible(table)
     for kind in KINDS:
         for suffix, many in (("", False), (OVER_DEVICES, True)):
-            mine = np.array([sample.kind == kind and (sample.case.tp * sample.case.pp > 1) == many for sample in table.samples])
-            own[kind + suffix] = round(spread_of(errors[mine] if mine.sum() >= FEWEST else errors), 4)
+            mine = np.array([sample.kind == kind and (sample.case.tp * sample.case.pp > 1) == many for sample in table.samples]) & can
+            own[kind + suffix] = round(spread_of(errors[mine] if mine.sum() >= FEWEST else errors[can]), 4)
     return own
 
 
