@@ -842,6 +842,8 @@ def step_seconds(row: Row, case: TrainingCase) -> tuple[float, tuple[str, ...]]:
     published = count_of(row, "n_gpus") or devices
     batch_said = bool(row.get("global_batch_seqs") or row.get("global_batch_tokens")) or "batch" not in case.unsaid
     if (seconds := number(row, "step_time_s")) and batch_said:
+        if not row.get("seq_len") or re.search("varies|longest", row.get("note") or ""):
+            raise NotGradable("a step's tokens are not known: its sequences' lengths are not given, or vary")
         return seconds, ()
     if rate := number(row, "tokens_per_s_per_gpu"):
         return case.tokens / devices / rate, ()

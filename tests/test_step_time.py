@@ -390,6 +390,8 @@ def test_a_step_is_read_from_the_best_figure_that_a_row_has(rows):
     assert rows.step_seconds(counted | {"tflops_kind": "hardware"}, case)[0] == pytest.approx(4 / 3 * tokens * 45e9 / (8 * 200e12))
     with pytest.raises(rows.NotGradable, match="the row gives no time"):
         rows.step_seconds(ROW, case)
+    with pytest.raises(rows.NotGradable, match="a step's tokens are not known: its sequences' lengths are not given, or vary"):
+        rows.step_seconds(ROW | {"step_time_s": "3.5", "note": "seq = longest sample (varies)"}, case)
 
 
 def test_attention_is_counted_as_the_row_says(rows):
