@@ -43,8 +43,9 @@ Stage: TypeAlias = Literal["only", "first", "second", "last"]
 FLOAT32 = 4
 BLOCKS, MANY = 2, 64
 """Blocks of a stage that a replay has (one more tells what each block adds), and sequences of its micro-batch: so many that activations decide."""
-PLACES: dict[Stage, tuple[int, ...]] = {"only": (0, 1, 2), "first": (0, 1), "second": (1,), "last": (1, 2)}
-"""Kind of stage → what it holds: what stands before the blocks, blocks, what stands behind them."""
+PLACES: dict[Stage, tuple[int, ...]] = {"only": (0, 1, 2), "first": (0, 1), "second": (1,), "last": (1, 2, 3)}
+"""Kind of stage → what it holds: 0 what stands before the blocks, 1 blocks, 2 what stands behind them, 3 the weight of its own that a tied head has
+on another stage than its embedding."""
 LINE = ("entry", "passing", "floor")
 
 
@@ -85,21 +86,23 @@ class Tensors:
 
     Attributes:
         rows, rest: first dimension, and product of the others.
-        place: 0 before the blocks, 1 in them, 2 behind.
+        place: as in `PLACES`; slot: 0 before, the block's number from 1, then behind, then a tied head's own.
         routed: an expert's; hidden: a matrix of a hidden layer.
+        slots: how many there are.
         table: values that the gradient of a vocabulary's table has more than the rank's share: DTensor sums up whole ones.
     """
 
     rows: Floats
     rest: Floats
     place: NDArray[np.int64]
+    slot: NDArray[np.int64]
     routed: NDArray[np.bool_]
     hidden: NDArray[np.bool_]
-    blocks: int
+    slots: int
     table: float
 
     def values(self, ranks: int, few: int) -> Floats:
-        """Values of the fullest rank's shards where `ranks` share them, experts `few`: before, of one block in the mean, behind."""
+        """Values of the fullest rank's shards where `ranks` share them, experts `few`, by slot."""
         across = np.where(self.routed, few, ranks)
         return self._sums(np.ceil(self.rows / across) * self.rest)
 
@@ -109,8 +112,7 @@ class Tensors:
         return self._sums(np.ceil(self.rows / across) * across * self.rest)
 
     def _sums(self, sizes: Floats) -> Floats:
-        found: Floats = np.bincount(self.place, weights=sizes, minlength=3).astype(np.float64)
-        found[1] /= self.blocks
+        found: Floats = np.bincount(self.slot, weights=sizes, minlength=self.slots).astype(np.float64)
         return found
 
     def shapes(self, ranks: int, few: int, places: Sequence[int]) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
@@ -123,15 +125,13 @@ class Tensors:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Shares:
-    """Bytes of a rank of one (tp, ep, ranks), each a row of before, block, behind; and what the update needs of the first, second and last stage
-    and of all."""
+class _Held:
+    """Values that a kind of stage holds, by plan: as one rank's, as its shards, gathered outside the blocks, and gathered of its largest block."""
 
     whole: Floats
     shard: Floats
-    padded: Floats
-    table: float
-    scratch: dict[Stage, float]
+    outside: Floats
+    block: Floats
 
 
 def plan_bytes(columns: Columns, spec: ModelSpec, workload: Workload) -> Floats:
@@ -154,23 +154,21 @@ class _Memory:
         self.ranks = np.where(columns.shard == 0, 1, columns.sharing_ranks)
         self.blocks = len(block_names(spec))
         self.lines, self.cut = self._lines()
-        self.shares, self.share = self._shares()
-        self.counts, self.pieces = self._counts()
+        pieces, self.pieces = unique_rows(columns.pp, columns.virtual_stages)
+        self.cuts = [_stage_blocks(self.blocks, pp, v) for pp, v in pieces.tolist()]
+        self._share()
 
     def stage(self, stage: Stage) -> Floats:
         """Bytes of one kind of stage; 0 where a plan has none."""
-        c, places = self.columns, PLACES[stage]
-        blocks = self.stage_layers(stage)
-        weigh = (float(0 in places), blocks, float(2 in places))
-        whole, shard = (sum_of([each * rows[:, i] for i, each in enumerate(weigh)]) for rows in (self.whole, self.shard))
+        c, held = self.columns, self._held(stage)
         full_shards, host = c.shard == SHARDS.index("zero3"), c.offload == OFFLOADS.index("optimizer")
         sharded = c.shard >= SHARDS.index("zero2")
-        gradients = (whole + self.table * (0 in places)) * self.element  # those of split tables are whole ones
-        moving = np.where(sharded, self._units(stage, shard), self._plain(stage, whole * self.element, gradients))
-        kept = np.where(sharded, shard * self.wide, gradients) + np.where(host, 0.0, self.scratch(stage))
-        weights = np.where(full_shards, shard * self.wide, whole * self.element)
-        masters = np.where(full_shards, 0.0, FLOAT32 * shard * self.workload.master_weights)
-        state = np.where(host, 0.0, shard * self.state + masters)
+        gradients = (held.whole + self.table * (0 in PLACES[stage])) * self.element  # those of split tables are whole ones
+        moving = np.where(sharded, self._units(stage, held), self._plain(stage, held.whole * self.element, gradients))
+        kept = np.where(sharded, held.shard * self.wide, gradients) + np.where(host, 0.0, self.scratch[stage])
+        weights = np.where(full_shards, held.shard * self.wide, held.whole * self.element)
+        masters = np.where(full_shards, 0.0, FLOAT32 * held.shard * self.workload.master_weights)
+        state = np.where(host, 0.0, held.shard * self.state + masters)
         present = (c.pp == 1) if stage == "only" else (c.pp > 1)
         total: Floats = np.where(present, weights + state + np.maximum(moving, kept), 0.0)
         return total
@@ -190,16 +188,15 @@ class _Memory:
         found: NDArray[np.bool_] = self.micro_batches > flying
         return found
 
-    def _units(self, stage: Stage, shard: Floats) -> Floats:
+    def _units(self, stage: Stage, held: _Held) -> Floats:
         """FSDP2's three fullest moments: at the loss, in a block's backward pass, and at the end."""
         each, passing, _ = self.growth(stage)
         others = (self.flying(stage) - 1) * each
-        block = self.padded[:, 1]
-        outside = sum_of([self.padded[:, place] for place in PLACES[stage] if place != 1])
+        shard, outside, block = held.shard, held.outside, held.block
         gathered = ((self.columns.shard == SHARDS.index("zero3")) & (self.ranks > 1)) * self.element
-        held = shard * self.wide * self.in_turn(self.flying(stage))
+        before = shard * self.wide * self.in_turn(self.flying(stage))
         head = outside * self.element * (stage in ("only", "last"))
-        grown = others + each + passing + held
+        grown = others + each + passing + before
         at_loss = grown + gathered * (outside + block)
         in_block = grown + gathered * (outside + 2 * block) + block * (self.element + self.wide) + head
         table = self.table * self.element * (0 in PLACES[stage])
@@ -211,8 +208,7 @@ class _Memory:
 
     def stage_layers(self, stage: Stage) -> Floats:
         """Blocks of the stage of each plan."""
-        at = {"only": 0, "first": 0, "second": 1, "last": 2}[stage]
-        layers: Floats = self.counts[self.pieces, at]
+        layers: Floats = np.array([len(cut[stage]) for cut in self.cuts], dtype=np.float64)[self.pieces]
         return layers
 
     def flying(self, stage: Stage) -> Floats:
@@ -230,7 +226,7 @@ class _Memory:
         saved = np.array([each.saved for each in self.lines])[self.cut]
         lines = [each.stages.get(stage, Line(entry=0.0, passing=0.0, floor=0.0)) for each in self.lines]
         entry, passing, floor = (np.array([getattr(line, name) for line in lines])[self.cut] for name in LINE)
-        each = (saved * self.stage_layers(stage) + entry) * self.positions + self.between()
+        each = (saved * self.stage_layers(stage) / len(streams(self.spec)) + entry) * self.positions + self.between()
         return each, passing * self.positions + self.context(), floor
 
     def between(self) -> Floats:
@@ -272,50 +268,44 @@ class _Memory:
 
         return [lines_of(*row) for row in rows.tolist()], cut
 
-    def _counts(self) -> tuple[Floats, NDArray[np.int64]]:
-        """Blocks of the first, second and last stage of each (pp, virtual stages)."""
-        c = self.columns
-        rows, index = unique_rows(c.pp, c.virtual_stages)
-        counts = [_stage_counts(self.blocks, int(pp), int(v)) for pp, v in rows]
-        return np.array(counts, dtype=np.float64), index
-
     # ---- weights, gradients, state ----
 
-    def _shares(self) -> tuple[list[_Shares], NDArray[np.int64]]:
+    def _share(self) -> None:
+        """Values by slot of each (tp, ep, ranks), and what the optimizer needs of them."""
         c = self.columns
-        rows, share = unique_rows(c.tp, c.ep, self.ranks)
-        tensors: dict[tuple[int, int], Tensors] = {}
-        found = []
-        for tp, ep, ranks in ((int(a), int(b), int(r)) for a, b, r in rows):
-            if (tp, ep) not in tensors:
-                tensors[tp, ep] = rank_tensors(self.spec, tp=tp, ep=ep)
-            found.append(self._shares_of(tensors[tp, ep], ranks, max(1, ranks // ep)))
-        first = next(iter(tensors.values()))
-        hidden, others = first.shapes(1, 1, (0, 1, 2))
-        values = sum(a * b for a, b in (*hidden, *others))
+        rows, self.share = unique_rows(c.tp, c.ep, self.ranks)
+        tensors = {(tp, ep): rank_tensors(self.spec, tp=tp, ep=ep) for tp, ep in {(tp, ep) for tp, ep, _ in rows.tolist()}}
+        each = [(tensors[tp, ep], ranks, max(1, ranks // ep)) for tp, ep, ranks in rows.tolist()]
+        self.whole = np.array([one.values(1, 1) for one, _, _ in each])
+        self.shard = np.array([one.values(ranks, few) for one, ranks, few in each])
+        self.padded = np.array([one.padded(ranks, few) for one, ranks, few in each])
+        self.table = np.array([one.table for one, _, _ in each])[self.share]
+        self.scratch = {
+            stage: np.array([self._scratch(*one.shapes(ranks, few, places)) for one, ranks, few in each])[self.share]
+            for stage, places in PLACES.items()
+        }
+        hidden, others = each[0][0].shapes(1, 1, PLACES["only"])
         kept = "float32" if self.workload.master_weights else self.workload.dtype
-        self.state = state_bytes(str(self.workload.optimizer), hidden, kept, others=others) / values
-        self.whole, self.shard, self.padded = (np.array([getattr(each, name) for each in found])[share] for name in ("whole", "shard", "padded"))
-        self.table = np.array([each.table for each in found])[share]
-        return found, share
-
-    def _shares_of(self, tensors: Tensors, ranks: int, few: int) -> _Shares:
-        whole = tensors.values(1, 1)
-        scratch = {stage: self._scratch(*tensors.shapes(ranks, few, places)) for stage, places in PLACES.items()}
-        return _Shares(whole=whole, shard=tensors.values(ranks, few), padded=tensors.padded(ranks, few), table=tensors.table, scratch=scratch)
+        self.state = state_bytes(str(self.workload.optimizer), hidden, kept, others=others) / sum(a * b for a, b in (*hidden, *others))
 
     def _scratch(self, hidden: list[tuple[int, ...]], others: list[tuple[int, ...]]) -> float:
-        wide = "float32" if self.workload.master_weights else self.workload.dtype
-        return scratch_bytes(str(self.workload.optimizer), hidden, wide, others=others)
+        """Of the update, and of the float32 gradient that masters take."""
+        masters = self.workload.master_weights
+        gradient = FLOAT32 * max((math.prod(shape) for shape in (*hidden, *others)), default=0) if masters else 0
+        return gradient + scratch_bytes(str(self.workload.optimizer), hidden, "float32" if masters else self.workload.dtype, others=others)
 
-    def scratch(self, stage: Stage) -> Floats:
-        found: Floats = np.array([each.scratch[stage] for each in self.shares])[self.share]
-        return found
-
-
-def sum_of(arrays: Sequence[Floats]) -> Floats:
-    """Their sum; zero of none."""
-    return np.add.reduce(arrays) if arrays else np.zeros(1)
+    def _held(self, stage: Stage) -> _Held:
+        slots = {0: [0], 1: [], 2: [self.blocks + 1], 3: [self.blocks + 2]}
+        ends = [slot for place in PLACES[stage] for slot in slots[place]]
+        holds = np.zeros((self.blocks + 3, len(self.cuts)))
+        holds[ends] = 1
+        for number, cut in enumerate(self.cuts):
+            holds[[block + 1 for block in cut[stage]], number] = 1
+        largest = np.stack([self.padded[:, [block + 1 for block in cut[stage]]].max(axis=1) for cut in self.cuts], axis=1)
+        return _Held(
+            whole=(self.whole @ holds)[self.share, self.pieces], shard=(self.shard @ holds)[self.share, self.pieces],
+            outside=self.padded[:, ends].sum(axis=1)[self.share], block=largest[self.share, self.pieces],
+        )  # fmt: skip
 
 
 def unique_rows(*columns: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -333,33 +323,37 @@ def unique_rows(*columns: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray
 
 
 def rank_tensors(spec: ModelSpec, *, tp: int, ep: int) -> Tensors:
-    """Tensors of one rank that holds all blocks; a tied head has none of its own, as on one stage."""
-    rows, rest, place, routed, hidden = [], [], [], [], []
+    """Tensors of one rank that holds all blocks."""
+    numbers = {name: number for number, name in enumerate(block_names(spec), start=1)}
+    behind = len(numbers) + 1
+    found: list[tuple[int, int, int, int, bool, bool]] = []
     seen: set[str] = set()
     table = 0.0
     for each in rank_parts(spec, Plan(dp=ep, tp=tp, ep=ep)):
-        if isinstance(each.part, Embedding) and each.role == "vocabulary":
-            table += (tp - 1) * each.part.parameters
-        inside = isinstance(each.part, Linear) and each.part.component != "head"
-        for name, shape in stored_tensors(each.part).items():
-            if name in seen:
-                continue
-            seen.add(name)
-            rows.append(shape[0] if shape else 1)
-            rest.append(math.prod(shape[1:]))
-            place.append({"<": 0, ">": 2}.get(str(each.block), 1))
-            routed.append(each.routed)
-            hidden.append(inside and len(shape) == 2)
+        part = each.part
+        if isinstance(part, Embedding) and each.role == "vocabulary":
+            table += (tp - 1) * part.parameters
+        inside = isinstance(part, Linear) and part.component != "head"
+        place = {"<": 0, ">": 2}.get(str(each.block), 1)
+        slot = {0: 0, 2: behind}.get(place, numbers.get(str(each.block), 1))
+        for name, shape in stored_tensors(part).items():
+            if name not in seen:
+                seen.add(name)
+                found.append((shape[0] if shape else 1, math.prod(shape[1:]), place, slot, each.routed, inside and len(shape) == 2))
+        if isinstance(part, Linear) and part.tied_to and place == 2:
+            found.append((part.out_features, part.in_features, 3, behind + 1, False, False))
+    rows, rest, places, slots, routed, hidden = (np.array(column) for column in zip(*found, strict=True))
     return Tensors(
-        rows=np.array(rows, dtype=np.float64), rest=np.array(rest, dtype=np.float64), place=np.array(place), routed=np.array(routed),
-        hidden=np.array(hidden), blocks=len(block_names(spec)), table=table,
+        rows=rows.astype(np.float64), rest=rest.astype(np.float64), place=places, slot=slots, routed=routed, hidden=hidden, slots=behind + 2,
+        table=table,
     )  # fmt: skip
 
 
-def _stage_counts(blocks: int, pp: int, virtual_stages: int) -> tuple[int, int, int]:
+def _stage_blocks(blocks: int, pp: int, virtual_stages: int) -> dict[Stage, list[int]]:
+    """Blocks of the kinds of stages, by number."""
     plan = Plan(pp=pp, virtual_stages=virtual_stages, schedule="interleaved" if virtual_stages > 1 else "1f1b")
-    sizes = [sum(len(piece) for piece in pieces) for pieces in stage_blocks(blocks, plan)]
-    return sizes[0], sizes[min(1, pp - 1)], sizes[-1]
+    held = [[block for piece in pieces for block in piece] for pieces in stage_blocks(blocks, plan)]
+    return {"only": held[0], "first": held[0], "second": held[min(1, pp - 1)], "last": held[-1]}
 
 
 def _measured(spec: ModelSpec, workload: Workload, plan: Plan, *, piped: bool) -> Lines:
