@@ -84,10 +84,12 @@ def test_tensor_parallelism_keeps_the_bytes_and_sends_the_collectives_predicted(
     assert sent(spec, workload, plan) == live.sent
 
 
-@pytest.mark.parametrize(("name", "schedule"), [("llama", "1f1b"), ("qwen3", "1f1b"), ("gpt2", "1f1b"), ("bert", "1f1b"), ("llama", "gpipe")])
+@pytest.mark.parametrize(
+    ("name", "schedule"), [("llama", "1f1b"), ("qwen3", "1f1b"), ("gpt2", "1f1b"), ("bert", "1f1b"), ("llama", "gpipe"), ("llama", "interleaved")]
+)
 def test_pipeline_stages_keep_the_bytes_and_send_the_tensors_predicted(name: str, schedule: Any) -> None:
     config, spec = model(name, layers=4, vocab_size=1000, tie_word_embeddings=False)
-    plan = Plan(pp=2, micro_batch_size=2, schedule=schedule)
+    plan = Plan(pp=2, micro_batch_size=2, schedule=schedule, virtual_stages=2 if schedule == "interleaved" else 1)
     for stage in range(2):
         live = run_stage(config, TRAIN, plan, stage)
         assert rank_memory(spec, TRAIN, plan, stage, received="all").peak == pytest.approx(live.peak, rel=WITHIN), stage
@@ -216,7 +218,7 @@ def test_sequence_parallelism_sends_as_much_as_tensor_parallelism() -> None:
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_fused_kernels_keep_what_the_formula_of_megatron_says(tp: int) -> None:
-    """Korthikanti et al. 2022 (arXiv:2205.05198), table 2: 34·s·b·h / t bytes a layer with selective recomputation; 2 of the 34 are dropouts' masks."""
+    """Korthikanti et al. 2022 (arXiv:2205.05198), table 2: 34·s·b·h / t bytes a layer, 2 of the 34 for dropouts' masks."""
     dropouts = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     workload = replace(TRAIN, batch_size=4, seq_len=1024, attention="flash", dtype="bfloat16")
     plan = Plan(tp=tp, sequence_parallel=tp > 1)
@@ -258,6 +260,7 @@ def test_bubbles_and_micro_batches_in_flight() -> None:
 
 @given(blocks=st.integers(1, 130), pp=st.integers(1, 16), v=st.integers(1, 4))
 def test_every_block_is_on_one_stage(blocks: int, pp: int, v: int) -> None:
+    pp = max(pp, 2) if v > 1 else pp
     plan = Plan(pp=pp, virtual_stages=v, schedule="interleaved" if v > 1 else "1f1b")
     if pp * v > blocks:
         with pytest.raises(WorkloadError, match=f"needs {pp * v} blocks, the model has {blocks}; use at most {blocks} pieces"):
@@ -310,6 +313,24 @@ def test_a_plan_that_does_not_fit_is_refused_in_one_line(name: str, plan: Plan, 
         rank_memory(spec, workload, plan)
     assert text in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"virtual_stages": 2, "schedule": "interleaved"}, "virtual_stages=2 has no effect with pp=1."),
+        ({"pp": 2, "virtual_stages": 2}, "schedule=1f1b with virtual_stages=2: interleaved has at least 2, others 1."),
+        ({"sequence_parallel": True}, "sequence_parallel has no effect with tp=1."),
+        ({"dp": 2, "ep": 4}, "ep=4 does not divide dp · cp = 2: experts are spread over data-parallel ranks."),
+        ({"dp": 4, "shard": "zero3", "shard_group": 3}, "shard_group=3 needs --shard and has to divide dp · cp = 4."),
+        ({"tp": 0}, "tp=0 is not positive."),
+        ({"shard": "zero4"}, "shard='zero4' is not known; known: none, zero1, zero2, zero3."),
+    ],
+)
+def test_a_plan_that_contradicts_itself_is_refused_in_one_line(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(WorkloadError) as caught:
+        Plan(**options)
+    assert str(caught.value) == text
 
 
 def test_other_mistakes_are_refused_in_one_line() -> None:

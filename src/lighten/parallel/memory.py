@@ -11,8 +11,12 @@ The pass of one micro-batch is replayed on the rank's own shapes, as `lighten.co
 - cp: the rank's positions alone; keys and values of all of them while an attention works;
 - micro-batches: gradients add up, so that they are there from the start, and each new one is added as soon as it is made.
 
-Source: torch 2.13: `torch/distributed/fsdp/_fully_shard` (`FSDPParamGroup`, `foreach_all_gather`, `foreach_reduce`),
-`torch/distributed/tensor`; held to them in tests/test_plans.py and benchmarks/plan_truth.py.
+Held to one rank of torch 2.13's own runs under a fake process group (benchmarks/plan_truth.py, tests/test_plans.py): FSDP2 and HSDP, tensor
+parallelism with and without sequence parallelism, both together, 1F1B, GPipe and interleaved stages. By the same rules, but held to no run:
+zero1 and zero2, context and expert parallelism, offload, fused kernels. Not covered: memory that a collective's library takes, fragments of an
+allocator, adapters over several devices.
+
+What DTensor does and other libraries do not is in it: the gradient of an embedding that is split over the vocabulary is made whole on each rank.
 """
 
 from __future__ import annotations

@@ -57,6 +57,8 @@ class Plan:
             raise WorkloadError(f"shard_group={self.shard_group} needs --shard and has to divide dp · cp = {self.dp * self.cp}.")
         if (self.schedule == "interleaved") != (self.virtual_stages > 1):
             raise WorkloadError(f"schedule={self.schedule} with virtual_stages={self.virtual_stages}: interleaved has at least 2, others 1.")
+        if self.virtual_stages > 1 and self.pp == 1:
+            raise WorkloadError(f"virtual_stages={self.virtual_stages} has no effect with pp=1.")
         if self.sequence_parallel and self.tp == 1:
             raise WorkloadError("sequence_parallel has no effect with tp=1.")
 
