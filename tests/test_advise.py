@@ -20,7 +20,6 @@ from choose_setup import made_up_profile
 
 from lighten import verbs
 from lighten.cli import estimate as estimate_command
-from lighten.cli.cases import open_spec
 from lighten.cli.main import main
 from lighten.cli.options import plan_of, workload_of
 from lighten.cost.workload import PHASES
@@ -40,6 +39,7 @@ from lighten.recipe.levers import LEVERS, Lever, compatible, propose
 from lighten.recipe.predicted import PREDICTED, SparseLayout, kept_features
 from lighten.recipe.quality import BASELINE, SAME, Quality, quality_of_cache, quality_of_step, together
 from lighten.recipe.steps import STEPS
+from lighten.verbs import open_spec
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "bert": {

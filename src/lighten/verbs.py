@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-from lighten.cost.workload import Phase, Workload, check_workload
+from lighten.cost.workload import Phase, Recompute, Workload, check_workload
 from lighten.device.device import Device
-from lighten.device.find import find_device, find_place
-from lighten.errors import DeviceError, ModelError, RecipeError, TextError, WorkloadError
+from lighten.device.find import THIS_MACHINE, find_device, find_place
+from lighten.errors import DeviceError, ModelError, RecipeError, TextError, UnsupportedFamily, WorkloadError
 from lighten.model import ModelSpec
 from lighten.model.runnable import read_runnable
 from lighten.parallel.plan import Plan
@@ -22,15 +24,21 @@ from lighten.recipe import Recipe, apply_recipe, read_recipe
 from lighten.recipe.estimate import Estimate
 from lighten.recipe.placement import Use, default_plan
 from lighten.recipe.predict import compute_dtype
+from lighten.recipe.recipe import DEFAULT_RUNTIME
 from lighten.trace.open import open_live, open_model
 from lighten.trace.program import Followed
 from lighten.trace.summary import Summary
-from lighten.units import parse_dtype
+from lighten.units import DTYPE_BITS, parse_dtype
 
 if TYPE_CHECKING:
     from lighten.choose.search import Request
     from lighten.device import Profile
     from lighten.formats.artifact import Artifact
+    from lighten.parallel.search import Asked, Found
+    from lighten.parallel.search import Goal as PlanGoal
+    from lighten.recipe.advise import Advice, Goal
+    from lighten.recipe.case import Case, Target
+    from lighten.recipe.compare import Entry
 
 Log = Callable[[str], None]
 Method = Literal["auto", "formula", "trace"]
@@ -115,6 +123,153 @@ def estimate(
 
 PLAN_OPTIONS = frozenset(field.name for field in fields(Plan))
 PLACE_OPTIONS = frozenset({"price", "network", "devices_per_node", "stack", "tokens", "concurrency"})
+
+
+def case_of(spec: ModelSpec, recipe: Recipe, device: str | None, **options: Any) -> tuple[Case, Target]:
+    """A model with what is asked of it, and where it runs; its type is that of the weights after the recipe where none is given.
+
+    Args:
+        options: as `estimate` takes them, without tokens and concurrency.
+
+    Raises:
+        LightenError: what is asked does not fit together.
+    """
+    from lighten.recipe.case import Case
+
+    spread, own = ({name: options.pop(name) for name in names & options.keys()} for names in (PLAN_OPTIONS, PLACE_OPTIONS))
+    stack = own.pop("stack", None)
+    words = {name: value for name, value in options.items() if value is not None}
+    dtype = words.pop("dtype", None) or compute_dtype(recipe, apply_recipe(recipe, spec))
+    workload = make_workload(spec, dtype=dtype, **words)
+    target, count = find_place(device, **own) if device is not None else (None, 1)
+    if isinstance(target, Device):
+        return Case(spec=spec, workload=workload, recipe=recipe, plan=default_plan(workload, count, spread), stack=stack), target
+    _refuse_placeless({**spread, **own, "stack": stack})
+    return Case(spec=spec, workload=workload, recipe=recipe), target
+
+
+def open_spec(model: str | Path) -> ModelSpec:
+    """The spec of a model that has a formula: a recipe is read on nothing else.
+
+    Raises:
+        UnsupportedFamily: it has none.
+    """
+    found = open_model(model, method="formula")
+    if not isinstance(found, ModelSpec):
+        raise UnsupportedFamily(f"{model}: levers are read on a formula's spec; this model has none.")
+    return found
+
+
+def advise(
+    model: str | Path, *, device: str | None = None, recipe: str | None = None, goal: Goal | None = None, draft: str | Path | None = None,
+    most_loss: float | None = None, **options: Any,
+) -> Advice:  # fmt: skip
+    """Every lever on a model, ranked by what it gains: the answer of `lighten advise`.
+
+    Args:
+        recipe: what the model becomes first.
+        goal: fits, latency, throughput or cost; None: fits where it does not fit or there is no device, else latency.
+        draft: a smaller model of the same vocabulary, for speculative decoding.
+        most_loss: what levers that are put together may lose, as a factor of perplexity (default 1.1).
+        options: as `estimate` takes them, without tokens and concurrency.
+
+    Raises:
+        LightenError: what is asked does not fit together.
+    """
+    from lighten.recipe.advise import MOST_LOSS
+    from lighten.recipe.advise import advise as rank
+
+    case, target = case_of(open_spec(model), read_recipe(recipe) if recipe else Recipe(), device, **options)
+    name = device and re.sub(r":\d+$", "", device)
+    limit = MOST_LOSS if most_loss is None else most_loss
+    return rank(case, target, goal=goal, draft=open_spec(draft) if draft else None, most_loss=limit, device=name)
+
+
+def plan(model: str | Path, *, device: str, top: int = 5, **options: Any) -> Found:
+    """The best of all plans that spread a training step over devices: the answer of `lighten plan`.
+
+    Args:
+        device: NAME:COUNT.
+        options: batch_size (of all devices) and seq_len, and others as `plan_request` takes them.
+
+    Raises:
+        LightenError: what is asked does not fit together, or no plan fits.
+    """
+    from lighten.parallel.search import search_plans
+
+    return search_plans(plan_request(model, device=device, **options), top=top)
+
+
+def plan_request(
+    model: str | Path, *, device: str | None, goal: PlanGoal = "time", margin: float | None = None, recompute: Recompute | None = None,
+    master_weights: bool | None = None, **options: Any,
+) -> Asked:  # fmt: skip
+    """What a search of plans starts from.
+
+    Args:
+        margin: share of a device's memory that stays free; None: a tenth.
+        recompute: None: searched.
+        master_weights: None: where weights are narrower than float32.
+        options: as `estimate` takes them; the sizes of a plan that are given are kept.
+
+    Raises:
+        LightenError: what is asked does not fit together.
+    """
+    from lighten.parallel.search import MARGIN, Asked
+    from lighten.parallel.step_time import SOFTWARES, Stack
+
+    fixed, own = ({name: options.pop(name) for name in names & options.keys()} for names in (PLAN_OPTIONS, PLACE_OPTIONS))
+    stack = own.pop("stack", None)
+    phase = options.pop("phase", None) or "train"
+    if phase != "train":
+        raise WorkloadError(f"plans of phase {phase} are not searched; use phase train, or `lighten estimate --tp N --pp N` for serving.")
+    if device is None:
+        raise DeviceError("--device NAME:COUNT is needed, such as h100-sxm:64; `lighten devices` lists the names.")
+    if device in THIS_MACHINE:
+        raise DeviceError(f"--device {device} is one machine; plans are for devices of published figures, such as h100-sxm:64.")
+    if stack is not None and stack not in SOFTWARES:
+        raise WorkloadError(f"--stack {stack} runs inference; kinds of software that train: {', '.join(SOFTWARES)}.")
+    where, count = find_place(device, **own)
+    assert isinstance(where, Device)
+    spec = open_spec(model)
+    dtype = parse_dtype(options.pop("dtype", None) or spec.dtype)
+    narrow = DTYPE_BITS[dtype] < DTYPE_BITS["float32"]
+    if master_weights is False and not narrow:
+        raise WorkloadError(f"--no-master-weights has no effect with {dtype}, which is no narrower than float32.")
+    masters = narrow if master_weights is None else master_weights
+    workload = make_workload(spec, phase="train", dtype=dtype, master_weights=masters, **options)
+    if recompute is not None:
+        fixed["recompute"] = recompute
+    return Asked(
+        spec=spec, workload=workload, device=where, count=count, fixed=fixed, goal=goal, margin=MARGIN if margin is None else margin,
+        stack=Stack(software=stack) if stack else Stack(),
+    )  # fmt: skip
+
+
+def compare(
+    models: Sequence[str | Path], *, devices: Sequence[str | None] = (None,), recipes: Sequence[str] = ("",), **options: Any
+) -> tuple[Entry, ...]:  # fmt: skip
+    """Each model with each recipe on each device: the answer of `lighten compare`.
+
+    Args:
+        recipes: texts or files; "" is the model as it is.
+        options: as `estimate` takes them, without tokens and concurrency.
+
+    Raises:
+        LightenError: a model or recipe that cannot be read; what does not fit a device is said in its entry.
+    """
+    from lighten.recipe.compare import Choice
+    from lighten.recipe.compare import compare as side_by_side
+
+    said = [None if text.strip() in ("", "none") else read_recipe(text) for text in recipes]
+    choices = [
+        Choice(
+            model=spec.name, recipe=None if recipe is None else str(recipe).removesuffix(f"@ {DEFAULT_RUNTIME}").strip(), device=device,
+            make=partial(case_of, spec, recipe or Recipe(), device, **options),
+        )
+        for spec in map(open_spec, models) for recipe in said for device in devices
+    ]  # fmt: skip
+    return side_by_side(choices)
 
 
 def _refuse_placeless(options: Mapping[str, Any]) -> None:

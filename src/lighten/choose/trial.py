@@ -49,6 +49,7 @@ def make_candidate(spec: ModelSpec, workload: Workload, recipe: Recipe, profile:
     key = json.dumps({"recipe": str(recipe), "lighten": __version__, **context}, sort_keys=True)
     identity = hashlib.sha256(key.encode()).hexdigest()[:12]
     try:
+        recipe.require_done()
         predicted = predict(spec, workload, recipe, profile)
     except RecipeError as error:
         return Candidate(id=identity, recipe=recipe, predicted={}, refused=str(error))

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import re
 import textwrap
 
-from lighten.cli.cases import add_case, case_of, open_spec
-from lighten.cli.options import add_device, add_json, add_plan, positive, print_json
-from lighten.recipe.advise import GOALS, MOST_LOSS, Advice, Line, advise
+from lighten import verbs
+from lighten.cli.options import add_case, add_device, add_json, add_plan, case_options, positive, print_json
+from lighten.recipe.advise import GOALS, MOST_LOSS, Advice, Line
 from lighten.recipe.case import Cost
 from lighten.recipe.quality import Quality
-from lighten.recipe.recipe import Recipe, read_recipe
 from lighten.report.table import WIDTH, format_table
 from lighten.units import format_bytes, format_seconds
 
@@ -38,17 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    recipe = read_recipe(arguments.recipe) if arguments.recipe else Recipe()
-    case, target = case_of(open_spec(arguments.model), arguments, recipe, arguments.device)
-    draft = open_spec(arguments.draft) if arguments.draft else None
-    found = advise(case, target, goal=arguments.goal, draft=draft, most_loss=arguments.most_loss, device=_named(arguments.device))
+    found = verbs.advise(
+        arguments.model, device=arguments.device, recipe=arguments.recipe, goal=arguments.goal, draft=arguments.draft,
+        most_loss=arguments.most_loss, **case_options(arguments),
+    )  # fmt: skip
     print_json(found.as_json()) if arguments.json else print(advice_text(found, arguments.top))
     return 0
-
-
-def _named(device: str | None) -> str | None:
-    """What --device says, without the count."""
-    return device and re.sub(r":\d+$", "", device)
 
 
 def _factor(text: str) -> float:

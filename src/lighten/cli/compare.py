@@ -5,23 +5,18 @@ from __future__ import annotations
 import argparse
 import textwrap
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
-from lighten.cli.cases import add_case, case_of, open_spec
-from lighten.cli.options import add_json, print_json, progress
+from lighten import verbs
+from lighten.cli.options import add_case, add_json, case_options, print_json, progress
 from lighten.errors import DeviceError, OutputError
-from lighten.model.spec import ModelSpec
-from lighten.recipe.compare import Choice, Entry, compare
-from lighten.recipe.recipe import DEFAULT_RUNTIME, Recipe, read_recipe
+from lighten.recipe.compare import Entry
 from lighten.report.compare_page import compare_picture, figures_of
 from lighten.report.table import WIDTH, format_table
 from lighten.report.written import write_whole
 
 EXAMPLE = """lighten compare .models/smollm2-135m --device l4 --device rtx-4090 --device h100-sxm --phase decode --seq-len 512 --new-tokens 64
   lighten compare .models/minilm --recipe '' --recipe 'cast(bfloat16)' --batch-size 32 --json"""
-PLAIN = ("", "none")
-"""Words of --recipe for the model as it is."""
 IN_ROWS = ("memory", "fits", "tokens/s", "bound by", "$ a million tokens")
 """Figures of a table of many rows; --json and the page have all."""
 ASIDE = 4
@@ -45,9 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     devices = arguments.device or [None]
     if arguments.price is not None and (arguments.device is None or len(devices) > 1):
         raise DeviceError(f"--price={arguments.price} goes with one --device; here are {len(arguments.device or ())}.")
-    recipes = [None if text.strip() in PLAIN else read_recipe(text) for text in arguments.recipe or [""]]
-    specs = [open_spec(model) for model in arguments.models]
-    entries = compare([_choice(arguments, spec, recipe, device) for spec in specs for recipe in recipes for device in devices])
+    entries = verbs.compare(arguments.models, devices=devices, recipes=arguments.recipe or [""], **case_options(arguments))
     for path, kind in pictures:
         write_whole(Path(path), compare_picture(entries, arguments.against, kind=kind))
         progress(f"wrote {path}")
@@ -60,15 +53,6 @@ def _kind_of(path: str, said: str) -> str:
     if (kind := Path(path).suffix) not in kinds:
         raise OutputError(f"{said} {path}: write a file that ends in {' or '.join(kinds)}.")
     return kind
-
-
-def _choice(arguments: argparse.Namespace, spec: ModelSpec, recipe: Recipe | None, device: str | None) -> Choice:
-    return Choice(
-        model=spec.name,
-        recipe=None if recipe is None else str(recipe).removesuffix(f"@ {DEFAULT_RUNTIME}").strip(),
-        device=device,
-        make=partial(case_of, spec, arguments, recipe or Recipe(), device),
-    )
 
 
 def compare_text(entries: Sequence[Entry]) -> str:

@@ -133,6 +133,18 @@ def workload_of(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in _WORKLOAD_FIELDS if hasattr(arguments, name)}
 
 
+def add_case(parser: argparse.ArgumentParser) -> None:
+    """The workload's options; a length that is not given is the model's own, as an image's is."""
+    add_workload(parser)
+    parser.set_defaults(seq_len=None)
+    add_numerics(parser)
+
+
+def case_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What of the workload, the device and the plan is given, as `verbs.estimate` takes it."""
+    return {**workload_of(arguments), **place_of(arguments), **plan_of(arguments)}
+
+
 def positive(text: str) -> int:
     """A positive whole number, for argparse."""
     if not text.isascii() or not text.isdigit() or int(text) == 0:

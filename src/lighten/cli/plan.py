@@ -9,23 +9,19 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lighten.cli.cases import open_spec
+from lighten import verbs
 from lighten.cli.options import add_device, add_json, add_plan, place_of, plan_of, positive, print_json, progress
 from lighten.cost.optimizer_state import OPTIMIZERS
 from lighten.cost.workload import ATTENTIONS, CROSS_ENTROPIES, PHASES, RECOMPUTES, Recompute, Workload
 from lighten.device.bill import Bill, parse_tokens, training_run
 from lighten.device.device import Device
-from lighten.device.find import THIS_MACHINE, find_place
-from lighten.errors import DeviceError, OutputError, WorkloadError
-from lighten.model.spec import ModelSpec
+from lighten.errors import OutputError, WorkloadError
 from lighten.parallel.flags import FRAMEWORKS, Flags, can_express, plan_flags
 from lighten.parallel.plan import Plan
 from lighten.parallel.search import GOALS, MARGIN, Asked, Candidate, Found, search_plans
-from lighten.parallel.step_time import SOFTWARES, Stack
 from lighten.report.table import format_table
 from lighten.report.written import write_whole
-from lighten.units import DTYPE_BITS, format_bytes, format_count, format_seconds, parse_dtype
-from lighten.verbs import make_workload
+from lighten.units import format_bytes, format_count, format_seconds
 
 EXAMPLE = """lighten plan .models/smollm2-135m --device h100-sxm:64 --global-batch 1024 --seq-len 2048
   lighten plan .models/smollm2-135m --device h100-sxm:8 --global-batch 64 --seq-len 1024 --shard zero3 --write torchtitan -o plan.toml"""
@@ -83,37 +79,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _asked(arguments: argparse.Namespace) -> Asked:
     """What the options ask for."""
-    if arguments.phase != "train":
-        raise WorkloadError(f"plans of phase {arguments.phase} are not searched; use phase train, or `lighten estimate --tp N --pp N` for serving.")
-    if arguments.device is None:
-        raise DeviceError("--device NAME:COUNT is needed, such as h100-sxm:64; `lighten devices` lists the names.")
     own = place_of(arguments)
-    stack = own.pop("stack", None)
     own.pop("tokens", None)
-    if arguments.device in THIS_MACHINE:
-        raise DeviceError(f"--device {arguments.device} is one machine; plans are for devices of published figures, such as h100-sxm:64.")
-    device, count = find_place(arguments.device, **own)
-    assert isinstance(device, Device)
-    if stack is not None and stack not in SOFTWARES:
-        raise WorkloadError(f"--stack {stack} runs inference; kinds of software that train: {', '.join(SOFTWARES)}.")
-    spec = open_spec(arguments.model)
-    fixed: dict[str, Any] = plan_of(arguments)
-    if arguments.recompute is not None:
-        fixed["recompute"] = arguments.recompute
-    return Asked(
-        spec=spec, workload=_workload(arguments, spec), device=device, count=count, fixed=fixed, goal=arguments.goal,
-        margin=arguments.memory_margin, stack=Stack(software=stack) if stack else Stack(),
-    )  # fmt: skip
-
-
-def _workload(arguments: argparse.Namespace, spec: ModelSpec) -> Workload:
-    dtype = parse_dtype(arguments.dtype) if arguments.dtype else spec.dtype
-    narrow = DTYPE_BITS[dtype] < 32
-    if arguments.no_master_weights and not narrow:
-        raise WorkloadError(f"--no-master-weights has no effect with {dtype}, which is no narrower than float32.")
-    return make_workload(
-        spec, phase="train", batch_size=arguments.batch_size, seq_len=arguments.seq_len, dtype=dtype, attention=arguments.attention,
-        optimizer=arguments.optimizer, cross_entropy=arguments.cross_entropy, master_weights=narrow and not arguments.no_master_weights,
+    return verbs.plan_request(
+        arguments.model, device=arguments.device, goal=arguments.goal, margin=arguments.memory_margin, phase=arguments.phase,
+        batch_size=arguments.batch_size, seq_len=arguments.seq_len, dtype=arguments.dtype, attention=arguments.attention,
+        optimizer=arguments.optimizer, cross_entropy=arguments.cross_entropy, recompute=arguments.recompute,
+        master_weights=False if arguments.no_master_weights else None, **own, **plan_of(arguments),
     )  # fmt: skip
 
 
