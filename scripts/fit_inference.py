@@ -162,7 +162,7 @@ def table_of(samples: Sequence[Sample]) -> Table:
 def _add(row: int, case: InferenceCase, work: Work, limits: tuple[Limits, Limits], ops: Columns, rows: Columns) -> None:
     cost = dict.fromkeys(("passes", "steps", "sequences", "hops", "hop_wire", "near", "near_wire", "far", "far_wire"), 0.0)
     for count, one in work.passes:
-        cost["passes"] += count
+        cost["passes"] += count * (not one.in_flight)
         cost["steps"] += count * one.in_flight
         cost["sequences"] += count * one.sequences
         if work.pp > 1:

@@ -156,7 +156,7 @@ def pass_parts(
     if pp > 1:
         link = device.link(work.tp * pp)
         total["communication"] += (pp - 1) * (rates.hop_s + work.boundary_bytes / (link.bytes_per_s * rates.link_share))
-    total["overhead"] += rates.pass_s + work.in_flight * rates.flight_s + rates.sequence_s * work.sequences
+    total["overhead"] += (rates.flight_s if work.in_flight else rates.pass_s) + rates.sequence_s * work.sequences
     return total
 
 
