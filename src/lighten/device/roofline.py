@@ -39,7 +39,7 @@ ROTARY_FLOPS = 3
 """Operations an element of a rotary embedding (x·cos + rotate(x)·sin), by which it is told from an activation function (1)."""
 EXPANDING = ("torch", "torch-compile")
 """Runtimes that expand weight-only quantized weights when they load them: smaller on disk, not in memory."""
-BEYOND = 0.4
+BEYOND = 0.5
 """32 MB for bf16 and 64 MB for fp32: what processors of a few cores keep in no cache."""
 CLASSES = ("linear", "weights", "attention", "pointwise", "fresh", "overhead", "overhead_rms", "call")
 
