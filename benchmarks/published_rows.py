@@ -266,14 +266,17 @@ def read_rows(path: Path) -> list[Row]:
     """The rows of a file.
 
     Raises:
-        NotGradable: not a table with a header that has `id`, `model` and `hardware`.
+        NotGradable: not a table in UTF-8 with a header that has `id`, `model` and `hardware`.
     """
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        missing = [name for name in ("id", "model", "hardware") if name not in (reader.fieldnames or ())]
-        if missing:
-            raise NotGradable(f"{path.name}: its header has no column {', '.join(missing)}")
-        return [{name: value or "" for name, value in row.items() if name} for row in reader]
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # a byte order mark is what spreadsheets write
+            reader = csv.DictReader(file)
+            missing = [name for name in ("id", "model", "hardware") if name not in (reader.fieldnames or ())]
+            if missing:
+                raise NotGradable(f"its header has no column {', '.join(missing)}")
+            return [{name: value or "" for name, value in row.items() if name} for row in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise NotGradable("it is no table of comma-separated text in UTF-8") from error
 
 
 def number(row: Row, column: str) -> float | None:

@@ -102,8 +102,8 @@ def estimate(
     if method not in get_args(Method):
         raise WorkloadError(f"method {method!r} is not known; known: {', '.join(get_args(Method))}.")
     spread, own = ({name: options.pop(name) for name in names & options.keys()} for names in (PLAN_OPTIONS, PLACE_OPTIONS))
-    use: dict[str, Any] = {name: own.pop(name) for name in ("stack", "tokens", "concurrency") if name in own}
-    where, count = find_place(device, **own) if device else (None, 1)
+    use: dict[str, Any] = {name: own.pop(name) for name in ("stack", "tokens", "concurrency", "linear_dtype") if name in own}
+    where, count = find_place(device, **own) if device is not None else (None, 1)
     if not isinstance(where, Device):
         _refuse_placeless({**spread, **own, **use})
     found = _opened(model, method, inputs, trust_remote_code=trust_remote_code)
@@ -114,15 +114,13 @@ def estimate(
             raise DeviceError(f"{found.name} is followed ({found.architecture}); on {where.name} the time of a formula's model alone is known.")
         return estimate_followed(found, followed_workload(found, **options), device=where)
     said = read_recipe(recipe) if recipe else Recipe()
-    asked_dtype = options.pop("dtype", None)
-    dtype = asked_dtype or compute_dtype(said, apply_recipe(said, found))
-    asked = make_workload(found, dtype=dtype, **options)
+    asked = make_workload(found, dtype=options.pop("dtype", None) or usual_dtype(said, apply_recipe(said, found), where), **options)
     plan = default_plan(asked, count, spread) if isinstance(where, Device) else None
     return estimate_spec(found, asked, recipe=said, device=where, plan=plan, use=Use(**use) if use else None)
 
 
 PLAN_OPTIONS = frozenset(field.name for field in fields(Plan))
-PLACE_OPTIONS = frozenset({"price", "network", "devices_per_node", "stack", "tokens", "concurrency"})
+PLACE_OPTIONS = frozenset({"price", "network", "devices_per_node", "stack", "tokens", "concurrency", "linear_dtype"})
 
 
 def case_of(spec: ModelSpec, recipe: Recipe, device: str | None, **options: Any) -> tuple[Case, Target]:
@@ -139,13 +137,23 @@ def case_of(spec: ModelSpec, recipe: Recipe, device: str | None, **options: Any)
     spread, own = ({name: options.pop(name) for name in names & options.keys()} for names in (PLAN_OPTIONS, PLACE_OPTIONS))
     stack = own.pop("stack", None)
     words = {name: value for name, value in options.items() if value is not None}
-    dtype = words.pop("dtype", None) or compute_dtype(recipe, apply_recipe(recipe, spec))
-    workload = make_workload(spec, dtype=dtype, **words)
     target, count = find_place(device, **own) if device is not None else (None, 1)
+    workload = make_workload(spec, dtype=words.pop("dtype", None) or usual_dtype(recipe, apply_recipe(recipe, spec), target), **words)
     if isinstance(target, Device):
         return Case(spec=spec, workload=workload, recipe=recipe, plan=default_plan(workload, count, spread), stack=stack), target
     _refuse_placeless({**spread, **own, "stack": stack})
     return Case(spec=spec, workload=workload, recipe=recipe), target
+
+
+def usual_dtype(recipe: Recipe, changed: ModelSpec, where: Profile | Device | None) -> str:
+    """The type that is computed in where none is asked for: that of the weights, but on this machine what the recipe's runtime computes them in."""
+    runs_here = where is not None and not isinstance(where, Device)
+    if runs_here or recipe.steps or recipe.runtime != DEFAULT_RUNTIME or changed.dtype not in HALVES:
+        return compute_dtype(recipe, changed)
+    return recipe.dtype or changed.dtype
+
+
+HALVES = ("float16", "bfloat16")
 
 
 def open_spec(model: str | Path) -> ModelSpec:

@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--concurrency", type=_concurrency, metavar="N|max", help="of phase generate: serve so many requests at once, batched in flight"
     )
+    parser.add_argument("--linear-dtype", choices=("float8", "float4", "tf32"), help="of phase train there: what products with weights run in")
     add_plan(parser)
     parser.add_argument("--recipe", metavar="TEXT|FILE", help="what the model becomes first, such as 'quantize(rtn, bits=4, group_size=64)'")
     parser.add_argument("--method", choices=METHODS, default="auto", help="default auto: the formula where there is one, else by following the model")

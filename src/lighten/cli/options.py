@@ -45,7 +45,7 @@ def _sizes(name: str, text: str) -> tuple[int, ...]:
     """One whole number, which `Workload` judges, or several sizes."""
     try:
         return (int(text),) if len(text) < 20 and "_" not in text else parse_sizes(text, name)
-    except ValueError:
+    except (ValueError, WorkloadError):
         pass
     try:
         return parse_sizes(text, name)
@@ -124,7 +124,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def place_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """What of the device is the user's own, and the software, where given."""
-    names = ("price", "network", "devices_per_node", "stack", "tokens", "concurrency")
+    names = ("price", "network", "devices_per_node", "stack", "tokens", "concurrency", "linear_dtype")
     return {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
 
 

@@ -36,6 +36,8 @@ def find_place(
         return load_profile(), 1
     from lighten.device.catalog import parse_devices, with_devices_per_node, with_network, with_price  # which most estimates do without
 
+    if text.partition(":")[0] in THIS_MACHINE:
+        raise DeviceError(f"{text}: this machine is one; it takes no count.")
     device, count = parse_devices(text)
     if network is not None:
         device = with_network(device, network)

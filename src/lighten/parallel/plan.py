@@ -45,8 +45,8 @@ class Plan:
     offload: Offload = "none"
 
     def __post_init__(self) -> None:
-        for name in ("dp", "tp", "pp", "cp", "ep", "virtual_stages"):
-            if getattr(self, name) < 1:
+        for name in ("dp", "tp", "pp", "cp", "ep", "virtual_stages", "micro_batch_size", "shard_group"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise WorkloadError(f"{name}={getattr(self, name)} is not positive.")
         for name, known in (("shard", SHARDS), ("schedule", SCHEDULES), ("offload", OFFLOADS)):
             if getattr(self, name) not in known:

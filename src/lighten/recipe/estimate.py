@@ -65,13 +65,13 @@ class Estimate:
 
     @property
     def mfu(self) -> float | None:
-        """Share of the devices' peak that goes into the model's own matrix products: attention in full, nothing that is computed again."""
+        """Share of the devices' peak that goes into the model's own matrix products, without masked scores and what is computed again."""
         if self.placed is None or self.placed.time is None or self.placed.peak_flops_per_s is None:
             return None
-        matmul, spec = sum(self.matmul.values()), self.spec
+        matmul, spec = self.matmul_causal, self.spec
         if isinstance(spec, ModelSpec):
-            matmul = workload_flops(_once(spec), replace(self.workload, recompute="none"))["matmul"]
-        elif self.workload.recompute != "none":
+            matmul = workload_flops(_once(spec), replace(self.workload, recompute="none"))["matmul_causal"]
+        elif self.workload.recompute != "none" or matmul is None:
             return None
         return matmul / self.placed.time.seconds / self.placed.peak_flops_per_s
 

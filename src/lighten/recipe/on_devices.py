@@ -17,8 +17,10 @@ from lighten.parallel.serving import STACKS, Serving, inference_time, serve
 from lighten.parallel.step_time import SOFTWARES, Stack, step_time
 from lighten.recipe.placement import Placed, Use
 from lighten.recipe.recipe import Recipe
+from lighten.units import DTYPE_BITS
 
 ONE_DEVICE = Plan()
+TRAINED_BITS = 16
 FOR_TRAINING = ("cp", "ep", "shard", "shard_group", "sequence_parallel", "schedule", "virtual_stages", "micro_batch_size", "offload")
 """Fields of a plan that have no effect outside training."""
 
@@ -37,7 +39,7 @@ def place_on_devices(  # noqa: PLR0913  what is asked, of what, and where
     """
     if recipe.runtime != Recipe().runtime:
         raise DeviceError(f"runtime {recipe.runtime} is timed on this machine alone; on {device.name} --stack says the kind of software.")
-    timed, peak = (_trained if workload.phase == "train" else _inferred)(spec, workload, device, plan, use.stack)
+    timed, peak = (_trained if workload.phase == "train" else _inferred)(spec, workload, device, plan, use)
     serving = _served(spec, workload, device, plan, use)
     return Placed(
         device=device.name, count=plan.devices, memory=memory if plan == ONE_DEVICE else rank_memory(spec, workload, plan),
@@ -48,16 +50,22 @@ def place_on_devices(  # noqa: PLR0913  what is asked, of what, and where
     )  # fmt: skip
 
 
-def _trained(spec: ModelSpec, workload: Workload, device: Device, plan: Plan, stack: str | None) -> tuple[TimePrediction, float]:
+def _trained(spec: ModelSpec, workload: Workload, device: Device, plan: Plan, use: Use) -> tuple[TimePrediction, float]:
+    stack = use.stack
     if stack is not None and stack not in SOFTWARES:
         raise WorkloadError(f"stack={stack!r} does not train; kinds of software that do: {', '.join(SOFTWARES)}.")
-    software = Stack() if stack is None else Stack(software=stack)  # type: ignore[arg-type]
+    if DTYPE_BITS[workload.dtype] < TRAINED_BITS:
+        raise WorkloadError(f"phase train keeps weights in 16 bits or more, not in {workload.dtype}; --linear-dtype says what their products run in.")
+    software = Stack(linear_dtype=use.linear_dtype) if stack is None else Stack(software=stack, linear_dtype=use.linear_dtype)  # type: ignore[arg-type]
     found = step_time(spec, workload, plan, device, stack=software)
     time = TimePrediction(seconds=found.seconds, low=found.low, high=found.high, bound_by=found.bound_by)
     return time, device.peak(software.linear_dtype or workload.dtype)
 
 
-def _inferred(spec: ModelSpec, workload: Workload, device: Device, plan: Plan, stack: str | None) -> tuple[TimePrediction, float]:
+def _inferred(spec: ModelSpec, workload: Workload, device: Device, plan: Plan, use: Use) -> tuple[TimePrediction, float]:
+    stack = use.stack
+    if use.linear_dtype is not None:
+        raise WorkloadError(f"--linear-dtype has no effect in phase {workload.phase}: products run in the weights' type.")
     for name in FOR_TRAINING:
         if getattr(plan, name) != getattr(ONE_DEVICE, name):
             raise WorkloadError(f"{name}={getattr(plan, name)} has no effect in phase {workload.phase}, which takes dp, tp and pp.")
@@ -81,6 +89,8 @@ def _served(spec: ModelSpec, workload: Workload, device: Device, plan: Plan, use
         return None
     if workload.phase != "generate":
         raise WorkloadError(f"--concurrency has no effect in phase {workload.phase}: requests are of phase generate.")
+    if workload.batch_size > 1:
+        raise WorkloadError(f"--batch-size {workload.batch_size} has no effect with --concurrency, which says how many requests run at once.")
     if plan.dp > 1:
         raise WorkloadError(f"--concurrency is of one copy of the model; dp={plan.dp} copies serve {plan.dp} times as much.")
     return serve(

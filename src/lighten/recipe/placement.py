@@ -23,12 +23,14 @@ class Use:
     Attributes:
         stack: the kind of software: of training fused, compiled or eager; else engine, ggml, local or eager; None: the first of these.
         tokens: of a whole training run.
+        linear_dtype: of training: what products with weights run in, such as float8 under a recipe that scales them; None: the workload's type.
         concurrency: requests that are served at once; 0: as many as fit.
     """
 
     stack: str | None = None
     tokens: int | None = None
     concurrency: int | None = None
+    linear_dtype: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
