@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -115,12 +116,17 @@ class Tensors:
         found: Floats = np.bincount(self.slot, weights=sizes, minlength=self.slots).astype(np.float64)
         return found
 
+    @cached_property
+    def kinds(self) -> list[tuple[int, int, int, int, int]]:
+        """Different tensors: rows, rest, place, whether an expert's, whether a hidden layer's matrix."""
+        found = np.unique(np.stack([self.rows, self.rest, self.place, self.routed, self.hidden]).astype(np.int64), axis=1)
+        return [(rows, rest, place, routed, hidden) for rows, rest, place, routed, hidden in found.T.tolist()]
+
     def shapes(self, ranks: int, few: int, places: Sequence[int]) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
         """Different shapes of shards, matrices of hidden layers and others."""
-        across = np.where(self.routed, few, ranks)
-        rows = np.ceil(self.rows / across)
-        kept = np.isin(self.place, places)
-        found = {(int(a), int(b), bool(c)) for a, b, c in zip(rows[kept], self.rest[kept], self.hidden[kept], strict=True)}
+        found = {
+            (-(-rows // (few if routed else ranks)), rest, hidden) for rows, rest, place, routed, hidden in self.kinds if place in places
+        }  # fmt: skip
         return [(a, b) for a, b, inside in sorted(found) if inside], [(a, b) for a, b, inside in sorted(found) if not inside]
 
 
@@ -274,7 +280,9 @@ class _Memory:
         """Values by slot of each (tp, ep, ranks), and what the optimizer needs of them."""
         c = self.columns
         rows, self.share = unique_rows(c.tp, c.ep, self.ranks)
-        tensors = {(tp, ep): rank_tensors(self.spec, tp=tp, ep=ep) for tp, ep in {(tp, ep) for tp, ep, _ in rows.tolist()}}
+        tensors: dict[tuple[int, int], Tensors] = self.spec.__dict__.setdefault("_plan_tensors", {})
+        for tp, ep in {(tp, ep) for tp, ep, _ in rows.tolist()} - tensors.keys():
+            tensors[tp, ep] = rank_tensors(self.spec, tp=tp, ep=ep)
         each = [(tensors[tp, ep], ranks, max(1, ranks // ep)) for tp, ep, ranks in rows.tolist()]
         self.whole = np.array([one.values(1, 1) for one, _, _ in each])
         self.shard = np.array([one.values(ranks, few) for one, ranks, few in each])
