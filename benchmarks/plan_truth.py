@@ -127,7 +127,7 @@ def main() -> None:
 def kind_of(plan: Plan) -> str:
     if plan.pp > 1:
         return f"pp {plan.schedule}"
-    return "fsdp2 × tp" if plan.tp > 1 and plan.shard == "zero3" else "tp" if plan.tp > 1 else "hsdp" if plan.shard_group else "fsdp2"
+    return "fsdp2+tp" if plan.tp > 1 and plan.shard == "zero3" else "tp" if plan.tp > 1 else "hsdp" if plan.shard_group else "fsdp2"
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from lighten.cost.replay.habits import habits
 from lighten.cost.training import _recomputed
@@ -151,6 +151,9 @@ def _tensor_parallel(spec: ModelSpec, parts: tuple[Placed, ...], plan: Plan, wor
     reduce: Kind = "reduce_scatter" if plan.sequence_parallel else "all_reduce"
     yield from _loss(spec, parts, plan, workload, rows, m)
     for i, each in enumerate(parts):
+        alone = plan.sequence_parallel and not each.seen and each.role == "whole"  # its weight's gradient is of the rank's positions
+        if not (each.gathers or each.reduces or alone):
+            continue
         one = Collective(
             kind=reduce, bytes=round(rows * _hidden(each) * element), group="tp", size=plan.tp, count=m, when="forward", overlappable=False,
             of="activations",
@@ -165,7 +168,7 @@ def _tensor_parallel(spec: ModelSpec, parts: tuple[Placed, ...], plan: Plan, wor
             yield one
             yield from [replace(one, when="backward")] if i in again else []
             yield from [replace(backward, kind=gather)] if plan.sequence_parallel else []
-        if plan.sequence_parallel and not each.seen and each.role == "whole":
+        if alone:
             for shape in each.part.tensors().values():
                 yield replace(
                     one, kind="all_reduce", bytes=round(_size(shape) * element), when="backward", overlappable=True, of="gradients of norms"
@@ -375,8 +378,10 @@ def _size(shape: tuple[int, ...]) -> int:
 
 def _merged(found: Iterable[Collective]) -> list[Collective]:
     """The same ones counted together."""
-    counts: dict[Collective, int] = {}
+    first: dict[tuple[Any, ...], Collective] = {}
+    counts: dict[tuple[Any, ...], int] = {}
     for each in found:
-        key = replace(each, count=0)
+        key = (each.kind, each.bytes, each.group, each.size, each.when, each.overlappable, each.stride, each.of)
+        first.setdefault(key, each)
         counts[key] = counts.get(key, 0) + each.count
-    return [replace(each, count=count) for each, count in counts.items()]
+    return [replace(first[key], count=count) for key, count in counts.items()]
