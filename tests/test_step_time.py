@@ -188,6 +188,16 @@ def test_sharding_weights_costs_traffic_and_sharding_the_optimizer_saves_its_tim
     assert three["communication"] > one["communication"]
 
 
+def test_an_update_in_the_hosts_memory_is_slower_and_its_range_wider():
+    # 0.25 s for 1e9 parameters on one host (arXiv:2101.06840, table 4): 6.74e9 of 30 bytes each at 128e9 bytes a second
+    here, there = (step_time(LLAMA, training(8), Plan(offload=place), H100) for place in ("none", "optimizer"))
+    assert there.parts["optimizer"] == pytest.approx(6_738_415_616 * 30 / 128e9)
+    assert there.parts["optimizer"] > 10 * here.parts["optimizer"]
+    assert there.high / there.seconds > here.high / here.seconds
+    spread = step_time(LLAMA, training(8), Plan(dp=8, shard="zero1", offload="optimizer"), H100)  # eight devices share the host and the work
+    assert spread.parts["optimizer"] == pytest.approx(there.parts["optimizer"])
+
+
 def test_adapters_leave_out_the_gradients_of_frozen_weights():
     whole = step_time(LLAMA, training(8), Plan(), H100)
     adapted = step_time(LLAMA, training(8, lora_rank=8, master_weights=False), Plan(), H100)

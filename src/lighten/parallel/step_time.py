@@ -11,7 +11,7 @@ Shares of published peaks, and how much of the traffic is hidden, are `TrainingR
 scripts/fit_training.py and kept as data. Shapes' effect on a product is the form of `lighten.device.datasheet`.
 
 Left out: stragglers, checkpoints, evaluation, reading the data; a pipeline's stages of unequal devices; expert imbalance beyond what the rates'
-constant has of it; offload.
+constant has of it; what of an offloaded update computing might hide.
 """
 
 from __future__ import annotations
@@ -44,6 +44,9 @@ FLASH_BACKWARD = 2.5
 """Products of a fused attention's backward pass for each of its forward pass: five for two. Source: Dao 2023 (arXiv:2307.08691), section 3.1.2."""
 RANGE_90 = 1.645
 """Standard deviations of a normal distribution to either side that hold 90 % of it."""
+HOST_BYTES_PER_S = 128e9
+"""What an update in a host's memory moves in a second, for all devices of the host together: 0.25 s for 10⁹ parameters of 32 bytes each.
+Source: Ren et al. 2021 (arXiv:2101.06840), table 4."""
 LOSS_BYTES = 12
 """Bytes that the loss moves for each logit: written and read once in 16 bits, and as float32 by softmax and its gradient."""
 
@@ -171,12 +174,12 @@ class Pieces:
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """What collectives of data parallelism and stages of a pipeline send at on a device: bytes per second, and seconds of the smallest."""
+    """What collectives of data parallelism, stages of a pipeline and the optimizer's update move in a second, and seconds of the smallest."""
 
     dp_bytes_per_s: Any
     expert_dp_bytes_per_s: Any
     pp_bytes_per_s: Any
-    memory_bytes_per_s: float
+    memory_bytes_per_s: Any
     collective_s: float
 
 
@@ -588,9 +591,17 @@ def traffic(plan: Plan, device: Device, rates: TrainingRates) -> Traffic:
     expert = group_bytes_per_s(device, apart, min(inner * plan.ep, plan.devices // apart), rates) if apart > 1 else math.inf
     stage = group_bytes_per_s(device, 2, plan.tp * plan.cp, rates) if plan.pp > 1 else math.inf
     return Traffic(
-        dp_bytes_per_s=dp, expert_dp_bytes_per_s=expert, pp_bytes_per_s=stage, memory_bytes_per_s=device.bandwidth() * rates.bandwidth_share,
+        dp_bytes_per_s=dp, expert_dp_bytes_per_s=expert, pp_bytes_per_s=stage, memory_bytes_per_s=_update_bytes_per_s(plan, device, rates),
         collective_s=rates.collective_s,
     )  # fmt: skip
+
+
+def _update_bytes_per_s(plan: Plan, device: Device, rates: TrainingRates) -> float:
+    """At what the optimizer moves its bytes: of the device's memory, or of its host's, which the devices of a node share."""
+    if plan.offload == "none":
+        return device.bandwidth() * rates.bandwidth_share
+    inside = [link.devices for link in device.links[:-1] if link.devices] or [link.devices or 1 for link in device.links[:1]] or [1]
+    return HOST_BYTES_PER_S / min(plan.devices, inside[-1])
 
 
 # ---- the step ----
@@ -679,7 +690,9 @@ def step_time(  # noqa: PLR0913 - what and where, and three refinements
     micro_batches = plan.micro_batches(workload.batch_size)
     parts = _assembled(pieces, workload, plan, device, rates)
     seconds = sum(parts.values())
-    missing = unsaid + (("software",) if stack.software is None and "software" not in unsaid else ())
+    missing = (
+        unsaid + (("software",) if stack.software is None and "software" not in unsaid else ()) + (("offload",) if plan.offload != "none" else ())
+    )
     factor = range_factor(rates, missing)
     by_bound: dict[Bound, float] = {
         "compute": parts["compute"], "memory": parts["memory"] + parts["optimizer"], "communication": parts["communication"],
