@@ -9,7 +9,7 @@ from functools import cache
 from importlib import resources
 from typing import Any, Literal
 
-from lighten.model.spec import ModelSpec
+from lighten.model.spec import Attention, ModelSpec
 from lighten.recipe.recipe import Step
 
 Measure = Literal["same", "baseline", "perplexity_ratio", "score_ratio"]
@@ -52,12 +52,14 @@ class Quality:
         """
         >>> str(Quality(measure="perplexity_ratio", low=1.02, high=1.07, rows=7)), str(SAME)
         ('perplexity ×1.02-1.07', 'same')
+
+        A single published row is no range, and is said to be one.
         """
         if self.measure in UNMEASURED:
             return {"same": "same", "baseline": "16 bit"}[self.measure]
         name = self.measure.partition("_")[0]
         ends = list(dict.fromkeys(_digits(value) for value in (self.low, self.high)))
-        return f"{name} ×{'-'.join(ends)}"
+        return f"{name} ×{'-'.join(ends)}" + (" (1 row)" if self.rows == 1 else "")
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -85,8 +87,8 @@ class Published:
     quality: Quality
 
     def is_of(self, spec: ModelSpec) -> bool:
-        """Whether it was seen on models like this one: decoders of about its size."""
-        if self.parameters is None or not spec.is_decoder:
+        """Whether it was seen on models like this one: decoders with attention, of about its size."""
+        if self.parameters is None or not spec.is_decoder or not any(isinstance(part, Attention) for part in spec.parts):
             return False
         least, most = self.parameters
         return least / FARTHEST <= spec.total_parameters <= most * FARTHEST
