@@ -149,6 +149,33 @@ def test_bytes_are_near_those_of_rank_memory(name: str, worst: float, request: p
     assert max(abs(ratio - 1) for ratio in ratios) < worst
 
 
+GPT2: dict[str, Any] = {
+    "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "vocab_size": 50257,
+}  # fmt: skip
+T5: dict[str, Any] = {
+    "architectures": ["T5ForConditionalGeneration"], "model_type": "t5", "d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8,
+    "vocab_size": 32128,
+}  # fmt: skip
+QWEN_MOE: dict[str, Any] = MIXTRAL | {
+    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": 8, "mlp_only_layers": [0, 1], "moe_intermediate_size": 256,
+    "head_dim": 64,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [GPT2, T5, QWEN_MOE], ids=["tied head", "two streams", "blocks that differ"])
+def test_bytes_of_other_models_are_no_less_than_rank_memory_has(config: dict[str, Any], tmp_path: Path) -> None:
+    """What does not fit by `rank_memory` should not be taken for fitting; too much is asked again."""
+    spec, workload = spec_of(tmp_path, config), training(batch_size=32, seq_len=512)
+    columns = all_plans(spec, workload, box(), 8)
+    found = plan_bytes(columns, spec, workload)
+    ratios = [
+        found[row] / rank_memory(spec, replace(workload, recompute=columns.recompute_of(row)), columns.plan(row)).peak
+        for row in random.Random(11).sample(range(len(columns)), 30)
+    ]
+    assert 0.9 < min(ratios) < median(ratios) < 1.1
+    assert max(ratios) < 1.5
+
+
 def test_large_models_fit_where_rank_memory_says(big: ModelSpec) -> None:
     workload = training(batch_size=64, seq_len=4096)
     columns = all_plans(big, workload, box(), 32)
