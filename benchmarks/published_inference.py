@@ -282,7 +282,10 @@ def inference_case(row: Row) -> InferenceCase:
     tp, pp = _spread(row, devices, stack)
     input_len, output_len = count_of(row, "input_len"), count_of(row, "output_len")
     batch = count_of(row, "batch_or_concurrency")
-    in_flight = bool(re.search(FLIGHT, (row.get("batch_kind") or "").lower()))
+    kind = (row.get("batch_kind") or "").lower()
+    in_flight = bool(re.search(FLIGHT, kind))
+    if "static" in kind and stack.records:  # a session of its own, as engines ran it before they batched in flight
+        stack = replace(stack, records=False)
     words = f"{row.get('metric', '')} {row.get('note', '')}".lower()
     empty = bool(re.search(EMPTY_CONTEXT, words))
     context = 0 if empty else input_len if input_len is not None else DEFAULT_CONTEXT

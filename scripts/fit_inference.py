@@ -75,7 +75,7 @@ PRIORS: dict[str, Prior] = {
     "attention_share": Prior(0.45, 0.5), "vector_share": Prior(0.5, 0.4), "score_bytes": Prior(0.3, 1.0),
     "bandwidth_share": Prior(0.8, 0.15), "cache_share": Prior(0.65, 0.4),
     "weight_only_4": Prior(0.8, 0.3), "weight_only_8": Prior(0.9, 0.3), "weight_only_compute": Prior(0.7, 0.4),
-    "operator_s": Prior(4e-6, 0.5), "pointwise": Prior(0.4, 0.5), "pass_s": Prior(3e-4, 0.7), "flight_s": Prior(5e-4, 1.0),
+    "operator_s": Prior(4e-6, 0.5), "pointwise": Prior(0.4, 0.5), "pass_s": Prior(3e-4, 0.7), "recorded_s": Prior(5e-4, 1.0),
     "experts_share": Prior(0.6, 0.3), "sequence_s": Prior(1e-6, 1.5),
     "progress": Prior(1.2, 0.1),
     "collective_s": Prior(1e-5, 0.7), "far_collective_s": Prior(4e-5, 0.7), "hop_s": Prior(5e-5, 1.0), "link_share": Prior(0.7, 0.3),
@@ -100,7 +100,7 @@ YOUNGER = 0.75
 """What accelerators that are no GPUs are taken to reach of what GPUs do before any row is seen: their kernels come from compilers, not from hands."""
 UNFUSED_BYTES = 9.0
 """Bytes that a score moves there at least: compilers write scores out, as software without a kernel for attention does."""
-LATENCIES = ("operator_s", "pass_s", "flight_s", "collective_s", "far_collective_s", "hop_s")
+LATENCIES = ("operator_s", "pass_s", "recorded_s", "collective_s", "far_collective_s", "hop_s")
 YEAR = 2025.0
 """Of the software that the constants are of; rows whose software names no year are taken to be of it."""
 FIXED = {"half_rows": 45.0, "half_columns": 90.0, "half_outputs": 90.0, "sharpness": 4.0}
@@ -162,8 +162,8 @@ def table_of(samples: Sequence[Sample]) -> Table:
 def _add(row: int, case: InferenceCase, work: Work, limits: tuple[Limits, Limits], ops: Columns, rows: Columns) -> None:
     cost = dict.fromkeys(("passes", "steps", "sequences", "hops", "hop_wire", "near", "near_wire", "far", "far_wire"), 0.0)
     for count, one in work.passes:
-        cost["passes"] += count * (not one.in_flight)
-        cost["steps"] += count * one.in_flight
+        cost["passes"] += count * (not one.recorded)
+        cost["steps"] += count * one.recorded
         cost["sequences"] += count * one.sequences
         if work.pp > 1:
             cost["hops"] += count * (work.pp - 1)
@@ -239,7 +239,7 @@ def seconds_of(table: Table, names: Sequence[str], theta: Array) -> Array:
     where = rows["place"].astype(int)
     wire = (rows["near_wire"] + rows["far_wire"] + rows["hop_wire"]) / np.minimum(value["link_share"] * own["link"][where], MOST_SHARE)
     latency = rows["near"] * value["collective_s"] + rows["far"] * value["far_collective_s"] + rows["hops"] * value["hop_s"]
-    latency = latency + rows["passes"] * value["pass_s"] + rows["steps"] * value["flight_s"]
+    latency = latency + rows["passes"] * value["pass_s"] + rows["steps"] * value["recorded_s"]
     return np.asarray(total + wire + latency * own["latency"][where] + rows["sequences"] * value["sequence_s"])
 
 

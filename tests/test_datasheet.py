@@ -67,7 +67,7 @@ def test_kept_rates_are_shares_and_seconds(name: str) -> None:
         assert all(0 < share <= 1 for share in shares), shares
         assert all(0 < share <= 1 for share in one.weight_only.values())
         assert 0 < one.pointwise <= 1
-        assert all(0 <= seconds < 1e-2 for seconds in (one.operator_s, one.pass_s, one.flight_s, one.sequence_s, one.collective_s, one.hop_s))
+        assert all(0 <= seconds < 1e-2 for seconds in (one.operator_s, one.pass_s, one.recorded_s, one.sequence_s, one.collective_s, one.hop_s))
         assert set(one.compute_share) == {"bit32", "bit16", "bit8", "bit4"}
 
 

@@ -66,7 +66,7 @@ class Rates:
         operator_s: seconds that each operator adds, beside its roofline.
         pointwise: how many of the norms and elementwise operators are kernels of their own (1: all, 0: all are fused into products).
         pass_s: seconds that each forward pass adds: scheduling, sampling, a launch.
-        flight_s: the same for a step of batching in flight, whose launches are recorded and whose scheduling goes on meanwhile.
+        recorded_s: the same for a pass whose launches are recorded once and played, and whose scheduling goes on meanwhile.
         sequence_s: seconds that each sequence adds to a pass: its sampling and bookkeeping.
         link_share: share of a link's bandwidth that a collective reaches.
         collective_s: seconds of the smallest collective inside a node.
@@ -96,7 +96,7 @@ class Rates:
     operator_s: float = 4e-6
     pointwise: float = 0.5
     pass_s: float = 0.0
-    flight_s: float = 0.0
+    recorded_s: float = 0.0
     sequence_s: float = 0.0
     link_share: float = 0.75
     collective_s: float = 8e-6

@@ -51,7 +51,7 @@ class DevicePass:
     Attributes:
         ops: operators with how often each occurs.
         sequences: that get a token from it.
-        in_flight: a step of batching in flight.
+        recorded: its launches are recorded once and played (CUDA graphs), and its scheduling goes on meanwhile.
         boundary_bytes: of the activations that go from one stage of layers to the next.
     """
 
@@ -60,7 +60,7 @@ class DevicePass:
     sequences: int
     boundary_bytes: float
     tp: int
-    in_flight: bool = False
+    recorded: bool = False
 
 
 def device_pass(  # noqa: PLR0913 - a public call whose options are all given by name
@@ -156,7 +156,7 @@ def pass_parts(
     if pp > 1:
         link = device.link(work.tp * pp)
         total["communication"] += (pp - 1) * (rates.hop_s + work.boundary_bytes / (link.bytes_per_s * rates.link_share))
-    total["overhead"] += (rates.flight_s if work.in_flight else rates.pass_s) + rates.sequence_s * work.sequences
+    total["overhead"] += (rates.recorded_s if work.recorded else rates.pass_s) + rates.sequence_s * work.sequences
     return total
 
 

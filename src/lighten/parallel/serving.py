@@ -41,6 +41,7 @@ class Stack:
         short_sums: float16 products are summed up in float16 where the device does that faster.
         integer_products: codes of weights are multiplied as int8, where the device has a rate of it, with activations rounded to int8.
         max_batch, max_tokens: sequences of a step, and tokens of a step, at most.
+        records: launches of a pass are recorded once and played.
         micro_batches: stages of layers work on different parts of a batch at once.
         memory_share: of what weights and activations leave of the memory, what it gives to the cache.
     """
@@ -49,6 +50,7 @@ class Stack:
     split: Split = "reduce"
     chunk: int | None = None
     pipelines: bool = False
+    records: bool = False
     micro_batches: bool = False
     short_sums: bool = False
     integer_products: bool = False
@@ -58,7 +60,7 @@ class Stack:
 
 
 STACKS = {
-    "engine": Stack(name="engine", micro_batches=True),
+    "engine": Stack(name="engine", records=True, micro_batches=True),
     "ggml": Stack(name="ggml", chunk=512, pipelines=True, short_sums=True, integer_products=True),
     "local": Stack(name="local", short_sums=True),
     "eager": Stack(name="eager"),
@@ -115,7 +117,8 @@ class Deployment:
     def device_pass(self, spec: ModelSpec, forward: Forward, keep: Keep = "all") -> DevicePass:
         """A forward pass of one of the devices."""
         types = self.types
-        return device_pass(spec, forward, dtype=types.activations, kv_dtype=types.cache, tp=self.tp, split=self.stack.split, keep=keep)
+        work = device_pass(spec, forward, dtype=types.activations, kv_dtype=types.cache, tp=self.tp, split=self.stack.split, keep=keep)
+        return replace(work, recorded=self.stack.records)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -371,7 +374,7 @@ def flight_work(spec: ModelSpec, concurrency: int, input_len: int, output_len: i
         *together.ops, *deployment.device_pass(spec, step, "attention").ops, *deployment.device_pass(spec, step, "logits").ops,
         *((op, count * entering) for op, count in entered),
     )  # fmt: skip
-    return Work(passes=((1.0, replace(together, ops=ops, sequences=held, in_flight=True)),), tokens=held * pp, pp=pp)
+    return Work(passes=((1.0, replace(together, ops=ops, sequences=held)),), tokens=held * pp, pp=pp)
 
 
 def work_parts(work: Work, device: Device, rates: Rates, limits: tuple[Limits, Limits]) -> dict[Bound, float]:
