@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -109,7 +109,7 @@ def all_plans(spec: ModelSpec, workload: Workload, device: Device, count: int, f
         raise WorkloadError(_why_none(spec, workload, count, asked))
     rows = np.concatenate([_NO_ROWS, *(_rows(workload, device, grid, asked) for grid in grids)])
     if not len(rows):
-        raise WorkloadError(_why_none(spec, workload, count, asked))
+        raise WorkloadError(_conflict(workload, count, grids, asked))
     return Columns(**{name: np.ascontiguousarray(rows[:, place]) for place, name in enumerate(NAMES)})
 
 
@@ -262,6 +262,30 @@ def _check_fixed(spec: ModelSpec, workload: Workload, count: int, asked: Fixed) 
 
 def _sizes_that_divide(count: int) -> str:
     return f"sizes of {count} are {', '.join(map(str, divisors(count)))}"
+
+
+def _conflict(workload: Workload, count: int, grids: Sequence[_Grid], asked: Fixed) -> str:
+    """Why no plan of these sizes has all that is decided."""
+    v = asked.values
+    said = ", ".join(f"{name}={value}" for name, value in v.items())
+    shares = sorted({workload.batch_size // grid.dp for grid in grids})
+    ranks = sorted({grid.dp * grid.cp for grid in grids})
+    reasons = []
+    if v.get("sequence_parallel") and all(grid.tp == 1 for grid in grids):
+        reasons.append("sequence_parallel needs tp above 1, which the model or the number of devices does not allow")
+    if v.get("shard", "") == "none" and "shard_group" in v:
+        reasons.append("shard_group needs shard zero1, zero2 or zero3")
+    if "shard_group" in v and all(each % v["shard_group"] for each in ranks):
+        reasons.append(f"shard_group={v['shard_group']} divides none of the possible dp · cp: {_few(ranks)}")
+    if "micro_batch_size" in v and all(share % v["micro_batch_size"] for share in shares):
+        reasons.append(f"micro_batch_size={v['micro_batch_size']} divides none of the possible shares of the batch: {_few(shares)}")
+    if not reasons and {"virtual_stages", "schedule"} & v.keys():
+        reasons.append("interleaved pipelines need pp above 1, at most blocks / pp virtual stages (1F1B has 1), and micro-batches in groups of pp")
+    return f"no plan of {count} devices has {said}: {'; '.join(reasons) or 'decide less of it'}."
+
+
+def _few(values: Sequence[int]) -> str:
+    return ", ".join(map(str, values[:8])) + (" …" if len(values) > 8 else "")
 
 
 def _why_none(spec: ModelSpec, workload: Workload, count: int, asked: Fixed) -> str:
