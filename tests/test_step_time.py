@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lighten.cost.workload import Workload
-from lighten.device.catalog import read_device
+from lighten.device.catalog import read_device, with_network
 from lighten.device.device import Device, Link
 from lighten.errors import DeviceError, WorkloadError
 from lighten.model.families import describe
@@ -238,7 +238,8 @@ def test_arithmetic_takes_arrays_and_gives_what_it_gives_for_each():
     pieces = layer_pieces(LLAMA, training(64), Plan(dp=8, micro_batch_size=1), H100)
     links = Traffic(dp_bytes_per_s=2e10, expert_dp_bytes_per_s=2e10, pp_bytes_per_s=4e10, memory_bytes_per_s=2e12, collective_s=1e-5)
     sizes = {
-        "pp": [1, 2, 4, 32], "dp": [8, 4, 2, 1], "ep": [1, 1, 1, 1], "gathers": [1.0, 0.0, 1.0, 0.0], "shards": [8, 4, 1, 1],
+        "pp": [1, 2, 4, 32], "dp": [8, 4, 2, 1], "ep": [1, 1, 1, 1], "gathers": [1.0, 0.0, 1.0, 0.0],
+        "sums": [1.0, 1.0, 1.0, 0.0], "shards": [8, 4, 1, 1],
         "micro_batches": [8, 16, 32, 64], "virtual_stages": [1, 2, 4, 1],
     }  # fmt: skip
     together = assemble(pieces, links, RATES, **{name: np.array(values) for name, values in sizes.items()})
@@ -253,7 +254,7 @@ def test_pieces_may_be_arrays_too():
     found = [layer_pieces(LLAMA, training(64), plan, H100) for plan in plans]
     stacked = Pieces(**{each.name: np.array([getattr(pieces, each.name) for pieces in found]) for each in fields(Pieces)})  # type: ignore[arg-type]
     links = Traffic(dp_bytes_per_s=2e10, expert_dp_bytes_per_s=2e10, pp_bytes_per_s=math.inf, memory_bytes_per_s=2e12, collective_s=1e-5)
-    sizes: dict[str, Any] = {"pp": 1, "dp": 8, "ep": 1, "gathers": 0.0, "shards": 1, "micro_batches": 8, "virtual_stages": 1}
+    sizes: dict[str, Any] = {"pp": 1, "dp": 8, "ep": 1, "gathers": 0.0, "sums": 0.0, "shards": 1, "micro_batches": 8, "virtual_stages": 1}
     together = assemble(stacked, links, RATES, **sizes)
     for i, pieces in enumerate(found):
         assert sum(np.broadcast_to(part, 3)[i] for part in together.values()) == pytest.approx(sum(assemble(pieces, links, RATES, **sizes).values()))
@@ -413,3 +414,23 @@ def test_attention_is_counted_as_the_row_says(rows):
         assert found == pytest.approx(products + attention)
         assert unsaid == ()
     assert rows.flops_per_token(ROW, rows.training_case(ROW | {"seq_len": "65536"}))[1] == ("flops",)
+
+
+def test_gradients_are_sent_with_each_micro_batch_where_no_rank_holds_all_of_them():
+    """ZeRO-1 sums them once a step, ZeRO-2 after each of the micro-batches; on a slow network that is what a step takes."""
+    workload = Workload(phase="train", batch_size=64, seq_len=128, dtype="bfloat16", optimizer="adamw")
+    slow = with_network(read_device("h100-sxm"), "1Gb/s")
+    plans = {shard: Plan(dp=16, shard=shard, micro_batch_size=1) for shard in ("zero1", "zero2")}
+    seconds = {shard: step_time(LLAMA, workload, plan, slow).parts["communication"] for shard, plan in plans.items()}
+    assert seconds["zero2"] > 2 * seconds["zero1"]  # a gather and 4 sums instead of a gather and a sum
+
+
+def test_wider_values_are_more_traffic():
+    slow = with_network(read_device("h100-sxm"), "1Gb/s")
+    narrow, wide = (
+        step_time(LLAMA, Workload(phase="train", batch_size=16, seq_len=128, dtype=dtype, optimizer="adamw"), Plan(dp=16), slow).parts[
+            "communication"
+        ]
+        for dtype in ("bfloat16", "float32")
+    )
+    assert wide == pytest.approx(2 * narrow, rel=0.1)

@@ -211,13 +211,13 @@ def exchange_terms(exchange: Collective, devices: int, device: Device) -> dict[s
     if exchange.kind == "gather":
         return {"near": devices - 1.0, "near_wire": exchange.size_bytes / device.link(devices).bytes_per_s, "far": 0.0, "far_wire": 0.0}
     inner = device.link(2)
-    inside = min(devices, inner.devices or devices)
+    inside = 1 if device.devices_per_node == 1 else min(devices, inner.devices or devices)
     nodes = math.ceil(devices / inside)
-    near_wire = _ring(exchange.size_bytes, inside) / inner.bytes_per_s
+    near = {"near": math.log2(2 * inside) / 2 if inside > 1 else 0.0, "near_wire": _ring(exchange.size_bytes, inside) / inner.bytes_per_s}
     if nodes == 1:
-        return {"near": math.log2(2 * inside) / 2, "near_wire": near_wire, "far": 0.0, "far_wire": 0.0}
+        return {**near, "far": 0.0, "far_wire": 0.0}
     far_wire = _ring(exchange.size_bytes / inside, nodes) / device.link(devices).bytes_per_s
-    return {"near": math.log2(2 * inside) / 2, "near_wire": near_wire, "far": math.log2(2 * nodes) / 2, "far_wire": far_wire}
+    return {**near, "far": math.log2(2 * nodes) / 2, "far_wire": far_wire}
 
 
 def _ring(size_bytes: float, devices: int) -> float:

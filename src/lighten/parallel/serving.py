@@ -25,7 +25,7 @@ from lighten.device.datasheet import BOUNDS, Bound, Limits, Rates, load_rates
 from lighten.device.device import Device
 from lighten.errors import DeviceError, WorkloadError
 from lighten.model.spec import Attention, Embedding, Linear, ModelSpec, Part, WeightFormat
-from lighten.parallel.device_pass import DevicePass, Keep, Split, check_split, device_pass, pass_parts, wide_and_narrow
+from lighten.parallel.device_pass import DevicePass, Keep, Split, check_split, device_pass, is_narrow, pass_parts, wide_and_narrow
 from lighten.units import DTYPE_BITS, dtype_bytes, format_bytes
 
 
@@ -211,9 +211,10 @@ def inference_time(
     decode = work_parts(later, device, rates, limits) if later else None
     total = {bound: (prefill or {}).get(bound, 0.0) + (decode or {}).get(bound, 0.0) for bound in BOUNDS}
     seconds = sum(total.values())
+    least = sum(least_seconds(work, limits) for work in (first, later) if work)
     factor = rates.range_factor("serving" if first and later else "decode" if later else "prefill", devices=tp * pp)
     return InferenceTime(
-        phase=workload.phase, seconds=seconds, low=seconds / factor, high=seconds * factor, bound_by=_binding(total),
+        phase=workload.phase, seconds=seconds, low=max(seconds / factor, min(seconds, least)), high=seconds * factor, bound_by=_binding(total),
         tokens_per_second=workload.tokens / seconds, prefill_s=sum(prefill.values()) if prefill else None,
         step_s=sum(decode.values()) / steps_after_first(workload) if decode else None, by_bound=total,
         assumptions=_assumptions(deployment, device),
@@ -384,6 +385,23 @@ def work_parts(work: Work, device: Device, rates: Rates, limits: tuple[Limits, L
         for bound, seconds in pass_parts(each, device, rates, limits, pp=work.pp).items():
             total[bound] += count * seconds
     return total
+
+
+def least_seconds(work: Work, limits: tuple[Limits, Limits]) -> float:
+    """What no software can be faster than: products at the published peak, or weights at the published bandwidth, whichever takes longer.
+
+    Weights of less than `CACHED_BYTES` may stay in a cache, whose bandwidth is not known.
+    """
+    total = 0.0
+    for count, each in work.passes:
+        compute = sum(many * op.causal_flops / limits[is_narrow(op)].product_flops_per_s for op, many in each.ops)
+        weights = sum(many * op.weight_bytes for op, many in each.ops)
+        total += count * max(compute, weights / limits[0].bytes_per_s if weights > CACHED_BYTES else 0.0)
+    return total
+
+
+CACHED_BYTES = 2**30
+"""Weights that are larger pass through memory each time: no accelerator has a cache of that size."""
 
 
 # ---- memory ----

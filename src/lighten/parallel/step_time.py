@@ -147,6 +147,7 @@ class Pieces:
         layers: of the whole model.
         layer_parameters: held by one rank, in the mean of the layers, and updated; `ends_parameters` those of embedding and head.
         expert_parameters: those of `layer_parameters` that are experts', which fewer ranks share out.
+        value_bytes: of a weight and of a gradient, as they are sent.
         update_bytes: that the optimizer moves for each parameter.
         hidden_bytes: of the tensor that goes from one stage to the next.
         model_flops: of the whole model and micro-batch, forward and backward, masked scores left out, without what is computed again.
@@ -163,6 +164,7 @@ class Pieces:
     expert_parameters: float
     ends_parameters: float
     frozen_parameters: float
+    value_bytes: float
     update_bytes: float
     hidden_bytes: float
     model_flops: float
@@ -397,7 +399,7 @@ def layer_pieces(
         ends_s=sum(ends) + logits / work.bytes_per_s, layer_comm_s=layer_comm / model.layers, ends_comm_s=ends_comm, layers=model.layers,
         layer_parameters=trained * (dense + experts) / model.layers, expert_parameters=trained * experts / model.layers,
         ends_parameters=trained * model.ends_parameters / plan.tp, frozen_parameters=(1 - trained) * (dense + experts) / model.layers,
-        update_bytes=_update_bytes(workload), hidden_bytes=stream,
+        value_bytes=dtype_bytes(workload.dtype), update_bytes=_update_bytes(workload), hidden_bytes=stream,
         model_flops=micro * flops,
     )  # fmt: skip
 
@@ -608,7 +610,7 @@ def _update_bytes_per_s(plan: Plan, device: Device, rates: TrainingRates) -> flo
 
 
 def assemble(  # noqa: PLR0913 - one argument for each size that a search varies
-    pieces: Pieces, links: Traffic, rates: TrainingRates, *, pp: Any, dp: Any, ep: Any, gathers: Any, shards: Any, micro_batches: Any,
+    pieces: Pieces, links: Traffic, rates: TrainingRates, *, pp: Any, dp: Any, ep: Any, gathers: Any, sums: Any, shards: Any, micro_batches: Any,
     virtual_stages: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Seconds of a step by part (compute, memory, communication, bubble, overhead, optimizer), of floats or of numpy's arrays.
@@ -619,6 +621,7 @@ def assemble(  # noqa: PLR0913 - one argument for each size that a search varies
     Args:
         dp: ranks that gradients are summed over (dp · cp); ep: of these, the ranks that hold one copy of the experts.
         gathers: 1 where weights are gathered for each pass (ZeRO-3, FSDP), else 0.
+        sums: 1 where gradients are summed after each micro-batch, for no rank holds all of them (ZeRO-2 and 3), else 0.
         shards: ranks that the optimizer's work is shared out over.
     """
     layers = pieces.layers / pp
@@ -634,17 +637,16 @@ def assemble(  # noqa: PLR0913 - one argument for each size that a search varies
     comm = comm + several * micro_batches * 2 * virtual_stages * (pieces.hidden_bytes / links.pp_bytes_per_s + links.collective_s)
     bubble = (pp - 1) / virtual_stages * mean + waits
     compute_s = micro_batches * (layers * pieces.compute_s + pieces.ends_s / pp)
-    # data parallelism: gradients are summed, and weights gathered, once a step, or weights with each pass
+    # data parallelism: gradients are summed, and weights gathered, once a step, or with each micro-batch
     owns = layers * (pieces.layer_parameters - pieces.expert_parameters) + pieces.ends_parameters / pp
     experts = layers * pieces.expert_parameters
     frozen = layers * pieces.frozen_parameters
     apart = dp / ep
-    passes = gathers * micro_batches
-    once = 1 - gathers
-    words = 2 * passes + 2 * passes + (2 + 2) * once  # two gathers and a sum of gradients, 2 bytes each; or one of each a step
-    sent = (owns * (words + 2 * passes) + 2 * frozen * 2 * passes) * (dp - 1) / dp / links.dp_bytes_per_s
-    sent = sent + experts * (words + 2 * passes) * (apart - 1) / apart / links.expert_dp_bytes_per_s
-    behind = (passes + once) / _larger(micro_batches, 1) * compute_s  # the last micro-batch's computing, or that of all
+    gathered = 2 * gathers * micro_batches + (1 - gathers)  # times that weights are: for both passes, or after the update
+    summed = 1 + sums * (micro_batches - 1)
+    sent = (owns * (gathered + summed) + frozen * 2 * gathers * micro_batches) * pieces.value_bytes * (dp - 1) / dp / links.dp_bytes_per_s
+    sent = sent + experts * (gathered + summed) * pieces.value_bytes * (apart - 1) / apart / links.expert_dp_bytes_per_s
+    behind = summed / _larger(micro_batches, 1) * compute_s  # the last micro-batch's computing, or that of all
     hidden = rates.dp_hidden * behind
     dp_comm = rates.dp_exposed * sent + (1 - rates.dp_exposed) * _larger(sent - hidden, 0)
     update = (owns / _smaller(shards, dp) + experts / _larger(_smaller(shards, dp) / ep, 1)) * pieces.update_bytes / links.memory_bytes_per_s
@@ -721,8 +723,8 @@ def step_seconds_of(
 def _assembled(pieces: Pieces, workload: Workload, plan: Plan, device: Device, rates: TrainingRates) -> dict[str, Any]:
     return assemble(
         pieces, traffic(plan, device, rates), rates, pp=plan.pp, dp=plan.dp * plan.cp, ep=plan.ep, gathers=float(plan.shard == "zero3"),
-        shards=plan.sharing_ranks if plan.shard != "none" else 1, micro_batches=plan.micro_batches(workload.batch_size),
-        virtual_stages=plan.virtual_stages,
+        sums=float(plan.shard in ("zero2", "zero3")), shards=plan.sharing_ranks if plan.shard != "none" else 1,
+        micro_batches=plan.micro_batches(workload.batch_size), virtual_stages=plan.virtual_stages,
     )  # fmt: skip
 
 
