@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lighten.cost.operators import Forward, forward_operators
 from lighten.cost.workload import Workload
-from lighten.device.catalog import read_device
+from lighten.device.catalog import read_device, with_devices_per_node
 from lighten.device.device import Device, Link
 from lighten.errors import DeviceError, WorkloadError
 from lighten.model.read import config_spec
@@ -377,3 +377,18 @@ def test_codes_are_multiplied_as_integers_where_the_software_and_the_device_do_t
     assert narrow.type_class == "bit8"
     assert wide.product_flops_per_s == read_device("rtx-4090").peak("float16_acc16")
     assert {one.type_class for one in limits_on(read_device("m2-ultra-76"), deployment(spec, stack="ggml", dtype="float16"))} == {"bit16"}
+
+
+def test_no_range_reaches_below_what_the_data_sheet_allows():
+    """The weights of a large model pass through memory once a step; the low end of the range is no faster than that."""
+    for name in ("h100-sxm", "rtx-4090", "l4", "m2-ultra-76"):
+        device = read_device(name)
+        found = inference_time(SPEC, Workload(phase="decode", seq_len=128, new_tokens=1, dtype="float16"), device)
+        weights = sum(part.parameters for part in SPEC.parts if isinstance(part, Linear)) * 2
+        assert weights / device.bandwidth() <= found.low <= found.seconds <= found.high
+
+
+def test_devices_alone_in_their_nodes_are_far_from_each_other():
+    decode = Workload(phase="decode", seq_len=128, new_tokens=1, dtype="bfloat16")
+    near, far = (inference_time(SPEC, decode, with_devices_per_node(read_device("h100-sxm"), count), tp=8).seconds for count in (8, 1))
+    assert far > 1.5 * near
