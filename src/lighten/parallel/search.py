@@ -261,11 +261,12 @@ def plan_seconds(columns: Columns, spec: ModelSpec, workload: Workload, device: 
     pieces = _gathered(
         [layer_pieces(spec, replace(workload, recompute=c.recompute_of(row)), c.plan(row), device, stack=stack, rates=rates) for row in first], index
     )
-    _, first, index = _unique(c.tp, c.cp, c.pp, c.ep, c.shard == 0, c.shard_group)
+    _, first, index = _unique(c.tp, c.cp, c.pp, c.ep, c.shard == 0, c.shard_group, c.offload)
     links = _gathered_links([traffic(c.plan(row), device, rates) for row in first], index)
     return assemble(
         pieces, links, rates, pp=c.pp.astype(np.float64), dp=(c.dp * c.cp).astype(np.float64), ep=c.ep.astype(np.float64),
-        gathers=(c.shard == SHARDS.index("zero3")).astype(np.float64), shards=np.where(c.shard == 0, 1, c.sharing_ranks).astype(np.float64),
+        gathers=(c.shard == SHARDS.index("zero3")).astype(np.float64), sums=(c.shard >= SHARDS.index("zero2")).astype(np.float64),
+        shards=np.where(c.shard == 0, 1, c.sharing_ranks).astype(np.float64),
         micro_batches=workload.batch_size // c.dp // c.micro_batch_size, virtual_stages=c.virtual_stages,
     )  # fmt: skip
 
@@ -320,8 +321,8 @@ def time_details(spec: ModelSpec, workload: Workload, plan: Plan, device: Device
 def _assembled(pieces: Pieces, links: Traffic, plan: Plan, workload: Workload, rates: TrainingRates) -> dict[str, float]:
     return assemble(
         pieces, links, rates, pp=plan.pp, dp=plan.dp * plan.cp, ep=plan.ep, gathers=float(plan.shard == "zero3"),
-        shards=plan.sharing_ranks if plan.shard != "none" else 1, micro_batches=plan.micro_batches(workload.batch_size),
-        virtual_stages=plan.virtual_stages,
+        sums=float(plan.shard in ("zero2", "zero3")), shards=plan.sharing_ranks if plan.shard != "none" else 1,
+        micro_batches=plan.micro_batches(workload.batch_size), virtual_stages=plan.virtual_stages,
     )  # fmt: skip
 
 
@@ -396,4 +397,4 @@ def _nothing_fits(asked: Asked, searched: Sequence[Field], *, narrowed: bool) ->
         return f"{what} {'as asked' if narrowed else 'of those that were looked at'}; one that fits is {one.columns.plan(row)}."
     again = "" if one.columns.recompute_of(row) == "none" else f" recompute={one.columns.recompute_of(row)}"
     nearest = f"nearest is {one.columns.plan(row)}{again} with {format_bytes(needed)}, {format_bytes(needed - asked.capacity)} too much"
-    return f"{what}; {nearest}; more devices, a smaller batch or length, or --offload optimizer would need less."
+    return f"{what}; {nearest}; more devices, or a smaller batch or length, would need less."
