@@ -24,7 +24,7 @@ from lighten.parallel.columns import all_plans, divisors
 from lighten.parallel.footprint import plan_bytes
 from lighten.parallel.memory import rank_memory
 from lighten.parallel.pipeline import check_schedule
-from lighten.parallel.plan import SHARDS, Plan
+from lighten.parallel.plan import OFFLOADS, SHARDS, Plan
 from lighten.parallel.rank import check_plan
 from lighten.parallel.search import Asked, Field, Found, plan_seconds, search_plans, time_details
 from lighten.parallel.step_time import Stack, step_time
@@ -87,11 +87,12 @@ def test_every_valid_plan_is_there_once(name: str, request: pytest.FixtureReques
     for dp, tp, pp, cp in product(sizes, repeat=4):
         if dp * tp * pp * cp != count or (cp > 1 and (workload.seq_len % (2 * cp) or workload.seq_len // cp < 256)):
             continue
-        for ep, shard, micro, v, split, recompute in product([1, 2, 4, 8], SHARDS[1:], [1, 2, 4, 8], [1, 2, 4, 8], [False, True], RECOMPUTES):
+        ways = product([1, 2, 4, 8], SHARDS[1:], [1, 2, 4, 8], [1, 2, 4, 8], [False, True], RECOMPUTES, OFFLOADS)
+        for ep, shard, micro, v, split, recompute, offload in ways:
             try:
                 plan = Plan(
                     dp=dp, tp=tp, pp=pp, cp=cp, ep=ep, shard=shard, shard_group=4, micro_batch_size=micro, sequence_parallel=split, virtual_stages=v,
-                    schedule="interleaved" if v > 1 else "1f1b",
+                    schedule="interleaved" if v > 1 else "1f1b", offload=offload,
                 )  # fmt: skip
                 check_plan(spec, workload, plan)
                 check_schedule(plan, plan.micro_batches(workload.batch_size))
@@ -135,7 +136,7 @@ def test_seconds_are_those_of_step_time(name: str, request: pytest.FixtureReques
         assert sum(details.values()) == pytest.approx(alone.seconds, rel=1e-9)
 
 
-@pytest.mark.parametrize(("name", "worst"), [("big", 0.15), ("mixtral", 0.35)])
+@pytest.mark.parametrize(("name", "worst"), [("big", 0.25), ("mixtral", 0.35)])
 def test_bytes_are_near_those_of_rank_memory(name: str, worst: float, request: pytest.FixtureRequest) -> None:
     """The search ranks by `plan_bytes` and asks `rank_memory` where it decides; small models are more uneven."""
     spec, workload = request.getfixturevalue(name), training(batch_size=32, seq_len=4096)
@@ -286,7 +287,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"fixed": {"schedule": "1f1b", "virtual_stages": 4}}, "at most blocks / pp virtual stages (1F1B has 1), and micro-batches in groups of pp"),
     ({"count": 7 * 11, "workload": training(batch_size=16)}, "on 77 devices; the next smaller number that works is"),
     ({"device": box(memory_bytes=10**7)}, "none of "),
-    ({"device": box(memory_bytes=10**7)}, "too much; more devices, a smaller batch or length, or --offload optimizer would need less"),
+    ({"device": box(memory_bytes=10**7)}, "too much; more devices, or a smaller batch or length, would need less"),
     ({"device": box(memory_bytes=None)}, "box: its memory is not known"),
     ({"goal": "beauty"}, "goal 'beauty' is not known; known: time, money, memory"),
     ({"margin": 1.5}, "memory margin 1.5 is no share of a device's memory"),

@@ -219,8 +219,6 @@ def plan_text(asked: Asked, found: Found, tokens: int | None, seconds: float, mo
     best = found.best[0]
     lines = [_headline(asked, found, seconds), "", format_table(rows, header), "", f"  · the first one: {_command(best, asked, model)}"]
     lines.append(f"  · a step's range holds 90 %; money is of {_money(asked.device)}")
-    if asked.fixed.get("offload", "none") != "none":
-        lines.append("  · the time of moving state to the host and back is not known and not in a step's time")
     return "\n".join(lines)
 
 

@@ -92,8 +92,7 @@ class Fixed:
 def all_plans(spec: ModelSpec, workload: Workload, device: Device, count: int, fixed: Mapping[str, Any] | None = None) -> Columns:
     """Every plan of `count` devices that fits the model and the batch.
 
-    Sizes are the divisors that heads, widths, experts, blocks, positions and the batch allow. Nothing is offloaded unless that is decided, since
-    its time is not known. Groups of sharing ranks are all ranks, and what
+    Sizes are the divisors that heads, widths, experts, blocks, positions and the batch allow. Groups of sharing ranks are all ranks, and what
     fills a level of links, once and eight times. Forward passes are of one sequence or of `MOST_TOKENS` tokens of a rank at most.
 
     Args:
@@ -165,7 +164,8 @@ def _experts(spec: ModelSpec) -> int:
 
 def _cuts_sequence(spec: ModelSpec, workload: Workload, cp: int) -> bool:
     """Each rank takes two equal pieces of a sequence, of both ends, so that masked scores are spread evenly."""
-    return cp == 1 or (not spec.is_encoder_decoder and spec.fixed_len is None and workload.seq_len % (2 * cp) == 0)
+    one_sequence = not spec.is_encoder_decoder and spec.fixed_len is None and not any(isinstance(part, Scan) for part in spec.parts)
+    return cp == 1 or (one_sequence and workload.seq_len % (2 * cp) == 0)
 
 
 def _rows(workload: Workload, device: Device, grid: _Grid, asked: Fixed) -> NDArray[np.int64]:
@@ -212,7 +212,7 @@ def _splits(workload: Workload, grid: _Grid, split: bool) -> bool:
 def _shardings(device: Device, grid: _Grid, asked: Fixed) -> Iterator[tuple[int, int, int]]:
     """Which state is shared out, over which groups, and what of it lies in the host's memory."""
     ranks = grid.dp * grid.cp
-    offloads = [OFFLOADS.index(word) for word in asked.among("offload", OFFLOADS[:1])]
+    offloads = [OFFLOADS.index(word) for word in asked.among("offload", OFFLOADS)]
     for word in asked.among("shard", SHARDS if ranks > 1 else SHARDS[:1]):
         groups = [0] if word == "none" else [0, *_groups(device, grid, ranks)]
         if word == "none" and "shard_group" in asked.values:
