@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from lighten.cost.workload import RECOMPUTES, Recompute, Workload
 from lighten.device.device import Device
 from lighten.errors import WorkloadError
-from lighten.model.spec import Linear, ModelSpec
+from lighten.model.spec import Linear, ModelSpec, Scan
 from lighten.parallel.plan import OFFLOADS, SHARDS, Plan
 from lighten.parallel.rank import block_names, rank_spec
 

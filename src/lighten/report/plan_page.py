@@ -62,7 +62,7 @@ def plan_svg(asked: Asked, found: Found) -> str:
     """Both pictures, one below the other, in light colours that need no style sheet's variables."""
     width, height = WIDE
     bars = parts_plot(found, width=width)
-    drop = _bars_height(found)
+    drop = _bars_height(found, width)
     placed = [
         scatter_plot(found, width=width, height=height).replace("<svg ", f'<svg x="20" y="44" width="{width:.0f}" height="{height:.0f}" ', 1),
         bars.replace("<svg ", f'<svg x="20" y="{height + 54:.0f}" width="{width:.0f}" height="{drop:.0f}" ', 1),
@@ -99,13 +99,23 @@ def scatter_plot(found: Found, *, width: float, height: float) -> str:
         _cells(seconds[drawn], memory[drawn], x, y),
         line(frame.x, at, frame.x + frame.width, at, "limit"),
         text(frame.x + frame.width - 4, at - 5, f"{format_bytes(found.capacity)} may be taken", "limit-label", anchor="end"),
-        path(stairs, "front-line") if len(stairs) > 1 else "",
+        _front_line(stairs, frame),
         *(marker(want.x, want.y, "chosen" if rank == 1 else "front", f"{rank}: {found.best[rank - 1].plan}") for rank, want in _backwards(wanted)),
         *map(draw_label, labels),
-        text(frame.x, 14, "↓ memory of the fullest device (better down)", "axis"),
+        text(frame.x, 14, f"↓ memory{' of the fullest device' if width > NARROW[0] else ''} (better down)", "axis"),
         text(frame.x + frame.width, height - 6, "← a step's time (better left, log scale)", "axis", anchor="end"),
     ]
     return document(width, height, "".join(body), label=f"memory against a step's time of {found.fitting} plans", style="plot")
+
+
+def _front_line(stairs: Sequence[tuple[float, float]], frame: Box) -> str:
+    """The Pareto front, named at its end."""
+    if len(stairs) < 2:
+        return ""
+    x, y = stairs[-1]
+    said, room = "Pareto front", frame.x + frame.width - x
+    name = text(x + 6, y + 4, said, "label") if room > ADVANCE * len(said) + 8 else text(x, y + LINE, said, "label", anchor="end")
+    return path(stairs, "front-line") + name
 
 
 def _backwards(wanted: Sequence[Wanted]) -> list[tuple[int, Wanted]]:
@@ -166,18 +176,23 @@ def _cells(seconds: NDArray[np.float64], memory: NDArray[np.float64], x: Axis, y
 ROW = 34.0
 
 
-def _bars_height(found: Found) -> float:
-    return 60 + ROW * len(found.best)
+def _bars_height(found: Found, width: float) -> float:
+    return 60 + 16.0 * len(_legend_rows(_shown(found), width)) + ROW * len(found.best)
+
+
+def _shown(found: Found) -> list[str]:
+    """Parts that some plan spends time on."""
+    return [name for name in PARTS if any(each.details.get(name, 0.0) > 0.002 * each.time.seconds for each in found.best)]
 
 
 def parts_plot(found: Found, *, width: float) -> str:
     """A bar for each of the best plans: its time, by what takes it."""
-    height = _bars_height(found)
-    frame = Box(x=62, y=34, width=width - 80, height=height - 60)
+    height, shown = _bars_height(found, width), _shown(found)
+    above = 24 + 16.0 * len(_legend_rows(shown, width))
+    frame = Box(x=62, y=above, width=width - 80, height=height - above - 26)
     longest = max(each.time.seconds for each in found.best)
     x = Axis(start=0.0, end=longest * 1.02, origin=frame.x, length=frame.width)
-    shown = [name for name in PARTS if any(each.details.get(name, 0.0) > 0.002 * each.time.seconds for each in found.best)]
-    body = [text(frame.x, 14, "what takes the time", "axis"), *_legend(shown, frame.x + 150, width - 18)]
+    body = [text(frame.x, 14, "what takes the time", "axis"), *_legend(shown, width)]
     bottom = frame.y + frame.height
     for value in x.ticks(max(2, int(frame.width / 90))):
         at = x.place(value)
@@ -197,16 +212,30 @@ def parts_plot(found: Found, *, width: float) -> str:
     return document(width, height, "".join(body), label="what takes the time of the best plans", style="plot")
 
 
-def _legend(names: Sequence[str], left: float, right: float) -> list[str]:
-    """Names with their colours in a row, as far as there is room."""
-    parts, at = [], left
+def _legend_rows(names: Sequence[str], width: float) -> list[list[str]]:
+    """Names in rows, as many as there is room for."""
+    rows: list[list[str]] = [[]]
+    room = width - 80
     for name in names:
-        room = 16 + ADVANCE * len(name) + 10
-        if at + room > right:
-            break
-        parts.append(f'<rect x="{at:.0f}" y="5" width="10" height="10" class="f{COLOURS[name]}"/>')
-        parts.append(text(at + 14, 5 + LINE * 0.68, name, "label"))
-        at += room
+        if rows[-1] and sum(map(_legend_width, [*rows[-1], name])) > room:
+            rows.append([])
+        rows[-1].append(name)
+    return rows
+
+
+def _legend_width(name: str) -> float:
+    return 26 + ADVANCE * len(name)
+
+
+def _legend(names: Sequence[str], width: float) -> list[str]:
+    """Names with their colours."""
+    parts = []
+    for number, row in enumerate(_legend_rows(names, width)):
+        at, top = 62.0, 22 + 16.0 * number
+        for name in row:
+            parts.append(f'<rect x="{at:.0f}" y="{top:.0f}" width="10" height="10" class="f{COLOURS[name]}"/>')
+            parts.append(text(at + 14, top + LINE * 0.68, name, "label"))
+            at += _legend_width(name)
     return parts
 
 
@@ -240,12 +269,16 @@ def _table(found: Found) -> str:
     return f'<div class="scroll"><table class="trials"><thead><tr>{head}</tr></thead>\n<tbody>{"".join(rows)}</tbody></table></div>\n'
 
 
+_REASON = ' class="reason"'
+
+
 def _row(rank: str, each: Candidate) -> str:
     cells = [
         rank, str(each.plan), each.recompute, format_bytes(each.memory.peak), format_seconds(each.time.seconds), f"{each.time.mfu:.0%}",
         each.why or "the best",
     ]  # fmt: skip
-    return f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>\n"
+    wraps = (1, len(cells) - 1)
+    return "".join(["<tr>", *(f"<td{_REASON * (place in wraps)}>{escape(cell)}</td>" for place, cell in enumerate(cells)), "</tr>\n"])
 
 
 def _style() -> str:
