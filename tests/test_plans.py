@@ -303,6 +303,7 @@ def test_seconds_go_over_the_links_that_a_group_spans() -> None:
         ("mamba", Plan(tp=2), TRAIN, "tp=2: backbone.layers.0.mixer.scan is a recurrence, whose split over ranks is not described; use tp=1."),
         ("t5", Plan(pp=2), TRAIN, "pp=2: T5ForConditionalGeneration has 2 streams of blocks (an encoder and a decoder); use pp=1."),
         ("t5", Plan(cp=2), TRAIN, "cp=2: T5ForConditionalGeneration has no one sequence of tokens to divide; use cp=1."),
+        ("mamba", Plan(cp=2), TRAIN, "cp=2: MambaForCausalLM has recurrences, whose state goes from position to position; use cp=1."),
         ("llama", Plan(pp=2, schedule="interleaved", virtual_stages=2), replace(TRAIN, batch_size=3), "needs 4 blocks, LlamaForCausalLM has 3"),
         ("llama", Plan(dp=2), replace(TRAIN, lora_rank=8), "lora_rank=8 over 2 devices is not described; use one device."),
     ],

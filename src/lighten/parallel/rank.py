@@ -202,6 +202,8 @@ def _check_lengths(spec: ModelSpec, workload: Workload, plan: Plan) -> None:
     plan.micro_batch(workload.batch_size)
     if plan.cp > 1 and (spec.is_encoder_decoder or spec.fixed_len is not None):
         raise WorkloadError(f"cp={plan.cp}: {spec.name} has no one sequence of tokens to divide; use cp=1.")
+    if plan.cp > 1 and any(isinstance(part, Scan) for part in spec.parts):
+        raise WorkloadError(f"cp={plan.cp}: {spec.name} has recurrences, whose state goes from position to position; use cp=1.")
     if workload.seq_len % plan.cp:
         raise WorkloadError(f"seq_len={workload.seq_len} does not divide over cp={plan.cp} ranks; use a multiple of {plan.cp}.")
     share = workload.seq_len // plan.cp
