@@ -21,7 +21,7 @@ from typing import Any, Literal
 from published_rows import Grade, LeftOut, NotGradable, Row, count_of, number, spec_of_row
 
 from lighten.device.catalog import match_device
-from lighten.device.datasheet import Limits, Rates, load_rates, type_class
+from lighten.device.datasheet import Limits, Rates, load_rates
 from lighten.device.device import Device, Link
 from lighten.errors import DeviceError, LightenError
 from lighten.model.spec import Embedding, Linear, ModelSpec, Part, WeightFormat
@@ -35,6 +35,7 @@ from lighten.parallel.serving import (
     flight_work,
     largest_concurrency,
     limits_on,
+    memory_alone,
     memory_needed,
     prefill_work,
     static_work,
@@ -388,14 +389,7 @@ def limits_of(case: InferenceCase, kind: Kind) -> tuple[Limits, Limits]:
     except DeviceError:
         if kind != "decode" or (case.batch or 1) > 1:
             raise
-        one = Limits(
-            product_flops_per_s=math.inf,
-            vector_flops_per_s=0.0,
-            attention_flops_per_s=math.inf,
-            bytes_per_s=device.bandwidth(),
-            type_class=type_class(case.dtype),
-        )
-        return one, one
+        return memory_alone(device, deployment_of(case))
 
 
 # ---- grades ----

@@ -139,6 +139,46 @@ def test_what_does_not_fit_together_is_one_line(model, capsys, options, says):
     assert says in err
 
 
+def test_one_stream_on_a_device_without_known_products_is_timed_by_its_memory(model):
+    found = lighten.estimate(model, phase="decode", seq_len=64, new_tokens=4, device="raspberry-pi-5", stack="ggml")
+    assert found.time.bound_by == "memory" or found.time.bound_by == "overhead"
+    assert found.mfu is None
+    with pytest.raises(DeviceError, match="no known rate of"):
+        lighten.estimate(model, phase="decode", batch_size=2, seq_len=64, new_tokens=4, device="raspberry-pi-5", stack="ggml")
+
+
+def test_half_precision_checkpoints_stay_as_they_are(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "torch_dtype": "float16"}))
+    assert lighten.estimate(str(tmp_path)).workload.dtype == "float16"
+    assert lighten.estimate(str(tmp_path), phase="decode", device="v100-sxm-16gb").workload.dtype == "float16"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"phase": "train", "dtype": "int8"}, "phase train keeps weights in 16 bits or more, not in int8"),
+        ({"phase": "train", "micro_batch_size": 0}, "micro_batch_size=0 is not positive."),
+        ({"phase": "generate", "new_tokens": 8, "batch_size": 4, "concurrency": 8}, "--batch-size 4 has no effect with --concurrency"),
+        ({"phase": "prefill", "linear_dtype": "float8"}, "--linear-dtype has no effect in phase prefill"),
+    ],
+)
+def test_what_would_be_taken_without_effect_is_refused(model, options, says):
+    with pytest.raises(WorkloadError, match=says.replace("(", r"\(")):
+        lighten.estimate(model, seq_len=64, device="h100-sxm", **options)
+
+
+def test_narrow_products_train_faster(model):
+    options = {"phase": "train", "batch_size": 64, "seq_len": 512, "dtype": "bf16", "device": "h100-sxm"}
+    big = json.loads(Path(model, "config.json").read_text()) | {"hidden_size": 4096, "intermediate_size": 14336}
+    Path(model, "config.json").write_text(json.dumps(big))
+    assert lighten.estimate(model, linear_dtype="float8", **options).time.seconds < lighten.estimate(model, **options).time.seconds
+
+
+def test_this_machine_takes_no_count():
+    with pytest.raises(DeviceError, match="this machine is one; it takes no count"):
+        lighten.estimate("anything", device="this:8")
+
+
 def test_a_followed_model_has_no_time_on_published_devices():
     import torch
 

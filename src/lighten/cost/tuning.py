@@ -206,9 +206,9 @@ class _Tuned(Model):
     def loss(self) -> Tensor:
         if self.workload.cross_entropy == "full":
             return super().loss()
-        ((stream, hidden),) = self.run()
+        stream, hidden = (ends := self.run())[-1]
         heads = [part for part in stream.after if isinstance(part, Linear) and part.component == "head"]
-        if not heads or heads[-1].rows not in ("token", "logits"):
+        if len(ends) > 1 or not heads or heads[-1].rows not in ("token", "logits"):
             raise WorkloadError(f"cross_entropy={self.workload.cross_entropy} needs logits at each position; {self.spec.name} has no such head.")
         before = [part for part in stream.after if part.component != "norm"]
         x = self.sequence(before[: before.index(heads[-1])], hidden)

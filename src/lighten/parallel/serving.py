@@ -21,7 +21,7 @@ from lighten.cost.kv_cache import cache_bytes
 from lighten.cost.operators import Forward
 from lighten.cost.passes import first_forward, step_forward, steps_after_first
 from lighten.cost.workload import Workload, check_workload
-from lighten.device.datasheet import BOUNDS, Bound, Limits, Rates, load_rates
+from lighten.device.datasheet import BOUNDS, Bound, Limits, Rates, load_rates, type_class
 from lighten.device.device import Device
 from lighten.errors import DeviceError, WorkloadError
 from lighten.model.spec import Attention, Embedding, Linear, ModelSpec, Part, WeightFormat
@@ -205,7 +205,9 @@ def inference_time(
     check_split(spec, tp=tp, pp=pp)
     spec = loaded(spec, workload.dtype)
     deployment = Deployment(types=types_of(spec, workload.dtype, workload.kv_dtype), stack=stack_named(stack), tp=tp, pp=pp)
-    rates, limits = _known_of(device, deployment)
+    alone = not device.peak_flops_per_s and workload.phase == "decode" and workload.batch_size == 1
+    rates = load_rates(deployment.stack.name).on(device)
+    limits = memory_alone(device, deployment) if alone else limits_on(device, deployment)
     first, later = _phases(spec, workload, deployment)
     prefill = work_parts(first, device, rates, limits) if first else None
     decode = work_parts(later, device, rates, limits) if later else None
@@ -217,8 +219,11 @@ def inference_time(
         phase=workload.phase, seconds=seconds, low=max(seconds / factor, min(seconds, least)), high=seconds * factor, bound_by=_binding(total),
         tokens_per_second=workload.tokens / seconds, prefill_s=sum(prefill.values()) if prefill else None,
         step_s=sum(decode.values()) / steps_after_first(workload) if decode else None, by_bound=total,
-        assumptions=_assumptions(deployment, device),
+        assumptions=(*_assumptions(deployment, device), *((MEMORY_ALONE,) if alone else ())),
     )  # fmt: skip
+
+
+MEMORY_ALONE = "no rate of its products is published: one stream is timed by its memory alone"
 
 
 def serve(  # noqa: PLR0913 - a public call whose options are all given by name
@@ -272,6 +277,19 @@ def _at_least_one(spec: ModelSpec, device: Device, length: int, deployment: Depl
 
 def _known_of(device: Device, deployment: Deployment) -> tuple[Rates, tuple[Limits, Limits]]:
     return load_rates(deployment.stack.name).on(device), limits_on(device, deployment)
+
+
+def memory_alone(device: Device, deployment: Deployment) -> tuple[Limits, Limits]:
+    """Limits of a device of which no rate of products is published, for one stream, whose steps its memory binds.
+
+    Raises:
+        DeviceError: its bandwidth is not known.
+    """
+    one = Limits(
+        product_flops_per_s=math.inf, vector_flops_per_s=0.0, attention_flops_per_s=math.inf, bytes_per_s=device.bandwidth(),
+        type_class=type_class(deployment.types.activations),
+    )  # fmt: skip
+    return one, one
 
 
 def limits_on(device: Device, deployment: Deployment) -> tuple[Limits, Limits]:

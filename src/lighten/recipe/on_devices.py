@@ -43,14 +43,14 @@ def place_on_devices(  # noqa: PLR0913  what is asked, of what, and where
     serving = _served(spec, workload, device, plan, use)
     return Placed(
         device=device.name, count=plan.devices, memory=memory if plan == ONE_DEVICE else rank_memory(spec, workload, plan),
-        capacity_bytes=device.memory_bytes, time=timed, peak_flops_per_s=peak * plan.devices, label="fitted", plan=plan,
+        capacity_bytes=device.memory_bytes, time=timed, peak_flops_per_s=None if peak is None else peak * plan.devices, label="fitted", plan=plan,
         bill=bill_of(device, plan.devices, timed.seconds, workload.tokens), run=_run(workload, device, plan, timed, use),
         serving=serving, served=bill_of(device, plan.devices, 1.0, serving.output_tokens_per_s) if serving else None,
         assumptions=_assumptions(workload, device, plan),
     )  # fmt: skip
 
 
-def _trained(spec: ModelSpec, workload: Workload, device: Device, plan: Plan, use: Use) -> tuple[TimePrediction, float]:
+def _trained(spec: ModelSpec, workload: Workload, device: Device, plan: Plan, use: Use) -> tuple[TimePrediction, float | None]:
     stack = use.stack
     if stack is not None and stack not in SOFTWARES:
         raise WorkloadError(f"stack={stack!r} does not train; kinds of software that do: {', '.join(SOFTWARES)}.")
@@ -62,7 +62,7 @@ def _trained(spec: ModelSpec, workload: Workload, device: Device, plan: Plan, us
     return time, device.peak(software.linear_dtype or workload.dtype)
 
 
-def _inferred(spec: ModelSpec, workload: Workload, device: Device, plan: Plan, use: Use) -> tuple[TimePrediction, float]:
+def _inferred(spec: ModelSpec, workload: Workload, device: Device, plan: Plan, use: Use) -> tuple[TimePrediction, float | None]:
     stack = use.stack
     if use.linear_dtype is not None:
         raise WorkloadError(f"--linear-dtype has no effect in phase {workload.phase}: products run in the weights' type.")
@@ -73,7 +73,8 @@ def _inferred(spec: ModelSpec, workload: Workload, device: Device, plan: Plan, u
         raise WorkloadError(f"stack={stack!r} runs no inference; kinds of software that do: {', '.join(STACKS)}.")
     share = replace(workload, batch_size=plan.micro_batch(workload.batch_size))
     found = inference_time(spec, share, device, tp=plan.tp, pp=plan.pp, **({} if stack is None else {"stack": stack}))
-    return TimePrediction(seconds=found.seconds, low=found.low, high=found.high, bound_by=found.bound_by), device.peak(workload.dtype)
+    peak = device.peak(workload.dtype) if device.peak_flops_per_s else None
+    return TimePrediction(seconds=found.seconds, low=found.low, high=found.high, bound_by=found.bound_by), peak
 
 
 def _run(workload: Workload, device: Device, plan: Plan, time: TimePrediction, use: Use) -> Bill | None:
