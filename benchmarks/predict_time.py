@@ -98,8 +98,9 @@ def compare(args: argparse.Namespace, sizes: list[tuple[int, int]]) -> None:
         print(f"run {run}: {text_of(summary(rows[first:]))}, in {time.perf_counter() - start:.0f} s", flush=True)
     for said in sorted(left_out):
         print(f"left out: {said}")
-    found_all = {"by_engine": grouped(rows, "engine"), "by_model": grouped(rows, "model"), **of_sizes(rows)}
+    found_all = {"by_engine": grouped(rows, "engine"), "by_turn": by_turn(rows), "by_model": grouped(rows, "model"), **of_sizes(rows)}
     print(table(rows))
+    print("\n".join(turn_line(each) for each in by_turn(rows)))
     print(f"all {args.runs} runs: {text_of(summary(rows))}")
     print(json.dumps({"benchmark": "predict_time", **summary(rows), **found_all, "failures": failures, "left_out": sorted(left_out), "rows": rows}))
 
@@ -182,6 +183,27 @@ def text_of(found: dict[str, Any]) -> str:
 
 def grouped(rows: list[dict[str, Any]], key: str) -> dict[str, dict[str, Any]]:
     return {name: summary([row for row in rows if row[key] == name]) for name in sorted({row[key] for row in rows})}
+
+
+def by_turn(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each run of each engine: the median ratio, by which the machine's own speed moved between probe and measurements if all sizes moved alike, and
+    the errors around it, which are the model's."""
+    groups: dict[tuple[int, str], list[float]] = {}
+    for row in rows:
+        groups.setdefault((row["run"], row["engine"]), []).append(row["ratio"])
+    found = []
+    for (run, engine), ratios in sorted(groups.items()):
+        middle = statistics.median(ratios)
+        around = [abs(ratio / middle - 1) for ratio in ratios]
+        found.append(
+            {"run": run, "engine": engine, "ratio": middle, "n": len(ratios), "median_around": statistics.median(around), "worst_around": max(around)}
+        )
+    return found
+
+
+def turn_line(turn: dict[str, Any]) -> str:
+    around = f"median {turn['median_around']:.1%}, worst {turn['worst_around']:.1%}"
+    return f"run {turn['run']} {turn['engine']:<15} median ratio {turn['ratio']:.2f}, around it: {around} (n {turn['n']})"
 
 
 def of_sizes(rows: list[dict[str, Any]]) -> dict[str, Any]:
