@@ -179,9 +179,7 @@ def _write_torchtitan(asked: _Asked) -> Flags:
         "training": training, "parallelism": parallelism, "activation_checkpoint": {"mode": workload.recompute},
         "optimizer": {"name": _TITAN_OPTIMIZERS[str(workload.optimizer)]},
     }  # fmt: skip
-    beside = (
-        "merge these sections into a job file of torchtitan 0.2.2; later versions are configured in Python and count tokens for sequences",
-    )
+    beside = ("merge these sections into a job file of torchtitan 0.2.2; later versions are configured in Python and count tokens for sequences",)
     return Flags(framework="torchtitan", text=_comments(beside) + _toml(sections), suffix=".toml", beside=beside)
 
 
