@@ -24,9 +24,10 @@ from typing import Any
 import numpy as np
 from published_rows import Grade, LeftOut, NotGradable, Row, TrainingCase, number, read_rows, step_seconds, training_case
 
+from lighten.device.datasheet import RANGE_90
 from lighten.errors import LightenError
 from lighten.parallel.memory import rank_memory
-from lighten.parallel.step_time import RANGE_90, Stack, TrainingRates, load_training_rates, step_time
+from lighten.parallel.step_time import Stack, TrainingRates, load_training_rates, step_time
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
 

@@ -33,6 +33,7 @@ from lighten.device.datasheet import (
     CLASS_BITS,
     MOST_YEARS,
     OVER_DEVICES,
+    RANGE_90,
     Limits,
     Rates,
     device_class,
@@ -408,7 +409,7 @@ def rates_without(table: Table, stack: str, source: str, start: Array) -> Rates:
 
 def spread_of(errors: Array) -> float:
     """The standard deviation whose 90 % range holds 90 % of these errors."""
-    return float(np.quantile(np.abs(errors), 0.9) / 1.645) if len(errors) else math.nan
+    return float(np.quantile(np.abs(errors), 0.9) / RANGE_90) if len(errors) else math.nan
 
 
 FEWEST = 15

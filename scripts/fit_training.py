@@ -32,8 +32,9 @@ sys.path.append(str(HERE.parent / "benchmarks"))
 
 from published_rows import LeftOut, Row, TrainingCase, read_rows, step_seconds, training_case  # noqa: E402
 
+from lighten.device.datasheet import RANGE_90  # noqa: E402
 from lighten.errors import LightenError  # noqa: E402
-from lighten.parallel.step_time import RANGE_90, Stack, TrainingRates, step_seconds_of, training_rates_from  # noqa: E402
+from lighten.parallel.step_time import Stack, TrainingRates, step_seconds_of, training_rates_from  # noqa: E402
 
 Array = NDArray[np.float64]
 KEPT = HERE.parent / "src/lighten/device/rates_known/training.json"

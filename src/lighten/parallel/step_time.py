@@ -29,7 +29,7 @@ from lighten.cost.operators import Op, forward_operators
 from lighten.cost.optimizer_state import OPTIMIZERS
 from lighten.cost.passes import training_forward
 from lighten.cost.workload import Workload, check_workload
-from lighten.device.datasheet import RATES_FOLDER, Bound, attention_type, device_class, type_class
+from lighten.device.datasheet import RANGE_90, RATES_FOLDER, Bound, attention_type, device_class, type_class
 from lighten.device.device import Device, Link
 from lighten.errors import DeviceError, WorkloadError
 from lighten.model.spec import Attention, Linear, ModelSpec, Part, block_name
@@ -42,8 +42,6 @@ SOFTWARES = get_args(Software)
 make of it, or one kernel for each operator."""
 FLASH_BACKWARD = 2.5
 """Products of a fused attention's backward pass for each of its forward pass: five for two. Source: Dao 2023 (arXiv:2307.08691), section 3.1.2."""
-RANGE_90 = 1.645
-"""Standard deviations of a normal distribution to either side that hold 90 % of it."""
 HOST_BYTES_PER_S = 128e9
 """What an update in a host's memory moves in a second, for all devices of the host together: 0.25 s for 10⁹ parameters of 32 bytes each.
 Source: Ren et al. 2021 (arXiv:2101.06840), table 4."""
