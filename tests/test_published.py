@@ -6,12 +6,16 @@ import csv
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
+import fit_inference
 import published
 import published_inference as inference
 from published_rows import NotGradable, Row
@@ -205,3 +209,23 @@ def test_errors_are_of_predicted_over_published() -> None:
     assert grade.truth is not None
     assert published.error_of(grade) == pytest.approx(grade.predicted / grade.truth - 1)
     assert math.isfinite(published.error_of(grade) or math.nan)
+
+
+def test_what_is_fitted_is_what_the_package_computes():
+    """The fit's roofline over arrays, and the package's over operators, from the same constants: the same speeds."""
+    rows = [
+        ROW,
+        ROW | {"id": "2", "hardware": "Apple M2 Ultra 76-core", "device_mem_bw_gbs": "800", "weight_format": "Q4_0", "weight_bits": "4.5"},
+        ROW | {"id": "3", "n_devices": "4", "pp": "4", "note": "", "input_len": "2048"},
+        ROW | {"id": "4", "model": "Mixtral-8x7B", "params_total": "46702792704", "vocab": "32000", "n_experts": "8", "top_k": "2"},
+    ]
+    samples = fit_inference.samples_of_rows(rows)
+    assert len(samples) >= 7
+    table = fit_inference.table_of(samples)
+    names = fit_inference.names_of("ggml", table)
+    theta = np.log([fit_inference.prior_of("ggml", name).value for name in names])
+    fitted = table.rows["tokens"] / fit_inference.seconds_of(table, names, theta)
+    rates = {"ggml": replace(fit_inference.rates_of("ggml", names, theta), spread=dict.fromkeys(("decode", "prefill", "serving"), 0.1))}
+    graded = {(grade.id, grade.kind): grade.predicted for grade in inference.grade_inference(rows, rates=rates)}
+    for sample, speed in zip(samples, fitted, strict=True):
+        assert graded[sample.case.id, sample.kind] == pytest.approx(speed, rel=1e-3), (sample.case.id, sample.kind)
