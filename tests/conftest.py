@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it once, when it is imported
@@ -89,3 +90,13 @@ def tiny_llama_untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny_models import llama_config, save
 
     return save(llama_config(tie_word_embeddings=False), tmp_path_factory.mktemp("models") / "tiny-llama-untied")
+
+
+@pytest.fixture
+def made_up_rates(monkeypatch):
+    """Constants of inference that no fit can move under a test."""
+    from lighten.device.datasheet import load_rates
+    from lighten.parallel import serving
+
+    made_up = replace(load_rates("kernels"), name="made-up", spread={"decode": 0.2, "prefill": 0.2, "serving": 0.2})
+    monkeypatch.setattr(serving, "load_rates", lambda name: made_up)

@@ -24,12 +24,10 @@ from lighten.cli.main import main
 from lighten.cli.options import plan_of, workload_of
 from lighten.cost.workload import PHASES
 from lighten.device.catalog import read_device, with_price
-from lighten.device.datasheet import Rates, load_rates
 from lighten.device.device import Device
 from lighten.errors import LightenError, RecipeError, WorkloadError
 from lighten.model import ModelSpec
 from lighten.model.spec import Attention, Linear, WeightFormat
-from lighten.parallel import serving
 from lighten.parallel.plan import Plan
 from lighten.recipe import Recipe, apply_recipe, draft, levers, parse_recipe, predicted, quality, read_recipe
 from lighten.recipe.advise import GOALS, Advice, Line, advise, gains, join, loss
@@ -73,15 +71,7 @@ SIZES = {"train": {"batch_size": 4, "seq_len": 128}, "decode": {"seq_len": 128, 
 COMMON = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")
 
 
-@pytest.fixture(autouse=True)
-def made_up_rates(monkeypatch):
-    """Constants of inference that no fit can move under these tests."""
-    made_up = replace(load_rates("kernels"), name="made-up", spread={"decode": 0.2, "prefill": 0.2, "serving": 0.2})
-
-    def rates(name: str) -> Rates:
-        return made_up
-
-    monkeypatch.setattr(serving, "load_rates", rates)
+pytestmark = pytest.mark.usefixtures("made_up_rates")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import doctest
 import json
 import re
 import xml.etree.ElementTree as ET
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,6 @@ import pytest
 
 from lighten import verbs
 from lighten.cli.main import main
-from lighten.device.datasheet import Rates, load_rates
-from lighten.parallel import serving
 from lighten.report import compare_page
 from lighten.report.compare_page import say_rate
 
@@ -33,15 +30,7 @@ FOUR = "quantize(rtn, bits=4, group_size=32)"
 DECODE = ("--phase", "decode", "--seq-len", "128", "--new-tokens", "8")
 
 
-@pytest.fixture(autouse=True)
-def made_up_rates(monkeypatch):
-    """Constants of inference that no fit can move under these tests."""
-    made_up = replace(load_rates("kernels"), name="made-up", spread={"decode": 0.2, "prefill": 0.2, "serving": 0.2})
-
-    def rates(name: str) -> Rates:
-        return made_up
-
-    monkeypatch.setattr(serving, "load_rates", rates)
+pytestmark = pytest.mark.usefixtures("made_up_rates")
 
 
 @pytest.fixture(scope="module")
