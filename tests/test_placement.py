@@ -174,6 +174,14 @@ def test_narrow_products_train_faster(model):
     assert lighten.estimate(model, linear_dtype="float8", **options).time.seconds < lighten.estimate(model, **options).time.seconds
 
 
+def test_what_changes_memory_alone_is_said(model):
+    fused, eager = (lighten.estimate(model, phase="prefill", seq_len=512, device="h100-sxm", attention=attention) for attention in ("sdpa", "eager"))
+    assert eager.memory.peak > fused.memory.peak
+    assert eager.time == fused.time
+    assert any("attention=eager changes memory alone" in line for line in eager.assumptions)
+    assert not any("changes memory alone" in line for line in fused.assumptions)
+
+
 def test_this_machine_takes_no_count():
     with pytest.raises(DeviceError, match="this machine is one; it takes no count"):
         lighten.estimate("anything", device="this:8")

@@ -104,6 +104,8 @@ def _assumptions(workload: Workload, device: Device, plan: Plan) -> tuple[str, .
     said = [f"time from the data sheet of {device.name} and the shares of it that published runs reach; low to high is a 90 % range"]
     if workload.phase == "train":
         said.append("memory is of transformers' modules under torch, whatever the stack; kernels that keep less (Megatron-LM's) need less")
+    elif workload.attention == "eager":
+        said.append("attention=eager changes memory alone: time is that of attention as such software computes it")
     if plan.devices > 1:
         said.append(f"memory of the fullest of {plan.devices} devices: {plan}")
     return tuple(said)
