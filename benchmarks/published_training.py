@@ -176,15 +176,14 @@ def _least(case: TrainingCase) -> TrainingCase:
 
 
 def grade_left_out(rows: Sequence[Row], *, file: str = "") -> list[Grade]:
-    """Grades of time by constants that were fitted without the row's source, its own range with them."""
-    from fit_training import cases_of, document_at, fit, rates_at  # noqa: F401
+    """Grades of time by constants that were fitted from the prior on, without the row's source; the width of the range is the kept one."""
+    from fit_training import cases_of, fit, rates_at
 
     cases, _ = cases_of(rows)
-    start = fit(cases)
     kept = load_training_rates()
     grades: list[Grade] = []
     for source in sorted({case.source for case in cases}):
-        rates = replace(rates_at(fit([case for case in cases if case.source != source], start=start)), spread=kept.spread)
+        rates = replace(rates_at(fit([case for case in cases if case.source != source])), spread=kept.spread)
         own = [row for row in rows if (row.get("source_repo_or_doc") or "not said") == source]
         grades += [grade for grade in grade_training(own, file=file, rates=rates, fitted=()) if grade.kind == "training_time"]
     return grades
