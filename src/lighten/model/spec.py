@@ -56,8 +56,10 @@ class WeightFormat:
         bits: code width where it is quantized, else None.
         group_size: columns that share a scale; `PER_CHANNEL`: a whole row; `PER_TENSOR`: the whole matrix.
         symmetric: the zero point is the middle code and is not stored.
-        scale_dtype: element type of the scales.
-        activations: int8 activations computed with it, their scale taken from each input ("dynamic") or from calibration ("static").
+        element: what a code is: a whole number, or a float of 8 (`e4m3`) or 4 bits (`e2m1`; Rouhani et al. 2023, arXiv:2310.10537).
+        scale_dtype: element type of the scales; `uint8` is the exponent of a power of two (mxfp4).
+        global_scale: one more float32 scale for the whole matrix, as nvfp4 has.
+        activations: activations of 8 bits (int8; fp8 with `e4m3`) computed with it, their scale taken from each input ("dynamic") or from calibration ("static").
         sparsity: the share of zeros that pruning left. A dense layout stores them like any other weight.
         ggml_type: the quantized type of ggml that it is stored in, such as `Q4_K`, which then says its bytes; `bits` is the width of its codes.
         layout: the tensors of another method's checkpoint, which then say its bytes; None: codes without gaps, scales and zero points.
@@ -67,7 +69,9 @@ class WeightFormat:
     bits: int | None = None
     group_size: int = PER_CHANNEL
     symmetric: bool = True
+    element: Literal["int", "e4m3", "e2m1"] = "int"
     scale_dtype: str = "float16"
+    global_scale: bool = False
     activations: Literal["dynamic", "static"] | None = None
     sparsity: float = 0.0
     ggml_type: str | None = None
@@ -90,7 +94,8 @@ class WeightFormat:
             return round(rows * columns * dtype_bytes(self.dtype))
         scales = self.scales(rows, columns)
         zero_points = 0 if self.symmetric else math.ceil(scales * self.bits / 8)
-        return rows * math.ceil(columns * self.bits / 8) + round(scales * dtype_bytes(self.scale_dtype)) + zero_points
+        once = 4 if self.global_scale else 0
+        return rows * math.ceil(columns * self.bits / 8) + round(scales * dtype_bytes(self.scale_dtype)) + zero_points + once
 
 
 @dataclass(frozen=True, kw_only=True)

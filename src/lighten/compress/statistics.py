@@ -1,0 +1,73 @@
+"""What calibration saw at one distinct input of a block: second moments over its rows, in float32.
+
+Shape legend: I columns (input features), T rows (tokens) of one batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputStatistics:
+    """Moments of one input x, over calibration rows in the state of the model that the step meets: all earlier layers changed already.
+
+    Attributes:
+        hessian: [I, I], the mean of x xᵀ over the rows that codes are chosen on (half of what the papers call the Hessian of the output error).
+        held_out: [I, I], the same over rows that only judge a choice; None where there are none.
+        cross: [I, I], the mean of (x of the original model) xᵀ, for feedback of earlier layers' error; None where it was not asked for.
+        mean_abs: [I], the mean magnitude of each column.
+        abs_max: [I], the largest magnitude of each column.
+        rows: how many rows were seen in `hessian`.
+    """
+
+    hessian: Tensor
+    held_out: Tensor | None
+    cross: Tensor | None
+    mean_abs: Tensor
+    abs_max: Tensor
+    rows: int
+
+
+class Moments:
+    """Sums that become `InputStatistics`; rows are added batch by batch, none is kept."""
+
+    def __init__(self, columns: int, *, cross: bool = False) -> None:
+        self._sums: dict[str, Tensor] = {"hessian": torch.zeros(columns, columns)}
+        if cross:
+            self._sums["cross"] = torch.zeros(columns, columns)
+        self._rows = {"hessian": 0, "held_out": 0}
+        self._abs_sum, self._abs_max = torch.zeros(columns), torch.zeros(columns)
+
+    def add(self, x: Tensor, *, original: Tensor | None = None, held_out: bool = False) -> None:
+        """Count the rows of one batch.
+
+        Args:
+            x: [..., I].
+            original: [..., I], the same rows in the original model.
+            held_out: they only judge.
+        """
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        kind = "held_out" if held_out else "hessian"
+        if kind not in self._sums:
+            self._sums[kind] = torch.zeros_like(self._sums["hessian"])
+        self._sums[kind].addmm_(rows.T, rows)
+        self._rows[kind] += len(rows)
+        if held_out or not len(rows):
+            return
+        if original is not None:
+            self._sums["cross"].addmm_(original.detach().reshape(rows.shape).float().T, rows)
+        self._abs_sum += rows.abs().sum(0)
+        self._abs_max = torch.maximum(self._abs_max, rows.abs().amax(0))
+
+    def finish(self) -> InputStatistics:
+        """The means; with no row at all (an expert that no token met) all are zeros."""
+        seen, judged = max(self._rows["hessian"], 1), self._rows["held_out"]
+        return InputStatistics(
+            hessian=self._sums["hessian"] / seen, held_out=self._sums["held_out"] / judged if judged else None,
+            cross=self._sums["cross"] / seen if "cross" in self._sums else None,
+            mean_abs=self._abs_sum / seen, abs_max=self._abs_max, rows=self._rows["hessian"],
+        )  # fmt: skip
