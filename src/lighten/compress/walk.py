@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TypeAlias
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from lighten.compress.checkpoint import Checkpoint as Checkpoint
+from lighten.compress.checkpoint import check_finite as check_finite
 from lighten.compress.grid import QuantizedTensor
 from lighten.compress.magnitude import global_threshold, prune_pattern, prune_rows, prune_tensor, prune_threshold
 from lighten.compress.rtn import quantize_rtn
-from lighten.errors import ModelError
 from lighten.model.quantized import refuse_layouts
-from lighten.model.read import BUFFERS, weight_files
 from lighten.model.spec import ModelSpec
 from lighten.recipe import Recipe, Step
 from lighten.recipe.steps import group_columns, parse_pattern, selected_names
@@ -34,42 +32,6 @@ class LayerReport:
     sparsity: float
     relative_error: float
     bits: int | None
-
-
-class Checkpoint:
-    """The tensors of a folder's safetensors files, each read when it is asked for (memory-mapped)."""
-
-    def __init__(self, folder: Path) -> None:
-        self._places: dict[str, Path] = {}
-        for file in weight_files(folder):
-            with safe_open(file, framework="pt") as opened:
-                self._places |= dict.fromkeys(opened.keys(), file)
-
-    @property
-    def names(self) -> list[str]:
-        return [name for name in self._places if not BUFFERS.search(name)]
-
-    def __getitem__(self, name: str) -> Tensor:
-        """The tensor.
-
-        Raises:
-            ModelError: it holds values that are not finite.
-        """
-        with safe_open(self._places[name], framework="pt") as opened:
-            tensor: Tensor = opened.get_tensor(name)
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            wrong = int((~torch.isfinite(tensor)).sum())
-            raise ModelError(f"{self._places[name]}: tensor {name} holds {wrong} values that are not finite (NaN or infinite).")
-        return tensor
-
-
-def check_finite(folder: Path) -> None:
-    """Raises:
-    ModelError: a tensor of the folder holds values that are not finite.
-    """
-    checkpoint = Checkpoint(folder)
-    for name in checkpoint.names:
-        checkpoint[name]
 
 
 def compress_weights(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe) -> Iterator[tuple[str, Weight, LayerReport | None]]:
