@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,3 +53,56 @@ PLAIN = {
     "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
 }  # fmt: skip
 """Types that are not quantized, by their usual names."""
+
+RECIPE_TYPES = {
+    "q8_0": "Q8_0", "q6_k": "Q6_K", "q5_k": "Q5_K", "q4_k": "Q4_K", "q4_0": "Q4_0", "q3_k": "Q3_K", "q2_k": "Q2_K",
+}  # fmt: skip
+"""Word of a recipe's `format` → type."""
+
+_FALLBACKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+"""Type in blocks of 256 → the type in blocks of 32 that stands in for it. Source: `tensor_type_fallback` in src/llama-quant.cpp of llama.cpp."""
+
+_HELD = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 128}
+"""Types of one float16 scale for each 32 values → n: they hold the whole numbers from -n to n - 1."""
+
+
+def ggml_fallback(name: str, columns: int) -> str:
+    """The type that a matrix of so many columns is stored in where `name` was asked for: itself where its blocks fill the rows, else what
+    llama.cpp puts in its place, which is never narrower; F16 where no block of 32 fits either.
+
+    >>> ggml_fallback("Q4_K", 1536), ggml_fallback("Q4_K", 576), ggml_fallback("Q4_K", 100)
+    ('Q4_K', 'Q5_0', 'F16')
+
+    Source: `tensor_type_fallback` in src/llama-quant.cpp of llama.cpp.
+    """
+    if columns % GGML_TYPES[name].block == 0:
+        return name
+    found = _FALLBACKS.get(name, name)
+    return found if columns % GGML_TYPES[found].block == 0 else "F16"
+
+
+def ggml_format(name: str, columns: int) -> dict[str, Any]:
+    """The fields of a `WeightFormat` for a matrix that is asked for in a type: those that `read_gguf` gives it.
+
+    >>> ggml_format("Q6_K", 576)
+    {'bits': 8, 'group_size': 32, 'ggml_type': 'Q8_0'}
+    """
+    found = ggml_fallback(name, columns)
+    kind = GGML_TYPES[found]
+    return {"dtype": PLAIN[found]} if found in PLAIN else {"bits": kind.bits, "group_size": kind.block, "ggml_type": found}
+
+
+def exact_ggml_type(*, bits: int, symmetric: bool, group_size: int, columns: int, element: str = "int") -> str | None:
+    """The smallest type that holds a weight of such codes without loss, scales of float16 taken for granted; None where none does.
+
+    Codes lose their zero points: (code - zero_point) is a whole number that the type holds. Groups are whole numbers of its blocks of 32.
+
+    >>> exact_ggml_type(bits=4, symmetric=True, group_size=64, columns=576), exact_ggml_type(bits=4, symmetric=False, group_size=64, columns=576)
+    ('Q4_0', 'Q5_0')
+    """
+    if columns % 32 or (group_size > 0 and group_size % 32):
+        return None
+    if element != "int":
+        return "MXFP4" if element == "e2m1" and group_size == 32 else None
+    needed = 2 ** (bits - 1) if symmetric else 2**bits
+    return next((name for name, held in _HELD.items() if held >= needed), None)
