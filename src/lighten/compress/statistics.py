@@ -22,6 +22,7 @@ class InputStatistics:
         mean_abs: [I], the mean magnitude of each column.
         abs_max: [I], the largest magnitude of each column.
         rows: how many rows were seen in `hessian`.
+        held_out_rows: how many in `held_out`.
     """
 
     hessian: Tensor
@@ -30,6 +31,7 @@ class InputStatistics:
     mean_abs: Tensor
     abs_max: Tensor
     rows: int
+    held_out_rows: int = 0
 
 
 class Moments:
@@ -69,5 +71,5 @@ class Moments:
         return InputStatistics(
             hessian=self._sums["hessian"] / seen, held_out=self._sums["held_out"] / judged if judged else None,
             cross=self._sums["cross"] / seen if "cross" in self._sums else None,
-            mean_abs=self._abs_sum / seen, abs_max=self._abs_max, rows=self._rows["hessian"],
+            mean_abs=self._abs_sum / seen, abs_max=self._abs_max, rows=self._rows["hessian"], held_out_rows=judged,
         )  # fmt: skip

@@ -1,0 +1,197 @@
+"""One unit of a model under calibration: its weights in memory, what its linears are given, and a place for what becomes of them.
+
+Shape legend: O rows (output features), I columns (input features).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lighten.compress.grid import Weight
+from lighten.compress.skeleton import Skeleton, Source, Unit
+from lighten.compress.statistics import InputStatistics, Moments
+from lighten.compress.suspend import Forwards
+
+HESSIAN_BYTES = 2**30
+"""Second moments that are gathered in one run of a block: choice; more experts than fit are gathered in several runs."""
+
+_PRODUCTS: dict[Any, tuple[int, int]] = {
+    nn.functional.linear: (0, 1), torch.addmm: (1, 2), torch.matmul: (0, 1), torch.Tensor.matmul: (0, 1), torch.Tensor.__matmul__: (0, 1),
+    torch.mm: (0, 1),
+}  # fmt: skip
+"""Functions that multiply by a matrix of weights → the places of input and weight among their arguments."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subset:
+    """Weights of a unit that are given one and the same input, by their names in the checkpoint."""
+
+    names: tuple[str, ...]
+    columns: int
+
+
+@dataclass(kw_only=True)
+class Block:
+    """A unit that all calibration forwards wait before, with its weights loaded.
+
+    Attributes:
+        wanted: names of the weights that the step changes, in this unit.
+        transposed: names of the weights that the checkpoint stores as [I, O].
+        held_out: which batches only judge.
+        results: what became of each tensor that was put.
+    """
+
+    unit: Unit
+    skeleton: Skeleton
+    forwards: Forwards
+    source: Source
+    wanted: frozenset[str]
+    transposed: frozenset[str]
+    held_out: Sequence[bool]
+    results: dict[str, Weight] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.unit.name
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of the unit in float32 as it is now, in the checkpoint's orientation."""
+        found = self.results.get(name)
+        return (self.source(name) if found is None else _value(found)).float()
+
+    def weight(self, name: str) -> Tensor:
+        """[O, I] float32, as it is now."""
+        found = self.tensor(name)
+        return found.T.contiguous() if name in self.transposed else found
+
+    def put(self, name: str, weight: Weight) -> None:
+        """Record what becomes of a tensor, and run with it from here on.
+
+        Args:
+            weight: codes of [O, I], or a tensor in the checkpoint's orientation.
+        """
+        self.results[name] = weight
+        value = _value(weight)
+        self.skeleton.view(name).copy_(value.T if name in self.transposed and not isinstance(weight, Tensor) else value)
+
+    def levels(self) -> list[list[Subset]]:
+        """The wanted weights by the input that they share, in the order in which a forward pass meets them; the subsets of one level, such as
+        the experts of a layer, do not depend on each other. Weights that no calibration row reaches are left out."""
+        met: dict[str, Subset] = {}
+        for index in range(len(self.held_out)):
+            for subset in self._met_by(index):
+                met.setdefault(subset.names[0], subset)
+            if self.wanted <= {name for subset in met.values() for name in subset.names}:
+                break
+        levels: dict[str, list[Subset]] = {}
+        for subset in met.values():
+            levels.setdefault(re.sub(r"\.\d+\.", ".*.", subset.names[0].removeprefix(self.name)), []).append(subset)
+        return list(levels.values())
+
+    def statistics(self, subsets: Sequence[Subset]) -> Iterator[tuple[Subset, InputStatistics]]:
+        """What each subset's input is over the calibration rows, in the state that the unit is in when it is asked for."""
+        waiting = list(subsets)
+        while waiting:
+            taken, size = [waiting.pop(0)], 0
+            while waiting and (size := size + 8 * waiting[0].columns ** 2) <= HESSIAN_BYTES:
+                taken.append(waiting.pop(0))
+            moments = {subset.names[0]: Moments(subset.columns) for subset in taken}
+            for index, held_out in enumerate(self.held_out):
+                self._run(index, {name: _adding(total, held_out) for name, total in moments.items()})
+            for subset in taken:
+                yield subset, moments.pop(subset.names[0]).finish()
+
+    def outputs(self) -> Iterator[Any]:
+        """What the unit gives for each batch, as it is now."""
+        for index in range(len(self.held_out)):
+            yield self.forwards.trial(index)
+
+    def _met_by(self, index: int) -> Iterator[Subset]:
+        """The subsets that one batch's forward meets."""
+        seen: dict[tuple[int, ...], tuple[Tensor, list[str]]] = {}
+
+        def meet(x: Tensor, names: Sequence[str]) -> None:
+            key = (x.data_ptr(), x.storage_offset(), x._version, *x.shape)
+            seen.setdefault(key, (x, []))[1].extend(names)  # holding x keeps its address from being used again
+
+        with _Watch(self._table(), meet):
+            self.forwards.trial(index)
+        for x, names in seen.values():
+            yield Subset(names=tuple(dict.fromkeys(names)), columns=x.shape[-1])
+
+    def _run(self, index: int, listeners: Mapping[str, Callable[[Tensor], None]]) -> None:
+        """One batch through the unit, as far as the last of some weights that it meets."""
+        left = set(listeners)
+        experts = len(left) > 1
+
+        def meet(x: Tensor, names: Sequence[str]) -> None:
+            for name in names:
+                if name in left:
+                    listeners[name](x)
+                    left.discard(name)
+            if not left and not experts:
+                raise _Enough
+
+        with _Watch(self._table(), meet), contextlib.suppress(_Enough):
+            self.forwards.trial(index)
+
+    def _table(self) -> dict[int, list[tuple[str, int, int]]]:
+        """Storage → (name, first and last element) of the wanted weights that lie in it."""
+        table: dict[int, list[tuple[str, int, int]]] = {}
+        for name in sorted(self.wanted):
+            view = self.skeleton.view(name)
+            table.setdefault(view.untyped_storage().data_ptr(), []).append((name, *_span(view)))
+        return table
+
+
+class _Enough(Exception):
+    """The rest of a unit need not be run."""
+
+
+class _Watch(TorchFunctionMode):
+    """Tells of each product with a weight of a table: its input, and the names of the weights that lie in the factor."""
+
+    def __init__(self, table: Mapping[int, list[tuple[str, int, int]]], meet: Callable[[Tensor, Sequence[str]], None]) -> None:
+        super().__init__()
+        self._table, self._meet = table, meet
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        places = _PRODUCTS.get(func)
+        if places is not None:
+            x = args[places[0]] if len(args) > places[0] else kwargs.get("input")
+            weight = args[places[1]] if len(args) > places[1] else kwargs.get("weight")
+            if isinstance(x, Tensor) and isinstance(weight, Tensor):
+                low, high = _span(weight)
+                found = self._table.get(weight.untyped_storage().data_ptr(), ())
+                names = [name for name, first, last in found if low <= first and last <= high]
+                if names:
+                    self._meet(x, names)
+        return func(*args, **kwargs)
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """First and last element in its storage."""
+    first = int(tensor.storage_offset())
+    return first, first + sum((int(size) - 1) * int(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _adding(total: Moments, held_out: bool) -> Callable[[Tensor], None]:
+    return lambda x: total.add(x, held_out=held_out)
+
+
+def _value(weight: Weight) -> Tensor:
+    return weight if isinstance(weight, Tensor) else weight.dequantize()
+
+
+def names_of(subsets: Iterable[Subset]) -> set[str]:
+    """All names of some subsets."""
+    return {name for subset in subsets for name in subset.names}
