@@ -23,14 +23,18 @@ from lighten.model import ModelSpec, read_spec
 from lighten.model.families import describe
 from lighten.model.spec import PER_CHANNEL, PER_TENSOR, Embedding, Linear, WeightFormat
 from lighten.recipe import RUNTIMES, STEPS, Recipe, Step, apply_recipe, parse_recipe, read_recipe, recipe
+from lighten.recipe.number_formats import FORMATS
 from lighten.recipe.predict import CONTAINER_BYTES, artifact_bytes, compute_dtype
+from lighten.recipe.predicted import KINDS
 from lighten.recipe.recipe import format_yaml, make_recipe, make_step, parse_yaml
-from lighten.recipe.steps import StepKind, parse_pattern
+from lighten.recipe.steps import parse_pattern
+from lighten.recipe.words import StepKind
 from lighten.runtimes import BUILD_PACKAGES, MODULES
 
 CANDIDATES: tuple[Any, ...] = (
     True, False, 1, 2, 3, 4, 8, 16, 32, 0.1, 0.25, 0.5, "row", "layer", "global", "channel", "tensor", "2:4", "1:2", "3:8",
-    "query|q_proj", "", "a.b", "1", "true", "1e3", "nan", " ", "x, y=(z) | w @ torch", "it's", 'say "x"', "line\n",
+    "fp8", "q4_k", "none", "dynamic", "auto", "70MB", "0.5 GiB", "2,4", "query|q_proj", "", "a.b", "1", "true", "1e3", "nan", " ",
+    "x, y=(z) | w @ torch", "it's", 'say "x"', "line\n",
 )  # fmt: skip
 """Values of every kind that an argument may have, awkward ones too; each parameter takes those that it accepts."""
 
@@ -41,8 +45,8 @@ def accepted(kind: StepKind, name: str) -> list[Any]:
 
 @st.composite
 def steps(draw: st.DrawFn) -> Step:
-    verb, method = draw(st.sampled_from(sorted(STEPS)))
-    kind, given = STEPS[verb, method], {}
+    verb, method = draw(st.sampled_from(sorted(KINDS)))
+    kind, given = KINDS[verb, method], {}
     for name, parameter in kind.parameters.items():
         values = st.sampled_from(accepted(kind, name))
         if parameter.accepts(0.3):
@@ -51,8 +55,7 @@ def steps(draw: st.DrawFn) -> Step:
             values |= st.text().filter(parameter.accepts)
         if draw(st.booleans()):
             given[name] = draw(values)
-    full = {name: given.get(name, parameter.default) for name, parameter in kind.parameters.items()}
-    assume(kind.check({name: value for name, value in full.items() if value is not None}) is None)
+    assume(refusal(lambda: make_step(verb, method, given)) is None)
     return make_step(verb, method, given)
 
 
@@ -146,11 +149,12 @@ REFUSED = {
     "squeeze(rtn)": "step 'squeeze' does not exist; steps: cast, prune, quantize.",
     "quantize(magic)": "quantize has no method 'magic'; methods: rtn, dynamic, static.",
     "prune(2)": "prune has no method '2'; methods: magnitude.",
-    "quantize(rtn, width=4)": "quantize(rtn) has no argument width; arguments: bits, group_size, symmetric, embeddings, targets.",
+    "quantize(rtn, width=4)":
+        "quantize(rtn) has no argument width; arguments: bits, group_size, symmetric, embeddings, targets, format, activations, tokens.",
     "cast(float16, bits=4)": "cast(float16) has no argument bits; arguments: none.",
-    "quantize(rtn, bits=5)": "quantize(rtn): bits=5 is not possible; bits is one of 8, 4, 3, 2.",
-    "quantize(rtn, bits=4.0)": "quantize(rtn): bits=4.0 is not possible; bits is one of 8, 4, 3, 2.",
-    "quantize(rtn, bits=true)": "quantize(rtn): bits=True is not possible; bits is one of 8, 4, 3, 2.",
+    "quantize(rtn, bits=5)": "quantize(rtn): bits=5 is not possible; bits is one of 8, 6, 4, 3, 2.",
+    "quantize(rtn, bits=4.0)": "quantize(rtn): bits=4.0 is not possible; bits is one of 8, 6, 4, 3, 2.",
+    "quantize(rtn, bits=true)": "quantize(rtn): bits=True is not possible; bits is one of 8, 6, 4, 3, 2.",
     "quantize(dynamic, bits=8.0)": "quantize(dynamic): bits=8.0 is not possible; bits is 8.",
     "quantize(rtn, group_size=0)": "quantize(rtn): group_size=0 is not possible; group_size is a number of columns, channel or tensor.",
     "quantize(rtn, group_size=row)": "quantize(rtn): group_size='row' is not possible; group_size is a number of columns, channel or tensor.",
@@ -204,7 +208,7 @@ def test_a_recipe_that_cannot_be_is_refused_in_words(text):
         ("steps: [{prune: {sparsity: 0.5}}]", "recipe: step {'prune': {'sparsity': 0.5}} is not of the form `verb: {method: name, key: value}`."),
         ("steps: [{prune: {method: magnitude, sparsity: 0.5, sparsity: 0.6}}]", "recipe: not YAML (sparsity is said twice)."),
         ("steps: [{quantize: {method: rtn, group_size: [1]}}]", "quantize(rtn): group_size=[1] is not possible; group_size is a number of columns,"),
-        ("steps: [{quantize: {method: rtn, bits: '4'}}]", "quantize(rtn): bits='4' is not possible; bits is one of 8, 4, 3, 2."),
+        ("steps: [{quantize: {method: rtn, bits: '4'}}]", "quantize(rtn): bits='4' is not possible; bits is one of 8, 6, 4, 3, 2."),
         ("runtime: {name: torch, threads: 2}", "runtime torch: no option threads; options: dtype."),
         ("steps: [", "recipe: not YAML (while parsing a flow node)."),
     ],
@@ -234,10 +238,6 @@ IMPOSSIBLE = {
         f"prune(magnitude): {LAYER} is already quantized to 8 bits; put this step before quantize, or narrow its targets.",
     "quantize(rtn) | cast(float16)":
         f"cast(float16): {LAYER} is already quantized to 8 bits; put this step before quantize, or narrow its targets.",
-    "quantize(rtn, group_size=24)":
-        f"group_size=24 does not divide the 32 columns of {LAYER}; a divisor is 16.",
-    "quantize(rtn, group_size=128)":
-        f"group_size=128 does not divide the 32 columns of {LAYER}; a divisor is 32.",
     "prune(magnitude, pattern=2:5)":
         f"pattern=2:5: 5 does not divide the 32 columns of {LAYER}.",
     "quantize(rtn, targets=nothing)":
@@ -321,20 +321,33 @@ def test_the_computing_type_is_what_is_said_or_the_weights_or_the_runtimes_own()
 
 FEW: dict[str, tuple[Any, ...]] = {
     "sparsity": (0.25, 0.5), "threshold": (0.1,), "pattern": ("2:4", "3:8"), "scope": ("row", "layer", "global"),
-    "bits": (8, 4, 3, 2), "group_size": (16, "channel", "tensor"), "symmetric": (False, True), "embeddings": (False, True),
-    "targets": ("query|q_proj",),
+    "bits": (8, 6, 4, 3, 2), "group_size": (16, "channel", "tensor"), "symmetric": (False, True), "embeddings": (False, True),
+    "targets": ("query|q_proj",), "format": FORMATS[1:], "activations": ("dynamic", "static"), "tokens": (4096,), "alpha": (0.25, "auto"),
+    "size": ("1MB", 64), "widths": ("3,4,8",), "steps": (3,), "learning_rate": (0.01,), "depth": (0.5,),
 }  # fmt: skip
 """A few values of each parameter of the registry."""
+COMBINED = ("sparsity", "threshold", "pattern", "scope", "bits", "group_size", "symmetric", "embeddings")
+"""Parameters whose values are all combined; the others are said one at a time, for they multiply nothing."""
 
 
 def variants(kind: StepKind) -> Iterator[dict[str, Any]]:
-    """All combinations of a few values that the method takes, an optional one also left out; `targets` once, for it multiplies nothing."""
-    few = {name: (*([None] if p.default is None else []), *filter(p.accepts, FEW[name])) for name, p in kind.parameters.items() if name != "targets"}
-    found = [{name: value for name, value in zip(few, values, strict=True) if value is not None} for values in itertools.product(*few.values())]
-    found = [options for options in found if kind.check(options) is None]
+    """All combinations of a few values of `COMBINED` that the method takes, an optional one also left out; then each value of the others alone."""
+    few = {name: list(filter(p.accepts, FEW[name])) for name, p in kind.parameters.items()}
+    optional = {name for name, p in kind.parameters.items() if p.default is None}
+    combined = {name: [None] * (name in optional) + values for name, values in few.items() if name in COMBINED}
+    found = [{k: v for k, v in zip(combined, values, strict=True) if v is not None} for values in itertools.product(*combined.values())]
+    found = [options for options in found if is_possible(kind, options)] or [{}]
     yield from found
-    if "targets" in kind.parameters:
-        yield found[-1] | {"targets": FEW["targets"][0]}
+    for name in few.keys() - combined.keys():
+        base = {"targets": found[-1]}.get(
+            name, next((options for options in ({}, found[0]) if is_possible(kind, options | {name: few[name][0]})), {})
+        )
+        yield from (base | {name: value} for value in few[name] if is_possible(kind, base | {name: value}))
+
+
+def is_possible(kind: StepKind, options: dict[str, Any]) -> bool:
+    verb, method = next(key for key, known in KINDS.items() if known is kind)
+    return refusal(lambda: make_step(verb, method, options)) is None
 
 
 def test_a_step_is_predicted_and_done_under_the_same_name():
@@ -346,7 +359,7 @@ def test_every_runtime_has_its_row_in_every_table():
 
 
 def test_every_parameter_can_be_said_and_every_default_is_possible():
-    for kind in STEPS.values():
+    for kind in KINDS.values():
         for name, parameter in kind.parameters.items():
             assert accepted(kind, name), f"add a value that {name} accepts to CANDIDATES"
             assert any(parameter.accepts(value) for value in FEW[name]), f"add a value that {name} accepts to FEW"
@@ -377,7 +390,7 @@ def models(tmp_path_factory) -> dict[str, Path]:
 BY_TORCH = [
     pytest.param(model, make_step(verb, method, options), id=f"{model}-{make_step(verb, method, options)}")
     for (verb, method), kind in STEPS.items() if method not in ("dynamic", "static")  # done by the runtimes: tests/test_formats.py
-    for options in variants(kind)
+    for options in variants(kind) if refusal(Recipe(steps=(make_step(verb, method, options),)).require_done) is None
     for model in ("bert", "llama", "untied") if model == "bert" or options.get("embeddings", True)
 ]  # fmt: skip
 

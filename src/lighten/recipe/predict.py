@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lighten.errors import RecipeError
-from lighten.model.quantized import stored_tensors
 from lighten.model.read import FLOAT_DTYPES
 from lighten.model.spec import Embedding, Linear, ModelSpec, Part, part_weight_bytes
 from lighten.recipe.recipe import Recipe
+from lighten.recipe.size import CONTAINER_BASE_BYTES, CONTAINER_BYTES, artifact_size
 from lighten.recipe.targets import RUNTIMES, carries
 from lighten.units import dtype_bytes
+
+__all__ = ["CONTAINER_BASE_BYTES", "CONTAINER_BYTES", "apply_recipe", "artifact_bytes", "compute_dtype", "format_text", "loaded_weight_bytes"]
 
 
 def apply_recipe(recipe: Recipe, spec: ModelSpec) -> ModelSpec:
@@ -23,7 +25,7 @@ def apply_recipe(recipe: Recipe, spec: ModelSpec) -> ModelSpec:
     if kind.exported:
         spec = _widened(spec, kind.stored)
     for step in recipe.steps:
-        spec = step.kind.predict(spec, dict(step.arguments))
+        spec = step.kind.predict(spec, {**dict(step.arguments), "runtime": recipe.runtime})
     if spec.is_decoder and not kind.decoders:
         able = ", ".join(name for name, other in RUNTIMES.items() if other.decoders)
         raise RecipeError(f"runtime {recipe.runtime} does not run decoders here; these do: {able}.")
@@ -63,25 +65,8 @@ def compute_dtype(recipe: Recipe, spec: ModelSpec) -> str:
 
 
 def artifact_bytes(recipe: Recipe, spec: ModelSpec) -> int:
-    """Bytes on disk of the artifact of a spec that `apply_recipe` gave: weights as stored, side files, and the container's own description.
-
-    The container's description is taken as `CONTAINER_BYTES` a tensor (safetensors; a packed weight's `weight_shape` and its line in the
-    config count as one too) or a tensor or operator (ONNX, OpenVINO IR).
-    """
-    exported = RUNTIMES[recipe.runtime].exported
-    left_out = ("pooler", "head") if exported and not spec.is_decoder else ()  # an encoder is exported without them
-    parts = [part for part in spec.parts if part.component not in left_out]
-    weights = sum(part_weight_bytes(part, spec.dtype) for part in parts)
-    if exported:
-        count = sum(len(part.tensors()) or 1 for part in parts)
-    else:
-        count = sum(len(stored := stored_tensors(part)) + (f"{part.name}.weight_shape" in stored) for part in parts)
-    return weights + CONTAINER_BASE_BYTES[recipe.runtime] + count * CONTAINER_BYTES[recipe.runtime] + spec.other_bytes
-
-
-CONTAINER_BYTES = {"torch": 103, "torch-compile": 103, "onnxruntime": 3500, "openvino": 2600}
-CONTAINER_BASE_BYTES = {"torch": 0, "torch-compile": 0, "onnxruntime": 25_000, "openvino": 25_000}
-"""Bytes of description for each tensor or operator, and once: measured on exports of random models by benchmarks/container_bytes.py."""
+    """Bytes on disk of the artifact of a spec that `apply_recipe` gave: weights as stored, side files, and the container's own description."""
+    return artifact_size(spec, recipe.runtime)
 
 
 def loaded_weight_bytes(recipe: Recipe, spec: ModelSpec) -> int:

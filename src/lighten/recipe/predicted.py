@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 
 from lighten.errors import RecipeError
 from lighten.model.spec import Attention, Elementwise, Embedding, Linear, ModelSpec, Norm, Part, WeightFormat, block_name
-from lighten.recipe.steps import (
-    STEPS,
+from lighten.recipe.quantize import QUANTIZING
+from lighten.recipe.steps import PENDING, STEPS, is_pattern, parse_pattern
+from lighten.recipe.words import (
     TARGETS,
     Arguments,
     Parameter,
@@ -20,9 +21,7 @@ from lighten.recipe.steps import (
     change_weights,
     columns_of,
     is_number,
-    is_pattern,
     is_whole,
-    parse_pattern,
     refuse_quantized,
 )
 from lighten.units import DTYPE_BITS
@@ -197,7 +196,7 @@ PREDICTED: dict[tuple[str, str], StepKind] = {
         },
         predict=_predict_structured, calibrated=True,
     ),
-    ("quantize", "gptq"): replace(STEPS["quantize", "rtn"], calibrated=True),
+    **{key: kind for key, kind in QUANTIZING.items() if key not in STEPS},
     ("distill", "student"): StepKind(
         parameters={
             "depth": Parameter(accepts=lambda v: is_number(v) and 0 < v < 1, says="the share of blocks that stay, between 0 and 1", default=0.5)
@@ -209,16 +208,18 @@ PREDICTED: dict[tuple[str, str], StepKind] = {
         predict=_predict_window,
     ),
 }  # fmt: skip
-"""(verb, method) → its kind. gptq stores what rtn stores (arXiv:2210.17323); it is better at choosing the codes."""
+"""(verb, method) → its kind."""
 
 KINDS: Mapping[tuple[str, str], StepKind] = {**PREDICTED, **STEPS}
 
 
-def require_done(steps: Mapping[str, tuple[str, str]]) -> None:
+def require_done(said: str, key: tuple[str, str], arguments: Arguments) -> None:
     """Raises:
     RecipeError: a step that is predicted alone.
     """
-    for said, key in steps.items():
-        if key not in STEPS:
-            known = ", ".join(f"{verb}({method})" for verb, method in STEPS)
-            raise RecipeError(f"{said} is predicted alone: lighten estimate, advise and compare read it; these steps can be carried out: {known}.")
+    if key not in STEPS:
+        known = ", ".join(f"{verb}({method})" for verb, method in STEPS)
+        raise RecipeError(f"{said} is predicted alone: lighten estimate, advise and compare read it; these steps can be carried out: {known}.")
+    for name, done in PENDING.get(key, {}).items():
+        if arguments[name] != done:
+            raise RecipeError(f"{said} is predicted alone: {key[0]}({key[1]}) is carried out with {name}={done}.")

@@ -18,8 +18,9 @@ from typing import Any, TypeAlias
 
 from lighten.errors import RecipeError
 from lighten.recipe.predicted import KINDS, PREDICTED, require_done
-from lighten.recipe.steps import STEPS, StepKind
+from lighten.recipe.steps import STEPS
 from lighten.recipe.targets import RUNTIMES
+from lighten.recipe.words import Parameter, StepKind
 
 Value: TypeAlias = str | int | float | bool
 DEFAULT_RUNTIME = "torch"
@@ -44,9 +45,15 @@ class Step:
     def kind(self) -> StepKind:
         return KINDS[self.verb, self.method]
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether doing it needs calibration text."""
+        return self.kind.calibrated or self["activations"] == "static"
+
     def __str__(self) -> str:
-        defaults = {name: parameter.default for name, parameter in self.kind.parameters.items()}
-        said = [f"{name}={_value_text(value)}" for name, value in self.arguments if value != defaults[name]]
+        parameters, arguments = self.kind.parameters, dict(self.arguments)
+        unsaid = {name: parameter.default for name, parameter in parameters.items()} | dict(self.kind.implied(arguments))
+        said = [f"{name}{_sign(parameters[name])}{_value_text(value)}" for name, value in self.arguments if value != unsaid[name]]
         return f"{self.verb}({', '.join([self.method, *said])})"
 
 
@@ -71,7 +78,13 @@ class Recipe:
         """Raises:
         RecipeError: a step that is predicted, but that nothing carries out yet.
         """
-        require_done({str(step): (step.verb, step.method) for step in self.steps})
+        for step in self.steps:
+            require_done(str(step), (step.verb, step.method), dict(step.arguments))
+
+    @property
+    def kv_dtype(self) -> str | None:
+        """What cached keys and values are stored in; None where no step says it."""
+        return next((f"int{step['bits']}" for step in self.steps if (step.verb, step.method) == ("quantize", "kv")), None)
 
     @property
     def runtime_text(self) -> str:
@@ -192,13 +205,16 @@ def make_step(verb: str, method: str, given: Mapping[str, Any]) -> Step:
     if unknown := set(given) - set(kind.parameters):
         known = ", ".join(kind.parameters) or "none"
         raise RecipeError(f"{verb}({method}) has no argument {', '.join(sorted(unknown))}; arguments: {known}.")
-    arguments = []
-    for name, parameter in kind.parameters.items():
-        value = given.get(name, parameter.default)
-        if name in given and not parameter.accepts(value):
-            raise RecipeError(f"{verb}({method}): {name}={value!r} is not possible; {name} is {parameter.says}.")
-        if value is not None:
-            arguments.append((name, value))
+    for name, value in given.items():
+        if not kind.parameters[name].accepts(value):
+            raise RecipeError(f"{verb}({method}): {name}={value!r} is not possible; {name} is {kind.parameters[name].says}.")
+    implied = kind.implied(given)
+    for name, value in implied.items():
+        if given.get(name, value) != value:
+            why = ", ".join(f"{each}={given[each]}" for each in ("format", "activations") if each in given)
+            raise RecipeError(f"{verb}({method}): {name}={given[name]} does not go with {why}, which has {name}={_value_text(value)}; leave it out.")
+    full = {name: given.get(name, implied.get(name, parameter.default)) for name, parameter in kind.parameters.items()}
+    arguments = [(name, value) for name, value in full.items() if value is not None]
     step = Step(verb=verb, method=method, arguments=tuple(arguments))
     if problem := kind.check(dict(arguments)):
         raise RecipeError(f"{step}: {problem}")
@@ -218,9 +234,14 @@ def _parse_step(text: str) -> Step:
     if any(key is None for key, _ in arguments[1:]):
         raise RecipeError(f"step {text.strip()!r}: after the method, arguments are written key=value.")
     keys = [str(key) for key, _ in arguments[1:]]
-    if len(set(keys)) < len(keys):
+    method, names = str(arguments[0][1]), [key.removesuffix("<").rstrip() for key in keys]
+    if len(set(names)) < len(names):
         raise RecipeError(f"step {text.strip()!r} says an argument twice.")
-    return make_step(verb, str(arguments[0][1]), dict(zip(keys, (value for _, value in arguments[1:]), strict=True)))
+    kind = KINDS.get((verb, method))
+    for key, name in zip(keys, names, strict=True):
+        if kind is not None and name in kind.parameters and kind.parameters[name].at_most != key.endswith("<"):
+            raise RecipeError(f"{verb}({method}): {name} is written {name}{_sign(kind.parameters[name])}value.")
+    return make_step(verb, method, dict(zip(names, (value for _, value in arguments[1:]), strict=True)))
 
 
 def _parse_call(text: str, what: str) -> tuple[str, list[tuple[str | None, Value]]]:
@@ -261,6 +282,10 @@ def _parse_value(text: str) -> Value:
     if not _PLAIN.match(text):
         raise RecipeError(f"value {text!r}: quote what is not a plain word or number.")
     return text
+
+
+def _sign(parameter: Parameter) -> str:
+    return "<=" if parameter.at_most else "="
 
 
 def _value_text(value: Value) -> str:
