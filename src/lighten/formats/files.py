@@ -3,5 +3,16 @@
 from __future__ import annotations
 
 SAFETENSORS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 ONNX = "model.onnx"
 OPENVINO = "openvino_model.xml"
+GGUF = "model.gguf"
+
+
+def shard(number: int, count: int) -> str:
+    """The name of one of several files of weights, numbered from 1, as Hugging Face numbers them.
+
+    >>> shard(2, 13)
+    'model-00002-of-00013.safetensors'
+    """
+    return f"model-{number:05}-of-{count:05}.safetensors"

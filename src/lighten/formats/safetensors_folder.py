@@ -4,43 +4,153 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from lighten.compress.grid import QuantizedTensor
+from lighten.compress.grid import Quantized, QuantizedTensor
+from lighten.errors import ModelError
 from lighten.formats import files
-from lighten.model.quantized import FORMAT, METHOD, STRATEGIES, refuse_layouts
-from lighten.model.read import SIDE_FILES, read_config, weight_files
-from lighten.model.spec import PER_TENSOR, Embedding, Linear, ModelSpec
+from lighten.formats.packing import pack, pack_codes, unpack, unpack_codes
+from lighten.formats.safetensors_file import SafetensorsWriter, split, write_index
+from lighten.model.quantized import FORMAT, METHOD, OWN_METHOD, kind_of, refuse_layouts, scheme, shares_codes, typed_tensors
+from lighten.model.quantized.kv import KVFormat
+from lighten.model.read import SIDE_FILES, weight_files
+from lighten.model.safetensors_header import read_header
+from lighten.model.spec import PER_TENSOR, Embedding, Linear, ModelSpec, Part, TensorSpec
 
-STRATEGY_NAMES = {group_size: name for name, group_size in STRATEGIES.items()}
+Matrix: TypeAlias = Linear | Embedding
+SHARD_BYTES = 5_000_000_000
+"""Largest file of weights that is written; Hugging Face's `save_pretrained` cut at 5 GB until its version 5."""
+
+__all__ = [
+    "SHARD_BYTES", "copy_side_files", "expanded_weights", "other_loaders_refuse", "pack", "pack_codes", "quantization_config", "read_weights",
+    "stored_specs", "unpack", "unpack_codes", "write_folder",
+]  # fmt: skip
 
 
-def write_folder(weights: Iterable[tuple[str, Tensor | QuantizedTensor]], spec: ModelSpec, source: Path, folder: Path) -> None:
-    """Write the weights of a spec, whose parts say how each is stored, with the source's side files."""
-    tensors: dict[str, Tensor] = {}
-    for name, weight in weights:
-        if isinstance(weight, QuantizedTensor):
-            tensors |= {f"{name.removesuffix('weight')}{key}": value for key, value in pack(weight).items()}
-        else:
-            tensors[name] = weight.contiguous()
-    save_file(tensors, folder / files.SAFETENSORS, metadata={"format": "pt"})
-    (folder / files.SAFETENSORS).chmod(0o644)  # the library writes it for its owner alone
+def write_folder(
+    weights: Iterable[tuple[str, Tensor | Quantized]], spec: ModelSpec, source: Path, folder: Path, *, shard_bytes: int = SHARD_BYTES,
+    kv_cache: KVFormat | None = None,
+) -> None:  # fmt: skip
+    """Write the weights of a spec, whose parts say how each is stored, with the source's side files.
+
+    One tensor is held at a time, in whatever order they come; the same weights give the same bytes.
+
+    Args:
+        weights: by checkpoint name; dense ones as the checkpoint lays them out, quantized ones [out_features, in_features]. Names that the spec has
+            not are left out: a head that is tied, and what the architecture does not use.
+        shard_bytes: of data in one file at most, but for a weight that is larger by itself.
+        kv_cache: what the model's cache is stored in when it runs.
+
+    Raises:
+        ModelError: a weight of the spec is missing among `weights`.
+    """
+    _Folder(spec, source, folder, shard_bytes).fill(weights)
     copy_side_files(source, folder)
-    config = read_config(source) | {"dtype": spec.dtype}
+    config = dict(spec.config) | {"dtype": spec.dtype}
     config.pop("torch_dtype", None)
-    if groups := quantization_groups(spec):
-        config["quantization_config"] = {
-            "quant_method": METHOD, "format": FORMAT, "quantization_status": "compressed", "ignore": [], "config_groups": groups,
-        }  # fmt: skip
+    if quantization := quantization_config(spec, kv_cache):
+        config["quantization_config"] = quantization
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+class _Folder:
+    """The weight files of a folder while they are written."""
+
+    def __init__(self, spec: ModelSpec, source: Path, folder: Path, shard_bytes: int) -> None:
+        self._owners = _owners(spec)
+        self._heads = [part for part in spec.parts if isinstance(part, Linear) and shares_codes(part)]
+        groups = stored_specs(spec, source)
+        shards = split(groups, shard_bytes)
+        names = [files.SAFETENSORS] if len(shards) == 1 else [files.shard(number, len(shards)) for number in range(1, len(shards) + 1)]
+        if len(shards) > 1:
+            write_index(folder, dict(zip(names, shards, strict=True)), files.INDEX)
+        self._shards = {folder / name: tensors for name, tensors in zip(names, shards, strict=True)}
+        self._types = {tensor.name: tensor.dtype for tensors in shards for tensor in tensors}
+
+    def fill(self, weights: Iterable[tuple[str, Tensor | Quantized]]) -> None:
+        with ExitStack() as stack:
+            writers = []
+            places: dict[str, SafetensorsWriter] = {}
+            for path, tensors in self._shards.items():
+                writer = SafetensorsWriter(path, tensors)
+                stack.callback(writer.close)
+                writers.append(writer)
+                places |= {tensor.name: writer for tensor in tensors}
+            for name, weight in weights:
+                for stored, tensor in self._stored(name, weight):
+                    places[stored].write(stored, tensor)
+            missing = sorted(name for writer in writers for name in writer.missing)
+        if missing:
+            raise ModelError(f"{len(missing)} tensors that the model has were not written: {', '.join(missing[:3])}.")
+
+    def _stored(self, name: str, weight: Tensor | Quantized) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of the file that one weight becomes."""
+        if isinstance(weight, Tensor):
+            if name in self._types:
+                yield name, weight.to(getattr(torch, self._types[name]))
+            return
+        part = self._owners.get(name)
+        if part is None:
+            return
+        assert isinstance(weight, QuantizedTensor), "a recipe's reading on the spec refuses ggml's types here"
+        kind = kind_of(part)
+        assert kind is not None, "a recipe's own formats are all written"
+        module = name.removesuffix(".weight")
+        packed = pack(weight, kind)
+        for key, tensor in packed.items():
+            yield f"{module}.{key}", tensor
+        for head in self._heads:
+            if head.tied_to == part.name:
+                yield from ((f"{head.name}.{key}", packed[key]) for key in ("weight_scale", "weight_zero_point") if key in packed)
+
+
+def _owners(spec: ModelSpec) -> dict[str, Matrix]:
+    """The part of each quantized weight, by its tensor's name."""
+    found: dict[str, Matrix] = {}
+    for part in spec.parts:
+        if isinstance(part, Linear | Embedding) and part.weight.bits is not None:
+            found |= {name: part for name, shape in part.tensors().items() if name.endswith(".weight") and len(shape) == 2}
+    return found
+
+
+def stored_specs(spec: ModelSpec, source: Path) -> list[list[TensorSpec]]:
+    """The tensors that a spec's weights are stored as, in forward order; those that stand for one weight together.
+
+    Vectors and tables keep the type that the source stores them in, but where a step changed the type of the matrices.
+    """
+    types = {tensor.name: tensor.dtype for file in weight_files(source) for tensor in read_header(file)}
+    own = {name: dtype for part in spec.parts for name, dtype in _dense(part).items()}
+    cast = any(types.get(name, dtype) != dtype for name, dtype in own.items())
+    groups: dict[str, dict[str, TensorSpec]] = {}
+    for part in spec.parts:
+        for name, (shape, dtype) in typed_tensors(part).items():
+            plain = own.get(name) or (spec.dtype if cast else types.get(name, spec.dtype))
+            groups.setdefault(_group_of(name), {}).setdefault(name, TensorSpec(name=name, shape=shape, dtype=dtype or plain))
+    return [list(group.values()) for group in groups.values()]
+
+
+def _dense(part: Part) -> dict[str, str]:
+    """A part's matrices that are not quantized, with their types."""
+    if not isinstance(part, Linear | Embedding) or part.weight.bits is not None:
+        return {}
+    return {name: part.weight.dtype for name, shape in part.tensors().items() if len(shape) >= 2}
+
+
+_PIECES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_global_scale", "weight_shape", "input_scale", "weight")
+
+
+def _group_of(name: str) -> str:
+    """The module's name for what stands for its weight; the tensor's own name else."""
+    module, _, last = name.rpartition(".")
+    return module if last in _PIECES else name
 
 
 def copy_side_files(source: Path, folder: Path) -> None:
@@ -51,90 +161,137 @@ def copy_side_files(source: Path, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
+# what the config says
+
+
+def quantization_config(spec: ModelSpec, kv_cache: KVFormat | None = None) -> dict[str, Any] | None:
+    """The `quantization_config` of a spec's weights; None where none is quantized.
+
+    `dequantize` asks `transformers` to expand the weights when it loads them: its other way expects zero points that are not packed, and cannot
+    load an embedding that is. It reads one format alone for all weights, so it is asked for where there is but one.
+    """
+    groups = quantization_groups(spec)
+    if not groups and kv_cache is None:
+        return None
+    kinds = {group["format"] for group in groups.values()}
+    found: dict[str, Any] = {
+        "quant_method": OWN_METHOD if _read_by_lighten_alone(spec) else METHOD,
+        "format": kinds.pop() if len(kinds) == 1 else "mixed-precision" if kinds else "dense",
+        "quantization_status": "compressed", "ignore": [], "config_groups": groups,
+    }  # fmt: skip
+    if kv_cache is not None:
+        found["kv_cache_scheme"] = kv_cache.scheme()
+    if _must_expand(spec) and len(groups) == 1:
+        found["dequantize"] = True
+    return found
+
+
 def quantization_groups(spec: ModelSpec) -> dict[str, Any]:
-    """`config_groups`: one for each distinct format, with the modules that have it."""
-    targets: dict[Any, list[str]] = {}
-    for part in spec.parts:
-        if isinstance(part, Linear | Embedding) and part.weight.bits is not None and part.tensors().get(f"{part.name}.weight"):
-            key = (part.weight.bits, part.weight.symmetric, part.weight.group_size)
-            targets.setdefault(key, []).append(part.name)
-    return {f"group_{number}": _group(names, *key) for number, (key, names) in enumerate(targets.items())}
+    """`config_groups`: one for each distinct format, with the modules that have it; a tied head's is its embedding's."""
+    targets: dict[str, tuple[dict[str, Any], list[str]]] = {}
+    for part in _quantized(spec):
+        kind = kind_of(part)
+        assert kind is not None, "a recipe's own formats are all written"
+        said = scheme(kind, part.weight)
+        names = [name.removesuffix(".weight") for name in part.tensors() if name.endswith(".weight")]
+        names += [head.name for head in spec.parts if isinstance(head, Linear) and head.tied_to == part.name and shares_codes(head)]
+        targets.setdefault(json.dumps(said, sort_keys=True), (said, []))[1].extend(names)
+    return {f"group_{number}": {"targets": names, **said} for number, (said, names) in enumerate(targets.values())}
 
 
-def _group(names: list[str], bits: int, symmetric: bool, group_size: int) -> dict[str, Any]:
-    strategy = STRATEGY_NAMES.get(group_size, "group")
-    weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": strategy, "dynamic": False}
-    if strategy == "group":
-        weights["group_size"] = group_size
-    return {"targets": names, "weights": weights, "input_activations": None, "output_activations": None}
+def _quantized(spec: ModelSpec) -> list[Matrix]:
+    """The parts that store a quantized weight of their own."""
+    found = (part for part in spec.parts if isinstance(part, Linear | Embedding) and part.weight.bits is not None)
+    return list({part.name: part for part in found if any(name.endswith(".weight") for name in part.tensors())}.values())
 
 
-def pack(weight: QuantizedTensor) -> dict[str, Tensor]:
-    """The tensors that stand for a quantized weight, by the names of `lighten.model.quantized`."""
-    by_tensor = weight.group_size == PER_TENSOR
-    tensors = {
-        "weight_packed": pack_codes(weight.codes, weight.bits),
-        "weight_scale": weight.scale.reshape(1) if by_tensor else weight.scale,
-        "weight_shape": torch.tensor(weight.codes.shape, dtype=torch.int64),
-    }
-    if weight.zero_point is not None:
-        zero = weight.zero_point
-        offset = 2 ** (weight.bits - 1)
-        tensors["weight_zero_point"] = (
-            (zero.to(torch.int16) - offset).to(torch.int8).reshape(1) if by_tensor else pack_codes(zero.T, weight.bits).T.contiguous()
-        )
-    return tensors
+def _must_expand(spec: ModelSpec) -> bool:
+    return any(
+        kind_of(part) == FORMAT and not part.weight.symmetric and part.weight.group_size != PER_TENSOR for part in _quantized(spec)
+    ) or any(isinstance(part, Embedding) and not _has_weight(part) for part in _quantized(spec))  # fmt: skip
 
 
-def unpack(tensors: dict[str, Tensor], bits: int, group_size: int) -> QuantizedTensor:
-    """The inverse of `pack`."""
-    rows, columns = (int(n) for n in tensors["weight_shape"])
-    scale, zero = tensors["weight_scale"], tensors.get("weight_zero_point")
-    if group_size == PER_TENSOR:
-        scale = scale.reshape(1, 1)
-        zero = None if zero is None else (zero.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8).reshape(1, 1)
-    elif zero is not None:
-        zero = unpack_codes(zero.T.contiguous(), bits, rows).T.contiguous()
-    return QuantizedTensor(
-        codes=unpack_codes(tensors["weight_packed"], bits, columns), scale=scale, zero_point=zero, bits=bits, group_size=group_size,
-    )  # fmt: skip
+def _has_weight(part: Matrix) -> bool:
+    return f"{part.name}.weight" in typed_tensors(part)
 
 
-def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """[R, C] uint8 codes → [R, ceil(C · bits / 32)] int32: the codes' bits one after another, low bits first."""
-    rows, columns = codes.shape
-    one_by_one = np.unpackbits(np.ascontiguousarray(codes.numpy())[..., None], axis=-1, bitorder="little", count=bits).reshape(rows, -1)
-    padded = np.pad(one_by_one, ((0, 0), (0, -columns * bits % 32)))
-    return torch.from_numpy(np.packbits(padded, axis=-1, bitorder="little").view("<i4").astype(np.int32))
+def _read_by_lighten_alone(spec: ModelSpec) -> bool:
+    """Whether another loader would leave a weight as it was drawn at random instead of refusing: it knows no quantized Conv1D."""
+    return any(isinstance(part, Linear) and part.transposed for part in _quantized(spec))
 
 
-def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """The inverse of `pack_codes`."""
-    raw = np.ascontiguousarray(packed.numpy()).astype("<i4").view(np.uint8)
-    one_by_one = np.unpackbits(raw, axis=-1, bitorder="little")[:, : columns * bits].reshape(len(raw), columns, bits)
-    return torch.from_numpy(np.packbits(one_by_one, axis=-1, bitorder="little")[..., 0])
+def other_loaders_refuse(spec: ModelSpec) -> list[str]:
+    """Why `transformers` with `compressed-tensors` (5.23, 0.20) does not load a spec's weights, a sentence each; empty where it does."""
+    found = []
+    if _read_by_lighten_alone(spec):
+        found.append("compressed-tensors has no quantized Conv1D; lighten alone reads these weights.")
+    several = len(quantization_groups(spec)) > 1
+    if several and any(isinstance(part, Embedding) and not _has_weight(part) for part in _quantized(spec)):
+        found.append("transformers loads a packed embedding only where all quantized weights have one format; 8 bits, or one format for all, load.")
+    if several and any(kind_of(part) == FORMAT and not part.weight.symmetric and part.weight.group_size != PER_TENSOR for part in _quantized(spec)):
+        found.append("transformers loads packed zero points only where all quantized weights have one format; symmetric=true loads.")
+    return found
+
+
+# reading
+
+
+def read_weights(folder: Path, spec: ModelSpec) -> Iterator[tuple[str, Tensor | QuantizedTensor]]:
+    """Every weight of a folder under its checkpoint name, as it is stored; one at a time.
+
+    Raises:
+        ModelError: its weights are codes of a format that is not read.
+    """
+    refuse_layouts(spec.parts, str(folder))
+    owners = _owners(spec)
+    with ExitStack() as stack:
+        places: dict[str, Any] = {}
+        for file in weight_files(folder):
+            opened = stack.enter_context(safe_open(file, framework="pt"))
+            places |= dict.fromkeys(opened.keys(), opened)
+        pieces = {piece: name for name, part in owners.items() for piece in _pieces_of(name, part)}
+        pieces |= {name: "" for part in spec.parts for name in typed_tensors(part) if part.name and name not in pieces and _is_copy(part, name)}
+        for name in sorted(places.keys() - pieces.keys()):
+            yield name, places[name].get_tensor(name)
+        for name in sorted(owners):
+            yield name, _read_quantized(places, name, owners[name])
+
+
+def _is_copy(part: Part, name: str) -> bool:
+    """Whether a tensor only repeats an embedding's scales for the head that is tied to it."""
+    return isinstance(part, Linear) and shares_codes(part) and name.rpartition(".")[2] in ("weight_scale", "weight_zero_point")
+
+
+def _pieces_of(name: str, part: Matrix) -> list[str]:
+    """The stored tensors that stand for one weight of a part, which may hold several (experts)."""
+    module = name.removesuffix(".weight")
+    own = {stored.rpartition(".")[2] for stored in typed_tensors(replace(part, tied_to=None) if isinstance(part, Linear) else part)}
+    return [f"{module}.{piece}" for piece in _PIECES if piece in own]
+
+
+def _read_quantized(places: Mapping[str, Any], name: str, part: Matrix) -> QuantizedTensor:
+    kind = kind_of(part)
+    assert kind is not None, "refused before"
+    found = {piece.rpartition(".")[2]: places[piece].get_tensor(piece) for piece in _pieces_of(name, part) if piece in places}
+    return unpack(found, part.weight, kind)
 
 
 def expanded_weights(folder: Path, spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a folder under its module's name, packed ones dequantized to float32.
+    """Every tensor of a folder under its checkpoint name and in its checkpoint layout, quantized ones dequantized to float32.
 
     Raises:
-        ModelError: its weights are another method's codes.
+        ModelError: its weights are codes of a format that is not read.
     """
-    refuse_layouts(spec.parts, str(folder))
-    formats = {part.name: part.weight for part in spec.parts if isinstance(part, Linear | Embedding)}
-    for file in weight_files(folder):
-        with safe_open(file, framework="pt") as opened:
-            names = set(opened.keys())
-            for name in sorted(names):
-                module, _, kind = name.rpartition(".")
-                if kind == "weight_packed":
-                    weight = formats[module]
-                    assert weight.bits is not None, "the spec was read from this folder's config"
-                    tensors = {key: opened.get_tensor(f"{module}.{key}") for key in _PACKED if f"{module}.{key}" in names}
-                    yield f"{module}.weight", unpack(tensors, weight.bits, weight.group_size).dequantize()
-                elif kind not in _PACKED:
-                    yield name, opened.get_tensor(name)
+    turned = {name for name, part in _owners(spec).items() if isinstance(part, Linear) and part.transposed}
+    for name, weight in read_weights(folder, spec):
+        if isinstance(weight, Tensor):
+            yield name, weight
+        else:
+            yield name, weight.dequantize().T.contiguous() if name in turned else weight.dequantize()
 
 
-_PACKED = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+def kv_cache_format(config: Mapping[str, Any]) -> KVFormat | None:
+    """What a folder's config says of the cache; None where nothing."""
+    quantization = config.get("quantization_config")
+    said = quantization.get("kv_cache_scheme") if isinstance(quantization, Mapping) else None
+    return None if said is None else KVFormat.from_scheme(said)

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from lighten.model.spec import PER_CHANNEL
+from lighten.model.spec import PER_CHANNEL, PER_TENSOR
 
 Stored = dict[str, tuple[tuple[int, ...], str]]
 """What follows the module's name → (shape, element type)."""
@@ -167,6 +167,7 @@ class NaiveLayout:
         strategy: which weights share a scale; `block`, `group_size`: how many where it is blocks or groups.
         zero_points: stored too, int8, as many as scales.
         static: the scale of its inputs is stored too.
+        own: as lighten writes and reads it.
 
     Source: the `compressed-tensors` package, compressors/naive_quantized.
     """
@@ -177,6 +178,7 @@ class NaiveLayout:
     block: tuple[int, int] = (1, 1)
     zero_points: bool = False
     static: bool = False
+    own: bool = False
 
     def tensors(self, rows: int, columns: int, scale_dtype: str) -> Stored:
         scales = self._scales(rows, columns)
@@ -223,6 +225,30 @@ class MxPackedLayout:
 
     def tensors(self, rows: int, columns: int, scale_dtype: str) -> Stored:
         return {".weight_packed": ((rows, columns // 2), "uint8"), ".weight_scale": ((rows, columns // 32), "uint8")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedLayout:
+    """compressed-tensors' pack-quantized where lighten itself would store the weight otherwise: `weight_packed` int32 [O, I·b/32] and so on.
+
+    Source: the `compressed-tensors` package, compressors/pack_quantized.
+    """
+
+    bits: int
+    group_size: int
+    symmetric: bool
+
+    def tensors(self, rows: int, columns: int, scale_dtype: str) -> Stored:
+        by_tensor = self.group_size == PER_TENSOR
+        groups = _groups(columns, self.group_size) if not by_tensor else 1
+        scales: tuple[int, ...] = (1,) if by_tensor else (rows, groups)
+        found: Stored = {
+            ".weight_packed": ((rows, math.ceil(columns * self.bits / 32)), "int32"), ".weight_scale": (scales, scale_dtype),
+            ".weight_shape": ((2,), "int64"),
+        }  # fmt: skip
+        if not self.symmetric:
+            found[".weight_zero_point"] = (scales, "int8") if by_tensor else ((math.ceil(rows * self.bits / 32), groups), "int32")
+        return found
 
 
 def _groups(columns: int, group_size: int) -> int:

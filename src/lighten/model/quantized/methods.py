@@ -17,13 +17,10 @@ from lighten.model.quantized.layouts import (
     Fp8Layout,
     GptqLayout,
     Mxfp4Layout,
-    MxPackedLayout,
-    NaiveLayout,
-    Nvfp4Layout,
     RowFp8Layout,
     TernaryLayout,
 )
-from lighten.model.quantized.packed import FORMAT, METHOD, STRATEGIES
+from lighten.model.quantized.packed import METHOD, OWN_METHOD, kind_of, weight_format
 from lighten.model.spec import PER_CHANNEL, PER_TENSOR, Embedding, Linear, Part, WeightFormat, block_name
 from lighten.units import dtype_bytes
 
@@ -52,7 +49,7 @@ def quantized_parts(parts: tuple[Part, ...], quantization: Any, source: str, *, 
     if not isinstance(method, str) or method not in METHODS:
         raise ModelError(f"{source}: weights quantized by the method {method!r} cannot be read; these can: {', '.join(METHODS)}.")
     try:
-        if types is not None and method != METHOD:
+        if types is not None and method not in (METHOD, OWN_METHOD):
             choice = METHODS[method]({**quantization, **_EVERYWHERE}, parts)
             return tuple(_as_found(part, choice, types) for part in parts)
         choice = METHODS[method](quantization, parts)
@@ -278,58 +275,22 @@ def _bitnet(config: Config, parts: tuple[Part, ...]) -> Choice:
 def _compressed_tensors(config: Config, parts: tuple[Part, ...]) -> Choice:
     """The targets of each group but those of `ignore`: names, classes, or expressions after `re:`."""
     ignored = _targets(config.get("ignore") or [])
-    groups = [
-        (_targets(group["targets"]), _group_format(group, str(group.get("format") or config.get("format"))))
-        for group in config["config_groups"].values()
-    ]
+    groups = [(_targets(group["targets"]), str(group.get("format") or config.get("format")), group) for group in config["config_groups"].values()]
 
     def choice(part: Part) -> WeightFormat | None:
         if not isinstance(part, Linear | Embedding) or _matches(part, ignored):
             return None
-        weight = next((weight for targets, weight in groups if _matches(part, targets)), None)
-        if weight is not None and weight.layout is not None and (isinstance(part, Embedding) or not _is_linear(part)):
+        found = next(((kind, group) for targets, kind, group in groups if _matches(part, targets)), None)
+        if found is None:
+            return None
+        weight = weight_format(*found, part)
+        if kind_of(replace(part, weight=weight)) is None and (isinstance(part, Embedding) or not _is_linear(part)):
             raise ValueError(f"how it stores {part.name} is not known")
         return weight
 
+    for _, kind, group in groups:  # what cannot be read is said even where it has no part
+        weight_format(kind, group, Linear(name="", component="", in_features=1, out_features=1))
     return choice
-
-
-def _group_format(group: Config, kind: str) -> WeightFormat:
-    weights, inputs = group["weights"], group.get("input_activations")
-    static = inputs is not None and not inputs.get("dynamic")
-    if kind == FORMAT:
-        return _packed_format(weights)
-    if kind in ("float-quantized", "int-quantized", "naive-quantized"):
-        return _naive_format(weights, static)
-    if kind == "nvfp4-pack-quantized":
-        return WeightFormat(bits=4, group_size=16, scale_dtype="float8_e4m3fn", layout=Nvfp4Layout(inputs=inputs is not None))
-    if kind == "mxfp4-pack-quantized":
-        return WeightFormat(bits=4, group_size=32, scale_dtype="uint8", layout=MxPackedLayout())
-    known = (FORMAT, "float-quantized", "int-quantized", "naive-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized")
-    raise ValueError(f"format {kind!r} is not known; known: {', '.join(known)}")
-
-
-def _packed_format(weights: Config) -> WeightFormat:
-    group_size = STRATEGIES.get(weights["strategy"], weights.get("group_size"))
-    if not 1 <= weights["num_bits"] <= 8:
-        raise ValueError(f"num_bits={weights['num_bits']}")
-    return WeightFormat(bits=int(weights["num_bits"]), group_size=int(group_size or 0), symmetric=bool(weights["symmetric"]))
-
-
-def _naive_format(weights: Config, static: bool) -> WeightFormat:
-    strategy, kind, bits = weights["strategy"], weights.get("type", "int"), _whole(weights, "num_bits")
-    if strategy not in ("tensor", "channel", "group", "block") or kind not in ("int", "float") or bits > 8 or (kind == "float" and bits != 8):
-        raise ValueError(f"{bits} bits of type {kind} by {strategy}")
-    block = _pair(weights.get("block_structure"), "block_structure") if strategy == "block" else (1, 1)
-    group = _whole(weights, "group_size") if strategy == "group" else block[1] if strategy == "block" else STRATEGIES[strategy]
-    if group < PER_CHANNEL or (strategy == "group" and group == 0):
-        raise ValueError(f"group_size={group}")
-    symmetric = bool(weights.get("symmetric", True))
-    layout = NaiveLayout(
-        dtype="int8" if kind == "int" else "float8_e4m3fn", strategy=strategy, group_size=group, block=block, zero_points=not symmetric,
-        static=static,
-    )  # fmt: skip
-    return WeightFormat(bits=8, group_size=group, symmetric=symmetric, layout=layout)
 
 
 def _targets(targets: Any) -> set[str]:
@@ -359,5 +320,6 @@ METHODS: dict[str, Callable[[Config, tuple[Part, ...]], Choice]] = {
     "fbgemm_fp8": _fbgemm_fp8,
     "eetq": _eetq,
     "bitnet": _bitnet,
+    OWN_METHOD: _compressed_tensors,
 }
 """`quant_method` → how its config is read."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from lighten.errors import ModelError
 from lighten.model.quantized.layouts import Bnb4Layout, GptqLayout, Stored
-from lighten.model.quantized.packed import packed_shapes
+from lighten.model.quantized.packed import kind_of, shares_codes, weight_tensors
 from lighten.model.spec import Embedding, Linear, Part, TensorSpec
 
 DESCRIBES = re.compile(r"\.weight\.quant_state\.bitsandbytes__\w+$")
@@ -17,39 +17,43 @@ DESCRIBES = re.compile(r"\.weight\.quant_state\.bitsandbytes__\w+$")
 
 def stored_tensors(part: Part) -> dict[str, tuple[int, ...]]:
     """The tensors that a checkpoint holds for a part, packed where its weight is quantized."""
-    tensors = part.tensors()
+    return {name: shape for name, (shape, _) in typed_tensors(part).items()}
+
+
+def typed_tensors(part: Part) -> Stored:
+    """The same with the types of those that stand for a quantized weight; "" for the others."""
+    tensors: Stored = {name: (shape, "") for name, shape in part.tensors().items()}
     if not isinstance(part, Linear | Embedding) or part.weight.bits is None:
         return tensors
-    if part.weight.layout is None:
-        return _packed(part, tensors)
-    return {name: shape for name, (shape, _) in _laid_out(part, tensors).items()}
-
-
-def _packed(part: Linear | Embedding, tensors: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    found: dict[str, tuple[int, ...]] = {}
-    for name, shape in tensors.items():
-        if name.endswith(".weight") and len(shape) == 2:
-            module = name.removesuffix(".weight")
-            found |= {f"{module}.{tensor}": packed for tensor, packed in packed_shapes(part.weight, *shape).items()}
-        else:
-            found[name] = shape
-    return found
-
-
-def _laid_out(part: Linear | Embedding, tensors: Mapping[str, tuple[int, ...]]) -> Stored:
-    """All tensors of a part, those of its layout with their types; the others' are not asked for."""
-    layout = part.weight.layout
-    assert layout is not None, "asked for where a weight has a layout"
-    assert isinstance(part, Linear), "embeddings are left alone by all methods that have a layout"
     found: Stored = {}
-    for name, shape in tensors.items():
-        if not part.is_weight(shape):
+    for name, (shape, _) in tensors.items():
+        if not _is_codes(part, name, shape):
             found[name] = (shape, "")
             continue
         module = name.removesuffix(".weight")
-        for suffix, (each, dtype) in layout.tensors(part.out_features, part.in_features, part.weight.scale_dtype).items():
-            found[module + suffix] = ((*shape[:-2], *each), dtype)
+        found |= {f"{module}{suffix}": ((*shape[:-2], *each), dtype) for suffix, (each, dtype) in _codes(part).items()}
+    if shares_codes(part):
+        found |= {f"{part.name}{suffix}": each for suffix, each in _codes(part).items() if suffix in (".weight_scale", ".weight_zero_point")}
     return found
+
+
+def _is_codes(part: Linear | Embedding, name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is the quantized weight."""
+    if isinstance(part, Linear) and part.weight.layout is not None and kind_of(part) is None:
+        return part.is_weight(shape)
+    return name.endswith(".weight") and len(shape) == 2
+
+
+def _codes(part: Linear | Embedding) -> Stored:
+    """What follows the module's name → (shape, type), for its quantized weight."""
+    linear = isinstance(part, Linear)
+    rows, columns = (part.out_features, part.in_features) if isinstance(part, Linear) else (part.num_embeddings, part.embedding_dim)
+    kind = kind_of(part)
+    if kind is None:
+        assert linear, "embeddings are left alone by all methods that have a layout of their own"
+        assert part.weight.layout is not None, "what has no layout is stored as lighten writes it"
+        return part.weight.layout.tensors(rows, columns, part.weight.scale_dtype)
+    return {f".{name}": each for name, each in weight_tensors(kind, part.weight, rows, columns).items()}
 
 
 SCALES = ("weight_scale", "scales", "weight_scale_inv", "weight_scales")
@@ -92,10 +96,10 @@ def quantization_leftover(parts: tuple[Part, ...], strangers: Iterable[TensorSpe
 
 def refuse_layouts(parts: Iterable[Part], source: str) -> None:
     """Raises:
-    ModelError: a weight that is stored by another method than lighten's own, whose codes are not read.
+    ModelError: a weight that is stored in a format whose codes are not read.
     """
     for part in parts:
-        if isinstance(part, Linear) and part.weight.layout is not None:
+        if isinstance(part, Linear) and part.weight.bits is not None and kind_of(part) is None:
             raise ModelError(
                 f"{source}: {part.name} is stored as another method's {part.weight.bits}-bit codes, which can be estimated and not be read; "
                 "give the model that they were made from."
