@@ -19,6 +19,7 @@ from lighten.device.roofline import TimePrediction
 from lighten.errors import DeviceError, WorkloadError
 from lighten.model.spec import Embedding, Linear, ModelSpec
 from lighten.parallel.plan import Plan
+from lighten.recipe.notes import notes
 from lighten.recipe.on_machine import place_followed, place_on_machine
 from lighten.recipe.placement import Placed, Use
 from lighten.recipe.predict import apply_recipe, artifact_bytes
@@ -151,6 +152,7 @@ def estimate(
         WorkloadError, RecipeError, DeviceError: what is asked does not fit the model, the runtime or the device.
     """
     recipe = recipe or Recipe()
+    workload = _with_cache(workload, recipe)
     check_workload(spec, workload)
     changed = apply_recipe(recipe, spec)
     if workload.phase == "train" and any(isinstance(p, Linear | Embedding) and p.weight.bits for p in changed.parts):
@@ -162,9 +164,22 @@ def estimate(
         spec=changed, workload=workload, matmul={name.partition("/")[2]: value for name, value in flops.items() if name.startswith("matmul/")},
         matmul_causal=flops["matmul_causal"], total_flops=flops["total_flops"], memory=placed.memory if placed else memory,
         size_bytes=artifact_bytes(recipe, changed), placed=placed,
-        assumptions=(*_assumptions(workload, recipe, placed), *_of_memory(changed), *changed.notes),
+        assumptions=(*notes(recipe, spec), *_assumptions(workload, recipe, placed), *_of_memory(changed), *changed.notes),
         warnings=_warnings(placed), labels=FORMULA_LABELS | _time_label(placed),
     )  # fmt: skip
+
+
+def _with_cache(workload: Workload, recipe: Recipe) -> Workload:
+    """The workload with the cache that the recipe stores, where it keeps one.
+
+    Raises:
+        WorkloadError: it asks for another.
+    """
+    if recipe.kv_dtype is None or workload.phase not in ("decode", "generate"):
+        return workload
+    if workload.kv_dtype not in (None, recipe.kv_dtype):
+        raise WorkloadError(f"kv_dtype={workload.kv_dtype} and the recipe's {recipe.kv_dtype} are two types of one cache; leave kv_dtype out.")
+    return replace(workload, kv_dtype=recipe.kv_dtype)
 
 
 def _placed(  # noqa: PLR0913  what is asked, and of what
@@ -258,9 +273,15 @@ def _assumptions(workload: Workload, recipe: Recipe, placed: Placed | None) -> t
         said.append("logits at the last prompt position alone; the prefill gives the first new token")
     if workload.phase == "train":
         said.append("the loss is the head's, without a head the mean of the last hidden state; the optimizer's own FLOPs are left out")
-    if recipe.runtime in ("torch", "torch-compile") and "quantize" in recipe.steps_text and (placed is None or placed.plan is None):
+    if recipe.runtime in ("torch", "torch-compile") and _has_codes(recipe) and (placed is None or placed.plan is None):
         said.append(f"{recipe.runtime} expands codes when it loads them: smaller on disk, not in memory")
+    if recipe.kv_dtype is not None:
+        said.append("of cached codes the scales are left out: 16 bits for each group of channels")
     return (*said, *(placed.assumptions if placed else ()))
+
+
+def _has_codes(recipe: Recipe) -> bool:
+    return any(step.verb == "quantize" and step.method != "kv" for step in recipe.steps)
 
 
 def _of_memory(spec: ModelSpec) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lighten.errors import RecipeError
-from lighten.model.ggml_types import RECIPE_TYPES, ggml_fallback, ggml_format
+from lighten.model.ggml_types import GGML_TYPES, RECIPE_TYPES, ggml_fallback, ggml_format
 from lighten.model.spec import PER_CHANNEL, PER_TENSOR, Linear, WeightFormat
 from lighten.recipe.words import Arguments, Parameter, is_flag, is_positive, one_of
 
@@ -129,16 +129,16 @@ def dividing_group(columns: int, wanted: int) -> int:
 
 
 def fallback_of(arguments: Arguments, part_columns: int) -> tuple[str, str] | None:
-    """What is asked for and what is taken instead, in words; None where it is taken as asked."""
+    """Why it is not taken as asked, and what is taken instead, in words; None where it is."""
     word = arguments.get("format", "int")
     if word in RECIPE_TYPES:
         asked = RECIPE_TYPES[word]
         found = ggml_fallback(asked, part_columns)
-        return None if found == asked else (f"format={word}", f"ggml's {found}")
+        return None if found == asked else (f"blocks of {GGML_TYPES[asked].block} of format={word} do not divide", f"ggml's {found}")
     group = group_columns(arguments) if word == "int" else 0
     if group <= 0 or part_columns % group == 0:
         return None
-    return f"group_size={group}", f"groups of {dividing_group(part_columns, group)}"
+    return f"group_size={group} does not divide", f"groups of {dividing_group(part_columns, group)}"
 
 
 def is_product(part: object) -> bool:

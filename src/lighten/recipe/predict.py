@@ -7,12 +7,16 @@ from dataclasses import replace
 from lighten.errors import RecipeError
 from lighten.model.read import FLOAT_DTYPES
 from lighten.model.spec import Embedding, Linear, ModelSpec, Part, part_weight_bytes
-from lighten.recipe.recipe import Recipe
+from lighten.recipe.recipe import Recipe, Step
 from lighten.recipe.size import CONTAINER_BASE_BYTES, CONTAINER_BYTES, artifact_size
 from lighten.recipe.targets import RUNTIMES, carries
 from lighten.units import dtype_bytes
 
-__all__ = ["CONTAINER_BASE_BYTES", "CONTAINER_BYTES", "apply_recipe", "artifact_bytes", "compute_dtype", "format_text", "loaded_weight_bytes"]
+__all__ = ["CONTAINER_BASE_BYTES", "CONTAINER_BYTES", "apply_recipe", "apply_step", "artifact_bytes", "compute_dtype", "loaded_weight_bytes"]
+
+
+CACHES_CODES = ("torch",)
+"""Runtimes whose cache of keys and values lighten makes itself."""
 
 
 def apply_recipe(recipe: Recipe, spec: ModelSpec) -> ModelSpec:
@@ -25,10 +29,12 @@ def apply_recipe(recipe: Recipe, spec: ModelSpec) -> ModelSpec:
     if kind.exported:
         spec = _widened(spec, kind.stored)
     for step in recipe.steps:
-        spec = step.kind.predict(spec, {**dict(step.arguments), "runtime": recipe.runtime})
+        spec = apply_step(step, spec, recipe.runtime)
     if spec.is_decoder and not kind.decoders:
         able = ", ".join(name for name, other in RUNTIMES.items() if other.decoders)
         raise RecipeError(f"runtime {recipe.runtime} does not run decoders here; these do: {able}.")
+    if recipe.kv_dtype is not None and recipe.runtime not in CACHES_CODES:
+        raise RecipeError(f"runtime {recipe.runtime} has a cache of its own; quantize(kv) is for {', '.join(CACHES_CODES)}.")
     for part in spec.parts:
         if isinstance(part, Linear | Embedding) and not carries(recipe.runtime, part.weight, decoder=spec.is_decoder):
             raise RecipeError(
@@ -36,6 +42,15 @@ def apply_recipe(recipe: Recipe, spec: ModelSpec) -> ModelSpec:
                 f"it carries {' and '.join(kind.stored)} weights, and {kind.formats}."
             )
     return spec
+
+
+def apply_step(step: Step, spec: ModelSpec, runtime: str) -> ModelSpec:
+    """The spec after one step of a recipe for a runtime.
+
+    Raises:
+        RecipeError: a step that this model cannot take.
+    """
+    return step.kind.predict(spec, {**dict(step.arguments), "runtime": runtime})
 
 
 def _widened(spec: ModelSpec, stored: tuple[str, ...]) -> ModelSpec:
