@@ -19,7 +19,7 @@ from lighten.errors import ModelError
 from lighten.formats import files
 from lighten.formats.packing import pack, pack_codes, unpack, unpack_codes
 from lighten.formats.safetensors_file import SafetensorsWriter, split, write_index
-from lighten.model.quantized import FORMAT, METHOD, OWN_METHOD, kind_of, refuse_layouts, scheme, shares_codes, typed_tensors
+from lighten.model.quantized import FORMAT, METHOD, MXFP4, NVFP4, OWN_METHOD, kind_of, refuse_layouts, scheme, shares_codes, typed_tensors
 from lighten.model.quantized.kv import KVFormat
 from lighten.model.read import SIDE_FILES, weight_files
 from lighten.model.safetensors_header import read_header
@@ -206,9 +206,15 @@ def _quantized(spec: ModelSpec) -> list[Matrix]:
 
 
 def _must_expand(spec: ModelSpec) -> bool:
+    """Whether `transformers` loads some weight in no other way, or, as 4-bit floats, runs it in bfloat16 alone."""
     return any(
-        kind_of(part) == FORMAT and not part.weight.symmetric and part.weight.group_size != PER_TENSOR for part in _quantized(spec)
-    ) or any(isinstance(part, Embedding) and not _has_weight(part) for part in _quantized(spec))  # fmt: skip
+        _zeros_are_packed(part) or (isinstance(part, Embedding) and not _has_weight(part)) or kind_of(part) in (NVFP4, MXFP4)
+        for part in _quantized(spec)
+    )  # fmt: skip
+
+
+def _zeros_are_packed(part: Matrix) -> bool:
+    return kind_of(part) == FORMAT and not part.weight.symmetric and part.weight.group_size != PER_TENSOR
 
 
 def _has_weight(part: Matrix) -> bool:
@@ -225,10 +231,10 @@ def other_loaders_refuse(spec: ModelSpec) -> list[str]:
     found = []
     if _read_by_lighten_alone(spec):
         found.append("compressed-tensors has no quantized Conv1D; lighten alone reads these weights.")
-    several = len(quantization_groups(spec)) > 1
-    if several and any(isinstance(part, Embedding) and not _has_weight(part) for part in _quantized(spec)):
+    parts = _quantized(spec) if len(quantization_groups(spec)) > 1 else []
+    if any(isinstance(part, Embedding) and not _has_weight(part) for part in parts):
         found.append("transformers loads a packed embedding only where all quantized weights have one format; 8 bits, or one format for all, load.")
-    if several and any(kind_of(part) == FORMAT and not part.weight.symmetric and part.weight.group_size != PER_TENSOR for part in _quantized(spec)):
+    if any(_zeros_are_packed(part) for part in parts):
         found.append("transformers loads packed zero points only where all quantized weights have one format; symmetric=true loads.")
     return found
 
