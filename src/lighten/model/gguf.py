@@ -303,7 +303,7 @@ def _translation(source: Source) -> Translation:
 def _config(source: Source, translation: Translation) -> dict[str, Any]:
     """The config.json that the metadata and the tensors amount to."""
     found = {name: source.get(key) for key, name in (COMMON | dict(translation.fields)).items()}
-    if source.metadata.get(f"{source.architecture}.attention.sliding_window") is None:
+    if not source.metadata.get(f"{source.architecture}.attention.sliding_window"):  # llama.cpp's converter says no window as 0
         found.pop("sliding_window", None)
     vocabulary = source.rows("token_embd.weight")
     if vocabulary is None:

@@ -1,0 +1,350 @@
+"""Write a GGUF file that llama.cpp loads: metadata and tokenizer, then each tensor at its place as it comes, never two at once.
+
+A tensor is named as `lighten.model.gguf` reads it. Vectors (norms, biases) are float32, as llama.cpp computes with them; each matrix is of the type
+that its part of the spec says, and codes of this package go into the type that holds them exactly.
+
+Shape legend: O rows (output features), I columns (input features).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lighten.compress.ggml import GgmlTensor, as_ggml
+from lighten.compress.grid import Quantized, QuantizedTensor
+from lighten.errors import ModelError, RecipeError
+from lighten.formats.gguf_families import ARCHITECTURES, metadata, refusal, rope_factors
+from lighten.formats.gguf_tokenizer import add_tokenizer, read_tokenizer
+from lighten.model.families._config import complete
+from lighten.model.ggml_types import GGML_TYPES, PLAIN, exact_ggml_type
+from lighten.model.gguf import TRANSLATIONS, gguf_names
+from lighten.model.gguf_header import read_gguf_header
+from lighten.model.spec import Embedding, Linear, ModelSpec, Part, WeightFormat
+
+Weight: TypeAlias = Tensor | Quantized
+_TYPES = {dtype: name for name, dtype in PLAIN.items()}
+_NUMPY = {"F32": np.float32, "F16": np.float16}
+_WIDE = ("position_embd.weight", "token_types.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")
+"""Matrices that are float32 where they are not quantized. Source: `prepare_tensors` in conversion/base.py of llama.cpp."""
+
+_FILE_TYPES = {
+    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11, "Q4_K": 14, "Q5_K": 16, "Q6_K": 18, "BF16": 32,
+    "MXFP4": 38,
+}  # fmt: skip
+"""Type of most elements → `general.file_type`. Source: `llama_ftype` in include/llama.h of llama.cpp."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    """A tensor of the file: its name there, shape (the slowest dimension first) and type of ggml."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+
+    @property
+    def row_bytes(self) -> int:
+        return GGML_TYPES[self.type].stored_bytes(1, self.shape[-1])
+
+    @property
+    def bytes(self) -> int:
+        return int(np.prod(self.shape[:-1], dtype=np.int64)) * self.row_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slot:
+    """Where a tensor of the checkpoint goes.
+
+    Attributes:
+        rows: of the file's tensor, counted over all its experts.
+        order: the checkpoint's rows in the order of the file; None: their own.
+        transposed: the checkpoint has [I, O].
+        plus_one: 1 is added.
+    """
+
+    placed: Placed
+    rows: range
+    order: Tensor | None
+    transposed: bool
+    plus_one: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """All of a file: its tensors in their order, and where each tensor of the checkpoint goes."""
+
+    tensors: tuple[Placed, ...]
+    slots: dict[str, Slot]
+
+    @property
+    def data_bytes(self) -> int:
+        return sum(-(-tensor.bytes // _ALIGNMENT) * _ALIGNMENT for tensor in self.tensors)
+
+
+_ALIGNMENT = 32
+"""Of each tensor's bytes. Source: `GGUF_DEFAULT_ALIGNMENT` in ggml/include/gguf.h."""
+
+
+def refuse_gguf(spec: ModelSpec, source: Path) -> None:
+    """Raises:
+    RecipeError: an architecture, or a format of a weight, that is not written.
+    ModelError: a tokenizer that llama.cpp does not have.
+    """
+    lay_out(spec)
+    read_tokenizer(source, int(complete(spec.config)["vocab_size"]))
+
+
+def write_gguf(weights: Iterable[tuple[str, Weight]], spec: ModelSpec, source: Path, path: Path) -> None:
+    """Write the file.
+
+    Args:
+        weights: by the checkpoint's names, in any order, each asked for once the one before is written; what the file has no place for (a tied
+            head, a pooler) is passed over. A quantized weight is [O, I] whatever the checkpoint's own orientation.
+        spec: whose parts say how each weight is stored.
+        source: the folder that holds the tokenizer.
+
+    Raises:
+        RecipeError: as `refuse_gguf`; or a weight that is not as its part says.
+        ModelError: as `refuse_gguf`; or weights that are missing.
+    """
+    layout = lay_out(spec)
+    start = _write_head(layout, spec, source, path)
+    places = {tensor.name: start + tensor.offset for tensor in read_gguf_header(path).tensors}
+    missing = set(layout.slots)
+    with path.open("r+b") as file:
+        factors = rope_factors(spec)
+        if factors is not None:
+            file.seek(places["rope_freqs.weight"])
+            file.write(factors.numpy().tobytes())
+        for name, weight in weights:
+            if (slot := layout.slots.get(name)) is None:
+                continue
+            if name not in missing:
+                raise ModelError(f"{path}: the weight {name} came twice.")
+            missing.discard(name)
+            file.seek(places[slot.placed.name] + slot.rows.start * slot.placed.row_bytes)
+            file.write(_data(name, weight, slot))
+    if missing:
+        some = ", ".join(sorted(missing)[:3])
+        raise ModelError(f"{path}: {len(missing)} weights are missing, such as {some}; nothing of the file can be used.")
+
+
+def stored_type(weight: WeightFormat, columns: int) -> str:
+    """The type of ggml for a matrix of a format.
+
+    Raises:
+        RecipeError: none holds it.
+    """
+    if weight.ggml_type is not None:
+        return weight.ggml_type
+    if weight.bits is None and weight.dtype in ("float32", "float16", "bfloat16"):
+        return _TYPES[weight.dtype]
+    found = None
+    if weight.bits is not None and not weight.global_scale and weight.layout is None and weight.activations is None:
+        found = exact_ggml_type(
+            bits=weight.bits, symmetric=weight.symmetric, group_size=weight.group_size, columns=columns, element=weight.element,
+        )  # fmt: skip
+    if found is None:
+        raise RecipeError(
+            f"no type of ggml holds {weight.bits or weight.dtype}-bit codes ({weight.element}, groups of {weight.group_size} over {columns} columns, "
+            f"activations {weight.activations or 'none'}); use a type of ggml such as format=q4_k, or symmetric codes in groups of a multiple of 32."
+        )
+    return found
+
+
+def lay_out(spec: ModelSpec) -> Layout:
+    """The tensors of a model's file.
+
+    Raises:
+        RecipeError: an architecture, or a format of a weight, that is not written.
+    """
+    if problem := refusal(spec):
+        raise RecipeError(f"{spec.name} cannot be written as a GGUF file: {problem}.")
+    architecture, config = ARCHITECTURES[spec.family], complete(spec.config)
+    tensors: dict[str, Placed] = {}
+    slots: dict[str, Slot] = {}
+    if (factors := rope_factors(spec)) is not None:
+        tensors["rope_freqs.weight"] = Placed(name="rope_freqs.weight", shape=tuple(factors.shape), type="F32")
+    for part in spec.parts:
+        if part.component in architecture.left_out:
+            continue
+        for name, shape in part.tensors().items():
+            placed, expert = _place(spec, part, name, shape)
+            tensors.setdefault(placed.name, placed)
+            module, _, _ = name.rpartition(".")
+            order = architecture.orders.get(module.rsplit(".", 1)[-1])
+            rows = placed.shape[-2] if len(placed.shape) > 1 else 1
+            slots[name] = Slot(
+                placed=placed, rows=range(expert * rows, (expert + 1) * rows), order=order(config, shape[0]) if order else None,
+                transposed=isinstance(part, Linear) and part.transposed and len(shape) == 2,
+                plus_one=architecture.plus_one and name.endswith("norm.weight"),
+            )  # fmt: skip
+    return Layout(tensors=tuple(tensors.values()), slots=slots)
+
+
+def _place(spec: ModelSpec, part: Part, name: str, shape: tuple[int, ...]) -> tuple[Placed, int]:
+    """The file's tensor that a tensor of the checkpoint goes into, and which of its experts it is."""
+    starred = re.escape(part.name).replace(r"\*", r"(\d+)")
+    found = re.match(starred, name) if "*" in part.name else None
+    module, _, leaf = (name if found is None else part.name + name[found.end() :]).rpartition(".")
+    names = gguf_names(module, leaf, TRANSLATIONS[ARCHITECTURES[spec.family].name].names)
+    if len(shape) > 2 or leaf not in ("weight", "bias") or not names or len(names[0]) != 1:
+        raise RecipeError(f"{spec.name} cannot be written as a GGUF file: {name} of shape {list(shape)} has no place in it.")
+    target = names[0][0]
+    if isinstance(part, Linear) and part.transposed and len(shape) == 2:
+        shape = shape[::-1]
+    kind = "F32"
+    if len(shape) == 2 and isinstance(part, Linear | Embedding):
+        kind = stored_type(part.weight, shape[-1])
+        kind = "F32" if kind in ("F16", "BF16") and target.endswith(_WIDE) else kind
+    experts = part.experts if isinstance(part, Linear) and found is not None else 1
+    stacked = (experts, *shape) if experts > 1 else shape
+    return Placed(name=target, shape=stacked, type=kind), int(found[1]) if found else 0
+
+
+def _write_head(layout: Layout, spec: ModelSpec, source: Path, path: Path) -> int:
+    """Write all but the tensors' bytes, for which room is made; the place of their beginning."""
+    import gguf
+
+    name = ARCHITECTURES[spec.family].name
+    writer = gguf.GGUFWriter(path, name)
+    writer.add_name(spec.name)
+    counts = Counter({tensor.type: 0 for tensor in layout.tensors})
+    for tensor in layout.tensors:
+        counts[tensor.type] += tensor.bytes
+    writer.add_file_type(_FILE_TYPES[counts.most_common(1)[0][0]])
+    if set(counts) - set(PLAIN):
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    for key, value in metadata(spec).items():
+        _add(writer, f"tokenizer.ggml.{key}" if key == "token_type_count" else f"{name}.{key}", value)
+    if name == "bert":
+        _add_pooling(writer, name, source)
+    vocab_size = int(complete(spec.config)["vocab_size"])
+    tokenizer = read_tokenizer(source, vocab_size)
+    if tokenizer is None:
+        writer.add_tokenizer_model("none")
+    else:
+        add_tokenizer(writer, tokenizer, source)
+    for tensor in layout.tensors:
+        kind = gguf.GGMLQuantizationType(GGML_TYPES[tensor.type].number)
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.bytes, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    assert writer.fout is not None, "the header was written"
+    start = -(-writer.fout[0].tell() // _ALIGNMENT) * _ALIGNMENT
+    writer.close()
+    path.chmod(0o644)
+    os.truncate(path, start + layout.data_bytes)
+    return start
+
+
+def _add(writer: Any, key: str, value: float | bool | str) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    else:
+        writer.add_string(key, value)
+
+
+def _add_pooling(writer: Any, name: str, source: Path) -> None:
+    """How sentence embeddings are pooled, where the folder says so; llama.cpp pools none else."""
+    path = source / "1_Pooling" / "config.json"
+    if path.is_file():
+        said = json.loads(path.read_text())
+        kinds = {"pooling_mode_mean_tokens": 1, "pooling_mode_cls_token": 2, "pooling_mode_lasttoken": 3}
+        kind = next((number for key, number in kinds.items() if said.get(key)), None)
+        if kind is None:
+            raise ModelError(f"{path}: a pooling that llama.cpp does not have; it has mean, cls and last token.")
+        writer.add_uint32(f"{name}.pooling_type", kind)
+
+
+def _data(name: str, weight: Weight, slot: Slot) -> bytes:
+    """The bytes of one tensor, rows in the file's order.
+
+    Raises:
+        RecipeError: the weight is not of the type that its part says.
+    """
+    kind, columns = slot.placed.type, slot.placed.shape[-1]
+    if isinstance(weight, Tensor):
+        value = weight.T if slot.transposed else weight
+        value = value.float() + 1 if slot.plus_one else value
+        value = value if slot.order is None else value[slot.order]
+        return _plain(name, value.contiguous(), kind, slot)
+    if isinstance(weight, QuantizedTensor):
+        weight = as_ggml(weight)
+    if not isinstance(weight, GgmlTensor) or weight.type != kind or weight.shape != (len(slot.rows), columns):
+        given = f"{weight.type} {list(weight.shape)}" if isinstance(weight, GgmlTensor) else type(weight).__name__
+        raise RecipeError(f"{name} came as {given}; its place in the file is {kind} {[len(slot.rows), columns]}.")
+    blocks = weight.blocks if slot.order is None else weight.blocks[slot.order]
+    return blocks.contiguous().numpy().tobytes()
+
+
+def _plain(name: str, value: Tensor, kind: str, slot: Slot) -> bytes:
+    expected = (len(slot.rows), slot.placed.shape[-1]) if len(slot.placed.shape) > 1 else slot.placed.shape
+    if kind not in ("F32", "F16", "BF16") or tuple(value.shape) != tuple(expected):
+        raise RecipeError(f"{name} came as {value.dtype} {list(value.shape)}; its place in the file is {kind} {list(expected)}.")
+    dtype: torch.dtype = getattr(torch, PLAIN[kind])
+    stored = value.to(dtype)
+    if value.dtype != dtype and kind != "F32" and not torch.equal(stored.float(), value.float()):
+        raise RecipeError(
+            f"{name} came as {value.dtype}, which {PLAIN[kind]} does not hold without loss; cast({PLAIN[kind]}) says that it may be lost."
+        )
+    return stored.view(torch.int16).numpy().tobytes() if kind == "BF16" else stored.numpy().tobytes()
+
+
+# ---- read back ----
+
+
+def read_weights(path: Path) -> Iterator[tuple[str, Tensor | GgmlTensor]]:
+    """Each tensor of a GGUF file by its name there, as stored; one is read at a time."""
+    import gguf
+
+    for tensor in gguf.GGUFReader(path).tensors:
+        kind = tensor.tensor_type.name
+        raw = np.array(tensor.data)
+        if kind in _NUMPY:
+            yield tensor.name, torch.from_numpy(raw)
+        elif kind == "BF16":
+            yield tensor.name, torch.from_numpy(raw.view(np.int16)).view(torch.bfloat16)
+        else:
+            yield tensor.name, GgmlTensor(type=kind, blocks=torch.from_numpy(raw))
+
+
+def verify_gguf(path: Path, weights: Iterable[tuple[str, Weight]], spec: ModelSpec) -> None:
+    """Hold a file against the weights that it was written from: each value as the `gguf` package dequantizes it, bit for bit.
+
+    Raises:
+        ModelError: a value differs, or the file cannot be read.
+    """
+    import gguf
+
+    layout = lay_out(spec)
+    read = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    for name, weight in weights:
+        if (slot := layout.slots.get(name)) is None:
+            continue
+        tensor = read[slot.placed.name]
+        found = torch.from_numpy(gguf.quants.dequantize(np.array(tensor.data), tensor.tensor_type)).float()
+        rows = found.reshape(-1, found.shape[-1])[slot.rows.start : slot.rows.stop]
+        value = weight.float() if isinstance(weight, Tensor) else weight.dequantize()
+        value = value.T if slot.transposed and isinstance(weight, Tensor) else value
+        value = value + 1 if slot.plus_one else value
+        value = value if slot.order is None else value[slot.order]
+        if not torch.equal(rows.reshape(value.shape), value):
+            worst = float((rows.reshape(value.shape) - value).abs().max())
+            raise ModelError(f"{path}: {tensor.name} reads back with values up to {worst:.3g} off from {name}; the file is damaged.")
