@@ -1,13 +1,14 @@
 """llama.cpp on the CPU, by the package llama-cpp-python.
 
-A native build ends the process on its first quantized product on virtual machines with AMX (llama.cpp #20824): run it in a child, as `lighten measure`
-does with every runtime.
+A native build ends the process on its first quantized product on virtual machines with AMX (llama.cpp #20824): run it in a child, as
+`lighten measure` does with every runtime.
 
 Shape legend: B sequences, S tokens of each, V vocabulary, D hidden size.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,7 @@ _NO_POOLING = 0  # llama_pooling_type of include/llama.h
 
 
 def version() -> str:
-    import llama_cpp
-
-    return str(llama_cpp.__version__)
+    return str(_api().__version__)
 
 
 def load(folder: Path, spec: ModelSpec, setup: Setup) -> Session:
@@ -43,6 +42,10 @@ def load(folder: Path, spec: ModelSpec, setup: Setup) -> Session:
     return LlamaSession(path, setup.threads, decoder=spec.is_decoder)
 
 
+def _api() -> Any:
+    return import_module("llama_cpp")
+
+
 def _quiet(level: int, text: bytes, data: Any) -> None:
     """llama.cpp's own log, which would fill stderr."""
 
@@ -51,9 +54,7 @@ class LlamaSession:
     """See `Session`."""
 
     def __init__(self, path: Path, threads: int, *, decoder: bool) -> None:
-        import llama_cpp
-
-        self._api: Any = llama_cpp
+        self._api = llama_cpp = _api()
         self._log = llama_cpp.llama_log_callback(_quiet)
         llama_cpp.llama_log_set(self._log, None)
         llama_cpp.llama_backend_init()
@@ -119,7 +120,8 @@ class LlamaSession:
         return np.stack([self._floats(self._api.llama_get_logits_ith(self._context, place), self._vocabulary) for place in places])
 
     def _floats(self, pointer: Any, count: int) -> Floats:
-        return np.ctypeslib.as_array(pointer, (count,)).copy()
+        found: Floats = np.ctypeslib.as_array(pointer, (count,)).copy()
+        return found
 
     def _ensure(self, sequences: int, length: int) -> None:
         """An empty context with room for so many sequences of a length."""
