@@ -294,10 +294,3 @@ def expanded_weights(folder: Path, spec: ModelSpec) -> Iterator[tuple[str, Tenso
             yield name, weight
         else:
             yield name, weight.dequantize().T.contiguous() if name in turned else weight.dequantize()
-
-
-def kv_cache_format(config: Mapping[str, Any]) -> KVFormat | None:
-    """What a folder's config says of the cache; None where nothing."""
-    quantization = config.get("quantization_config")
-    said = quantization.get("kv_cache_scheme") if isinstance(quantization, Mapping) else None
-    return None if said is None else KVFormat.from_scheme(said)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lighten.model.quantized.kv import KVFormat, read_kv_format
 from lighten.model.spec import ModelSpec
 from lighten.runtimes.session import Floats, Ids, Session, Setup, as_float32
 
@@ -22,15 +23,23 @@ def load(folder: Path, spec: ModelSpec, setup: Setup) -> Session:
     from lighten.formats.torch_model import load_module
 
     torch.set_num_threads(setup.threads)
-    return TorchSession(load_module(folder, spec, dtype=setup.dtype, attention="sdpa"))
+    return TorchSession(load_module(folder, spec, dtype=setup.dtype, attention="sdpa"), read_kv_format(spec.config))
 
 
 class TorchSession:
-    """See `Session`."""
+    """See `Session`. Where the config asks for a quantized cache, attention reads codes at every position, of a lone prompt too."""
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, kv: KVFormat | None = None) -> None:
         self.module = module
+        self._kv = kv
         self._cache: Any = None
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that the cache holds now."""
+        from lighten.formats.quantized_cache import cache_bytes
+
+        return 0 if self._cache is None else cache_bytes(self._cache)
 
     @property
     def precision(self) -> str:
@@ -47,11 +56,18 @@ class TorchSession:
         import torch
 
         with torch.inference_mode():
-            return as_float32(self.module(input_ids=torch.from_numpy(input_ids), use_cache=False).logits)
+            ids, cache = torch.from_numpy(input_ids), self._new_cache()
+            return as_float32(self.module(input_ids=ids, past_key_values=cache, use_cache=cache is not None).logits)
 
     def prefill(self, input_ids: Ids) -> Floats:
-        self._cache = None
+        self._cache = self._new_cache()
         return self.decode(input_ids)
+
+    def _new_cache(self) -> Any:
+        """An empty cache of codes; None: the module's own."""
+        from lighten.formats.quantized_cache import coded_cache
+
+        return None if self._kv is None else coded_cache(self.module.config, self._kv)
 
     def decode(self, input_ids: Ids) -> Floats:
         import torch
