@@ -22,6 +22,7 @@ from lighten.runtimes.session import Floats, Ids, Session, Setup
 AT_ONCE = 512
 """Tokens that a decoder computes at once; llama.cpp's own default (`n_ubatch` in include/llama.h)."""
 
+_NO_FLASH = 0  # llama_flash_attn_type of include/llama.h: its flash attention computes in float16
 _F32 = 0  # ggml_type of ggml/include/ggml.h
 _NO_POOLING = 0  # llama_pooling_type of include/llama.h
 
@@ -139,6 +140,7 @@ class LlamaSession:
         parameters.embeddings = not self._decoder
         parameters.pooling_type = _NO_POOLING
         parameters.type_k = parameters.type_v = _F32
+        parameters.flash_attn_type = _NO_FLASH
         self._context = self._api.llama_init_from_model(self._model, parameters)
         if not self._context:
             raise RuntimeUnavailable(f"llama.cpp has no memory for {sequences} sequences of {length} tokens.")
