@@ -76,7 +76,7 @@ def test_every_kind_of_weight_and_report_comes_back(tmp_path):
         assert (journal.resumed, journal.assembled, journal.has(0, "model.layers.0"), journal.has(1, "model.layers.0")) == (True, False, True, False)
         assert same(journal.read(0, "model.layers.0").weights["ggml"], WEIGHTS["ggml"])
         journal.drop(0)
-        assert not journal.any_finished()
+        assert not journal.worth_keeping()
 
 
 @pytest.mark.parametrize("name", ["a/b", "..", "", "x" * 400, "x" * 400 + "y", "encoder.layer.0", "ünïcode %2F", "a\nb"])

@@ -71,43 +71,63 @@ class Journal:
         assembled: the artifact was whole before the earlier run ended: all that can be missing is its new name.
     """
 
-    def __init__(self, folder: Path, lock: int, identity: Mapping[str, str], *, resumed: bool, assembled: bool) -> None:
-        self.folder, self.resumed, self.assembled = folder, resumed, assembled
+    def __init__(self, folder: Path, lock: int, identity: Mapping[str, str], *, out: Path, before: Mapping[str, Any] | None) -> None:
+        self.folder, self._out = folder, out
+        self.resumed = before is not None
+        self.assembled = before is not None and before["state"] == "assembled"
         self._lock: int | None = lock
         self._identity = dict(identity)
         self._whole: set[Path] = set()
 
     @classmethod
-    def open(cls, folder: Path, identity: Mapping[str, str], *, resume: bool, log: Callable[[str], None] = lambda line: None) -> Journal:
+    def open(
+        cls, folder: Path, identity: Mapping[str, str], *, resume: bool, out: Path | None = None, log: Callable[[str], None] = lambda line: None
+    ) -> Journal:
         """Begin a run, or go on with one.
 
         Args:
             identity: all that its bytes depend on, each under a name that a user knows.
+            out: what is named where the folder cannot be written; None: the folder itself.
             resume: go on where there is a run to go on with; else begin, and say so.
 
         Raises:
             OutputError: another process works there; an unfinished run without `resume`; one that was begun with something else; or the folder
                 cannot be written.
         """
-        lock = _lock(folder)
+        out = out or folder
+        lock = _lock(folder, out)
         try:
-            said = _read(folder)
-            if said is not None and not resume:
+            before = _read(folder)
+            if before is not None and not resume:
                 raise OutputError(f"{folder} holds an unfinished run; go on with it by --resume, or remove that folder to start anew.")
-            if said is not None:
-                _refuse_changes(folder, said["identity"], identity)
+            if before is not None:
+                _refuse_changes(folder, before["identity"], identity)
             elif resume:
                 log(f"nothing to resume at {folder}: starting anew")
-            journal = cls(folder, lock, identity, resumed=said is not None, assembled=said is not None and said["state"] == "assembled")
-            with writing(folder):
-                shutil.rmtree(journal.scratch, ignore_errors=True)
-                journal.scratch.mkdir()
-            if said is None:
-                journal.mark("working")
-            return journal
         except BaseException:
             os.close(lock)
             raise
+        journal = cls(folder, lock, identity, out=out, before=before)
+        try:
+            with writing(out):
+                shutil.rmtree(journal.scratch, ignore_errors=True)
+                journal.scratch.mkdir()
+            if before is None:
+                journal.mark("working")
+        except BaseException:
+            if before is None:
+                journal.discard()
+            journal.close()
+            raise
+        return journal
+
+    @staticmethod
+    def identity_in(folder: Path) -> dict[str, str]:
+        """What the run in a folder was begun with; nothing where there is none, or none that can be read."""
+        try:
+            return dict((_read(folder) or {}).get("identity", {}))
+        except (OutputError, OSError):
+            return {}
 
     @property
     def scratch(self) -> Path:
@@ -138,7 +158,7 @@ class Journal:
         """
         path = self._path(pass_index, block)
         header, tensors = _describe(block, weights, reports)
-        with writing(self.folder):
+        with writing(self._out):
             if not path.parent.is_dir():
                 path.parent.mkdir()
                 _sync(self.folder)
@@ -164,9 +184,9 @@ class Journal:
         """Remove a pass's blocks, where no later pass reads them."""
         shutil.rmtree(self._pass(pass_index), ignore_errors=True)
 
-    def any_finished(self) -> bool:
-        """Whether there is a block to go on from."""
-        return any(self.folder.glob("pass-*/*.block"))
+    def worth_keeping(self) -> bool:
+        """Whether there is something to go on from: a block, or a whole artifact."""
+        return self.assembled or any(self.folder.glob("pass-*/*.block"))
 
     def mark(self, state: Literal["working", "assembled"]) -> None:
         """Write down how far the run is.
@@ -175,8 +195,9 @@ class Journal:
             OutputError: it cannot be written.
         """
         text = json.dumps({"version": VERSION, "state": state, "identity": self._identity}, indent=1) + "\n"
-        with writing(self.folder), _replacing(self.folder / FILE) as file:
+        with writing(self._out), _replacing(self.folder / FILE) as file:
             file.write(text.encode())
+        self.assembled = state == "assembled"
 
     def discard(self) -> None:
         """Remove the folder: the artifact is in its place, or there is nothing worth going on from. `journal.json` goes last but for the lock."""
@@ -213,14 +234,14 @@ class Journal:
 # the folder
 
 
-def _lock(folder: Path) -> int:
+def _lock(folder: Path, out: Path) -> int:
     """The lock of a folder, which is made where it is not there.
 
     Raises:
         OutputError: another process has it, or it cannot be made.
     """
     while True:
-        with writing(folder):
+        with writing(out):
             folder.mkdir(parents=True, exist_ok=True)
             try:
                 handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)

@@ -1,37 +1,51 @@
-"""Build an artifact: a model folder and a recipe → a folder that one runtime runs, with `lighten.json` that says what it is."""
+"""Build an artifact: a model folder and a recipe → a folder that one runtime runs, with `lighten.json` that says what it is.
+
+All work is done in a folder beside the artifact's place (`compress.journal`), which is renamed at the end: a run that is killed goes on where
+it was, and ends in the same bytes.
+"""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from lighten import __version__
-from lighten.compress.grid import QuantizedTensor
-from lighten.compress.walk import Checkpoint, LayerReport, compress_weights
+from lighten.compress.grid import Weight
+from lighten.compress.journal import Journal, work_folder
+from lighten.compress.memory_plan import MemoryPlan, import_class, keeping_limit, peak_rss_bytes, plan_memory, reset_peak, rss_bytes
+from lighten.compress.run_identity import digest, run_identity
+from lighten.compress.walk import CalibrationSource, Checkpoint, Done, LayerReport, do_recipe
 from lighten.errors import ModelError, OutputError
+from lighten.formats import files
 from lighten.formats.onnx_artifact import write_onnx_artifact
 from lighten.formats.onnx_export import export_onnx, is_exported
 from lighten.formats.openvino_ir import Batch, write_openvino
 from lighten.formats.safetensors_folder import copy_side_files, write_folder
 from lighten.model import ModelSpec
+from lighten.model.quantized.kv import KVFormat
 from lighten.model.read import read_config, weight_files
 from lighten.model.runnable import read_runnable
+from lighten.model.spec import Attention, Linear
 from lighten.recipe import Recipe, apply_recipe, parse_recipe
+from lighten.recipe.notes import notes
 from lighten.recipe.predict import artifact_bytes, compute_dtype
+from lighten.recipe.targets import RUNTIMES
 from lighten.units import format_bytes
 
 MANIFEST = "lighten.json"
+OWN_TYPE = "the model's own"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +55,7 @@ class Artifact:
     Attributes:
         original: the folder of the model that it was made from.
         dtype: the type that its runtime is asked to compute in.
+        made: how the run that wrote it went; None where it was read.
     """
 
     folder: Path
@@ -49,38 +64,136 @@ class Artifact:
     dtype: str
     predicted_size_bytes: int
     size_bytes: int
+    made: Made | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """How a run went.
+
+    Attributes:
+        predicted_peak_bytes, peak_bytes: memory of the whole process; the measured one None where the system does not tell.
+    """
+
+    seconds: float
+    predicted_peak_bytes: int
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """How a recipe is to be carried out.
+
+    Attributes:
+        windows: gives calibration inputs of about so many tokens, for steps that look at what a layer is given.
+        text: fingerprint of the text that they come from.
+        memory_bytes: the most that the process may hold.
+        resume: go on with an unfinished run.
+    """
+
+    windows: CalibrationSource | None = None
+    text: str = ""
+    memory_bytes: int | None = None
+    resume: bool = False
+    log: Callable[[str], None] = lambda line: None
 
 
 def write_artifact(
-    source: Path, recipe: Recipe, folder: Path, *, calibration: Callable[[], Sequence[Batch]], exports: Path | None = None
+    source: Path, recipe: Recipe, folder: Path, *, calibration: Callable[[], Sequence[Batch]], exports: Path | None = None, work: Work | None = None
 ) -> Artifact:
     """Carry out the recipe and write the artifact, beside its place first and then renamed into it.
 
     Args:
-        calibration: gives calibration inputs; called only where a step needs them.
+        calibration: gives calibration inputs to a runtime's own quantizer; called only where a step needs them.
         exports: a folder that keeps the model's ONNX export for further recipes.
 
     Raises:
         RecipeError: a step that this model or runtime cannot take.
+        ConstraintError: the memory that is allowed does not do.
         ModelError: an unreadable checkpoint, or values that are not finite.
-        OutputError: `folder` cannot be written, or is there already.
+        OutputError: `folder` cannot be written, or is there already; or a run that cannot be gone on with.
     """
+    start = time.perf_counter()
+    work = work or Work()
     spec = read_runnable(source)
-    predicted = apply_recipe(recipe, spec)
+    plan = _Plan(
+        source=source, spec=spec, predicted=apply_recipe(recipe, spec), recipe=recipe, calibration=calibration, exports=exports, work=work,
+    )  # fmt: skip
+    if not work.resume:
+        _refuse_occupied(folder)
+    for note in notes(recipe, spec):
+        work.log(note)
+    reset_peak()
+    memory = _memory(plan, folder)
+    settings = {"sequences at once": str(memory.batch_rows), "type that calibration computes in": memory.compute_dtype or OWN_TYPE}
+    identity = run_identity(source, str(recipe), text=work.text if _calibrated(recipe) else "", settings=settings)
+    if work.resume and not work_folder(folder).is_dir() and _run_of(folder) == digest(identity):
+        work.log(f"{folder} is finished already")
+        return read_artifact(folder)
+    with _working(folder, identity, work) as journal:
+        if not (journal.assembled and _run_of(folder) == digest(identity)):
+            _refuse_occupied(folder)
+        if not journal.assembled:
+            _check_space(plan, journal)
+            with keeping_limit(work.memory_bytes):
+                _assemble(plan, memory, journal, identity)
+            journal.mark("assembled")
+        _move(journal, folder)
+    made = Made(seconds=time.perf_counter() - start, predicted_peak_bytes=memory.peak_bytes, peak_bytes=peak_rss_bytes())
+    return replace(read_artifact(folder), made=made)
+
+
+def _refuse_occupied(folder: Path) -> None:
+    """Raises:
+    OutputError: something is there.
+    """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputError(f"{folder} exists and is not empty; name a new folder, or remove it.")
-    plan = _Plan(source=source, spec=spec, predicted=predicted, recipe=recipe, calibration=calibration, exports=exports)
-    with writing_beside(folder) as beside:
-        _check_space(plan, beside)
-        layers = _write(plan, beside)
-        size = folder_bytes(beside)
-        manifest = {
-            "lighten": __version__, "recipe": str(recipe), "runtime": recipe.runtime, "dtype": compute_dtype(recipe, predicted),
-            "original": str(source.resolve()), "original_fingerprint": fingerprint(source), "size_bytes": size,
-            "predicted": {"size_bytes": artifact_bytes(recipe, predicted)}, "layers": [asdict(layer) for layer in layers],
-        }  # fmt: skip
-        (beside / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    return read_artifact(folder)
+
+
+def _run_of(folder: Path) -> str | None:
+    """The digest of what the artifact in a folder was begun with; None where there is none."""
+    try:
+        return str(json.loads((folder / MANIFEST).read_text())["run"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _assemble(plan: _Plan, memory: MemoryPlan, journal: Journal, identity: Mapping[str, str]) -> None:
+    """Fill the journal's artifact folder, so that it outlives a loss of power."""
+    folder = journal.artifact
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    layers = _write(plan, memory, journal, folder)
+    manifest = {
+        "lighten": __version__, "recipe": str(plan.recipe), "runtime": plan.recipe.runtime, "dtype": compute_dtype(plan.recipe, plan.predicted),
+        "original": str(plan.source.resolve()), "original_fingerprint": fingerprint(plan.source), "run": digest(identity),
+        "size_bytes": folder_bytes(folder),
+        "predicted": {"size_bytes": artifact_bytes(plan.recipe, plan.predicted)}, "notes": notes(plan.recipe, plan.spec),
+        "layers": [{key: value for key, value in asdict(layer).items() if value is not None or key == "bits"} for layer in layers],
+    }  # fmt: skip
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    for path in folder.rglob("*"):
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _move(journal: Journal, folder: Path) -> None:
+    """Give the artifact its name. A run that was killed in the middle of this finds the artifact there, and only tidies up."""
+    if journal.artifact.is_dir():
+        if folder.is_dir():
+            folder.rmdir()
+        os.replace(journal.artifact, folder)
+        _sync(folder.parent)
+    journal.discard()
 
 
 def read_artifact(folder: Path) -> Artifact:
@@ -112,33 +225,34 @@ def fingerprint(folder: Path) -> str:
 
 
 @contextmanager
-def writing_beside(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder`, renamed to it at the end; removed where anything fails.
+def _working(folder: Path, identity: Mapping[str, str], work: Work) -> Iterator[Journal]:
+    """The journal of the run that writes `folder`. Where anything fails it stays if a block was finished, else nothing does.
 
     Raises:
-        OutputError: no such place, read-only, or full.
+        OutputError: no such place, read-only, or full; or a run that cannot be gone on with.
     """
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be written: {error.strerror}.") from error
-    try:
-        yield beside
-        beside.chmod(0o755)
-        if folder.is_dir():
-            folder.rmdir()
-        os.replace(beside, folder)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-            raise OutputError(f"{folder} cannot be written: {error.strerror}.") from error
-        raise
-    except Exception as error:
-        if "No space left" in str(error):  # libraries wrap the system's error in their own
-            raise OutputError(f"{folder} cannot be written: no space left on device.") from error
-        raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    with Journal.open(work_folder(folder), identity, resume=work.resume, out=folder, log=work.log) as journal:
+        try:
+            yield journal
+        except BaseException as error:
+            kept = f"What is finished stays in {journal.folder}: the same command with --resume goes on." if journal.worth_keeping() else ""
+            if not kept:
+                journal.discard()
+            if (why := _refused(error)) is not None:
+                raise OutputError(f"{folder} cannot be written: {why}. {kept}".strip()) from error
+            if isinstance(error, OutputError) and kept and "--resume" not in str(error):
+                raise OutputError(f"{error} {kept}") from error
+            if kept:
+                work.log(kept)
+            raise
+
+
+def _refused(error: BaseException) -> str | None:
+    """Why a place cannot be written, where that is what an error says."""
+    if isinstance(error, OSError):
+        return error.strerror if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES) else None
+    wrapped = isinstance(error, Exception) and not isinstance(error, OutputError) and "No space left" in str(error)
+    return "no space left on device" if wrapped else None  # libraries wrap the system's error in their own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,16 +265,45 @@ class _Plan:
     recipe: Recipe
     calibration: Callable[[], Sequence[Batch]]
     exports: Path | None
+    work: Work
 
 
-def _write(plan: _Plan, folder: Path) -> list[LayerReport]:
+def _calibrated(recipe: Recipe) -> bool:
+    return any(step.calibrated for step in recipe.steps)
+
+
+def _memory(plan: _Plan, folder: Path) -> MemoryPlan:
+    """How the run keeps to its memory; one that is gone on with, as it was begun."""
+    if _calibrated(plan.recipe):
+        import_class(plan.spec.architecture)
+    begun = Journal.identity_in(work_folder(folder)) if plan.work.resume else {}
+    rows, dtype = begun.get("sequences at once"), begun.get("type that calibration computes in")
+    fixed = (int(rows), None if dtype == OWN_TYPE else dtype) if rows is not None and rows.isdigit() else None
+    return plan_memory(plan.spec, plan.recipe, base_bytes=rss_bytes() or 0, limit_bytes=plan.work.memory_bytes, fixed=fixed)
+
+
+def _write(plan: _Plan, memory: MemoryPlan, journal: Journal, folder: Path) -> list[LayerReport]:
     """Fill `folder` with everything but the manifest."""
     layers: list[LayerReport] = []
-    weights = _reported(compress_weights(Checkpoint(plan.source), plan.spec, plan.recipe), layers)
-    if plan.recipe.runtime in ("torch", "torch-compile"):
-        write_folder(weights, plan.predicted, plan.source, folder)
-        return layers
-    values = {name: weight.dequantize() if isinstance(weight, QuantizedTensor) else weight for name, weight in weights}
+    done = do_recipe(
+        Checkpoint(plan.source), plan.spec, plan.recipe, plan.source, journal, calibration=plan.work.windows, batch_rows=memory.batch_rows,
+        buffer_bytes=memory.buffer_bytes, compute_dtype=memory.compute_dtype, log=plan.work.log,
+    )  # fmt: skip
+    weights = _reported(done, layers)
+    if plan.recipe.runtime == "llama.cpp":
+        from lighten.formats.gguf_file import write_gguf
+
+        write_gguf(weights, done.spec, plan.source, folder / files.GGUF)
+    elif not RUNTIMES[plan.recipe.runtime].exported:
+        write_folder(weights, done.spec, plan.source, folder, kv_cache=_kv_format(plan.recipe, done.spec))
+    else:
+        _write_exported(plan, dict(weights), folder)
+    return layers
+
+
+def _write_exported(plan: _Plan, weights: Mapping[str, Weight], folder: Path) -> None:
+    transposed = {f"{part.name}.weight" for part in plan.spec.parts if isinstance(part, Linear) and part.transposed}
+    values = {name: _dense(weight, transposed=name in transposed) for name, weight in weights.items()}
     exported = (plan.exports or folder) / f"{fingerprint(plan.source)}.onnx"
     if not is_exported(exported):
         exported.parent.mkdir(parents=True, exist_ok=True)
@@ -168,29 +311,43 @@ def _write(plan: _Plan, folder: Path) -> list[LayerReport]:
     if plan.recipe.runtime == "onnxruntime":
         write_onnx_artifact(exported, values, plan.predicted, folder)
     else:
-        needs = any(step.kind.calibrated for step in plan.recipe.steps)
-        write_openvino(exported, values, plan.predicted, folder, calibration=plan.calibration() if needs else None)
+        write_openvino(exported, values, plan.predicted, folder, calibration=plan.calibration() if _calibrated(plan.recipe) else None)
     for path in folder.glob(f"{exported.stem}*"):
         path.unlink()
     copy_side_files(plan.source, folder)
-    return layers
 
 
-def _check_space(plan: _Plan, folder: Path) -> None:
+def _dense(weight: Weight, *, transposed: bool) -> Tensor:
+    """A weight as the checkpoint lays it out."""
+    if isinstance(weight, Tensor):
+        return weight
+    return weight.dequantize().T.contiguous() if transposed else weight.dequantize()
+
+
+def _kv_format(recipe: Recipe, spec: ModelSpec) -> KVFormat | None:
+    """What `quantize(kv)` says of the cache; without a group size a whole head shares a scale."""
+    heads = [part.head_dim for part in spec.parts if isinstance(part, Attention)]
+    for step in recipe.steps:
+        if (step.verb, step.method) == ("quantize", "kv"):
+            return KVFormat(bits=step["bits"], group_size=step["group_size"] or math.gcd(*heads))
+    return None
+
+
+def _check_space(plan: _Plan, journal: Journal) -> None:
     """Raises:
-    OutputError: the disk has less room than the work takes: the artifact, and for an exported one two copies of the float32 weights.
+    OutputError: the disk has less room than the work takes: the artifact, and for an exported one two copies of the float32 weights; what each
+        step that walks the blocks keeps until the end takes as much as the artifact.
     """
-    copies = 0 if plan.recipe.runtime in ("torch", "torch-compile") else 2
-    needed = artifact_bytes(plan.recipe, plan.predicted) + copies * 4 * plan.spec.total_parameters
-    free = shutil.disk_usage(folder).free
+    copies = 2 if RUNTIMES[plan.recipe.runtime].exported else 0
+    passes = sum(step.calibrated for step in plan.recipe.steps) if not copies else 0
+    needed = (1 + passes) * artifact_bytes(plan.recipe, plan.predicted) + copies * 4 * plan.spec.total_parameters
+    free = shutil.disk_usage(journal.folder).free + folder_bytes(journal.folder)
     if free < needed:
-        raise OutputError(f"{folder.parent} has {format_bytes(free)} free; writing this artifact takes {format_bytes(needed)}.")
+        raise OutputError(f"{journal.folder.parent} has {format_bytes(free)} free; writing this artifact takes {format_bytes(needed)}.")
 
 
-def _reported(
-    walked: Iterator[tuple[str, Tensor | QuantizedTensor, LayerReport | None]], layers: list[LayerReport]
-) -> Iterator[tuple[str, Tensor | QuantizedTensor]]:
-    for name, weight, report in walked:
+def _reported(done: Done, layers: list[LayerReport]) -> Iterator[tuple[str, Weight]]:
+    for name, weight, report in done.weights:
         if report is not None:
             layers.append(report)
         yield name, weight

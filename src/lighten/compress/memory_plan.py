@@ -1,0 +1,276 @@
+"""What a recipe's work holds at its fullest moment, before it begins; and the same held to a limit, or refused at once.
+
+Shape legend: O rows (output features) of the weights that share an input, I columns (input features) of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+
+from lighten.cost.memory import workload_memory
+from lighten.cost.workload import Workload
+from lighten.errors import ConstraintError, WorkloadError
+from lighten.model.spec import Embedding, Linear, ModelSpec, Part, block_name, part_weight_bytes
+from lighten.recipe import Recipe, Step
+from lighten.recipe.predict import apply_step
+from lighten.recipe.targets import RUNTIMES
+from lighten.units import dtype_bytes, format_bytes
+
+WINDOW = 1024
+"""Tokens of a calibration sequence where the model has positions for them: choice, the windows that perplexity is usually measured on."""
+BATCH_ROWS = (4, 2, 1)
+"""Sequences that run at once: the first where memory allows; choice, larger batches were no faster on 2 cores."""
+
+ROW_BYTES = 31
+"""Of each element of the weights that are solved together: seven float32 copies (the weight before, as given, joined, transposed; error, values,
+and one while they are made) and three of codes of a byte. Counted in `gptq.quantize_gptq`, checked by benchmarks/big_checkpoint.py."""
+HESSIANS = 6
+"""Matrices [I, I] of float32 while one is factorized: over the rows that choose and those that judge, the best factor so far, the next one with its
+permuted copy, and one while it is made. Counted in `gptq.choose_factor`, checked by benchmarks/big_checkpoint.py."""
+MOMENTS = 4
+"""Matrices [I, I] of float32 when the sums become means. Counted in `statistics.Moments.finish`."""
+ALONE_BYTES = 26
+"""Of each element of a weight that is rounded by itself: six float32 copies and two of codes. Counted in `rtn.quantize_rtn` and the report of it,
+checked by benchmarks/big_checkpoint.py."""
+EXPORT_BYTES = 12
+"""Of each parameter of a model that is exported: three float32 copies. Counted in `formats.onnx_export` and what calls it."""
+RUNNING_BYTES = 96 * 10**6
+"""What libraries take when they first work (threads' stacks, products' scratch, modules imported late), measured on SmolLM2-135M and MiniLM."""
+BASE_STEP = 32 * 2**20
+"""The imports' size is counted in steps of it (choice), so that its jitter of some pages does not change a plan."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """How a run keeps to its memory.
+
+    Attributes:
+        limit_bytes: what was asked for.
+        batch_rows: calibration sequences that run at once.
+        buffer_bytes: waiting activations that stay in memory; the others lie on disk. None: all stay.
+        compute_dtype: type that calibration computes in; None: the walk's own choice.
+        parts: what the fullest moment holds, by what holds it, in bytes.
+    """
+
+    limit_bytes: int | None
+    batch_rows: int
+    buffer_bytes: int | None
+    compute_dtype: str | None
+    parts: Mapping[str, int]
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.parts.values())
+
+    def as_json(self) -> dict[str, int | str | None]:
+        """What depends on nothing but the model, the recipe and the limit."""
+        return {"batch_rows": self.batch_rows, "compute_dtype": self.compute_dtype}
+
+
+def plan_memory(
+    spec: ModelSpec, recipe: Recipe, *, base_bytes: int, limit_bytes: int | None = None, fixed: tuple[int, str | None] | None = None
+) -> MemoryPlan:
+    """The plan of a run: with `limit_bytes`, the first of the ways to work that keeps to it.
+
+    In this order: everything at its usual size; waiting activations on disk; fewer sequences at once; calibration in bfloat16.
+
+    Args:
+        base_bytes: what the process holds before the work begins.
+        fixed: `batch_rows` and `compute_dtype` of the run that is gone on with.
+
+    Raises:
+        ConstraintError: none does; what the least takes is said.
+    """
+    base = -(-base_bytes // BASE_STEP) * BASE_STEP
+    ways = [fixed] if fixed else [(rows, dtype) for dtype in dict.fromkeys((None, _narrower(spec))) for rows in BATCH_ROWS]
+    least: MemoryPlan | None = None
+    for rows, dtype in ways:
+        usual = _plan(spec, recipe, base, rows, dtype)
+        if limit_bytes is None or usual.peak_bytes <= limit_bytes:
+            return replace(usual, limit_bytes=limit_bytes)
+        waiting = usual.parts.get("activations that wait", 0)
+        left = limit_bytes - (usual.peak_bytes - waiting)
+        if left >= 0:
+            return replace(usual, limit_bytes=limit_bytes, buffer_bytes=left, parts={**usual.parts, "activations that wait": left})
+        without = replace(usual, parts={**usual.parts, "activations that wait": 0})
+        least = without if least is None or without.peak_bytes < least.peak_bytes else least
+    assert least is not None, "there is at least one way"
+    takes = ", ".join(f"{what} {format_bytes(size)}" for what, size in least.parts.items() if size)
+    raise ConstraintError(
+        f"memory {format_bytes(limit_bytes)} cannot be kept: {recipe} on {spec.name} takes at least {format_bytes(least.peak_bytes)} ({takes})."
+    )
+
+
+def _narrower(spec: ModelSpec) -> str | None:
+    return None if spec.dtype == "bfloat16" else "bfloat16"
+
+
+def _plan(spec: ModelSpec, recipe: Recipe, base: int, rows: int, dtype: str | None) -> MemoryPlan:
+    """The fullest of the recipe's moments: each step that walks the blocks, and the writing."""
+    moments = [_writing(spec, recipe)]
+    for step in recipe.steps:
+        if step.calibrated and RUNTIMES[recipe.runtime].exported is False:
+            moments.append(_walking(spec, step, rows, dtype))
+        spec = apply_step(step, spec, recipe.runtime)
+    fullest = max(moments, key=lambda parts: sum(parts.values()))
+    parts = {"imports": base, "libraries at work": RUNNING_BYTES, **fullest}
+    return MemoryPlan(limit_bytes=None, batch_rows=rows, buffer_bytes=None, compute_dtype=dtype, parts=parts)
+
+
+def _writing(spec: ModelSpec, recipe: Recipe) -> dict[str, int]:
+    """One tensor at a time; an exported model whole."""
+    if RUNTIMES[recipe.runtime].exported:
+        return {"the exported model": EXPORT_BYTES * spec.total_parameters}
+    after = spec
+    for step in recipe.steps:
+        after = apply_step(step, after, recipe.runtime)
+    stored = {part.name: part.weight for part in spec.parts if isinstance(part, Linear | Embedding)}
+    changed = {part.name for part in after.parts if isinstance(part, Linear | Embedding) and part.weight != stored.get(part.name)}
+    pruned = any(step.verb in ("prune", "cast") for step in recipe.steps)
+    sizes = [_largest(part) * (ALONE_BYTES if pruned or part.name in changed else 8) for part in spec.parts]
+    return {"the largest weight": max(sizes, default=0)}
+
+
+def _walking(spec: ModelSpec, step: Step, rows: int, dtype: str | None) -> dict[str, int]:
+    """A pass over the blocks, at the fuller of two moments: a block runs while second moments are summed, or its weights are solved."""
+    computed = dtype or ("bfloat16" if spec.dtype == "bfloat16" else "float32")
+    wide = dtype_bytes(computed)
+    blocks: dict[str, list[Part]] = {}
+    outside = 0
+    for part in spec.parts:
+        block = block_name(part)
+        if block is not None:
+            blocks.setdefault(block, []).append(part)
+        elif not (isinstance(part, Linear) and part.component == "head"):
+            outside += round(part.parameters * wide)
+    held = max((round(sum(part.parameters for part in parts) * (wide + 1)) for parts in blocks.values()), default=0)
+    inputs = [group for parts in blocks.values() for group in _inputs(parts)]
+    columns = max((columns for columns, _ in inputs), default=0)
+    running = _running(spec, rows, computed) + 4 * MOMENTS * columns**2
+    solving = max((ROW_BYTES * together * columns + 4 * HESSIANS * columns**2 for columns, together in inputs), default=0)
+    tables = max((ALONE_BYTES * part.parameters for part in spec.parts if isinstance(part, Embedding) and step["embeddings"]), default=0)
+    return {
+        "weights outside of the blocks": outside, "a block": held, "activations that wait": _waiting(spec, step, wide),
+        "a block at work": max(running, solving, tables - held),
+    }  # fmt: skip
+
+
+def _inputs(parts: list[Part]) -> Iterator[tuple[int, int]]:
+    """(I, O together) of the linears of a block that are given the same input, as far as the order of its parts tells."""
+    linears = [part for part in parts if isinstance(part, Linear)]
+    for (_, columns), group in groupby(linears, key=lambda part: (part.component, part.in_features)):
+        yield columns, sum(part.out_features for part in group)
+
+
+def _running(spec: ModelSpec, rows: int, dtype: str) -> int:
+    """Activations of a batch inside the model, by the estimate of a forward pass."""
+    length = min(WINDOW, spec.fixed_len or spec.max_positions or WINDOW)
+    phase = "generate" if spec.is_decoder or spec.is_encoder_decoder else "encode"
+    try:
+        workload = Workload(phase=phase, batch_size=rows, seq_len=max(1, length - 1), new_tokens=int(phase == "generate"), dtype=dtype)  # type: ignore[arg-type]
+        found = workload_memory(spec, workload)
+    except WorkloadError:
+        return round(rows * length * dtype_bytes(dtype) * 16 * max((part.out_features for part in spec.parts if isinstance(part, Linear)), default=0))
+    return found.activations + found.temporary
+
+
+def _waiting(spec: ModelSpec, step: Step, wide: float) -> int:
+    """Hidden states of all calibration tokens; an encoder-decoder's of both."""
+    hidden = next((part.embedding_dim for part in spec.parts if isinstance(part, Embedding)), 0)
+    return round((2 if spec.is_encoder_decoder else 1) * (step["tokens"] or 0) * hidden * wide)
+
+
+def _largest(part: Part) -> int:
+    """Elements of a part's largest tensor."""
+    sizes = []
+    for shape in part.tensors().values():
+        size = 1
+        for length in shape:
+            size *= length
+        sizes.append(size)
+    return max(sizes, default=0)
+
+
+def weights_bytes(spec: ModelSpec) -> int:
+    """Stored bytes of all weights."""
+    return sum(part_weight_bytes(part, spec.dtype) for part in spec.parts)
+
+
+# the process
+
+
+def import_class(architecture: str) -> None:
+    """Import what runs a model, so that it counts as imports; a class that `transformers` has not is refused by whoever runs it."""
+    import transformers
+
+    getattr(transformers, architecture, None)
+
+
+def rss_bytes() -> int | None:
+    """What this process holds now; None where the system does not tell."""
+    return _status("VmRSS:")
+
+
+def peak_rss_bytes() -> int | None:
+    """The most that it has held since it began, or since `reset_peak`."""
+    return _status("VmHWM:")
+
+
+def reset_peak() -> None:
+    """Count the peak from now on, where the system can."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: Documentation/filesystems/proc.rst
+    except OSError:
+        return
+
+
+def _status(name: str) -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), None)
+
+
+LARGE_BLOCK = 2**20
+"""Memory blocks from so many bytes on are given back as soon as they are free (choice); glibc's own bound rises to 32 MB while it runs, and what
+lies between stays with the process in pieces."""
+M_MMAP_THRESHOLD = -3
+"""Source: malloc.h of glibc."""
+
+
+@contextmanager
+def keeping_limit(limit_bytes: int | None) -> Iterator[None]:
+    """Have the system refuse memory beyond a limit while this lasts, and give free blocks back at once. None: nothing.
+
+    What is limited is private memory (RLIMIT_DATA): what the process has of it may grow by as much as its resident size is under the limit.
+
+    Raises:
+        ConstraintError: in place of the error that a refused allocation gives.
+    """
+    if limit_bytes is None or sys.platform != "linux":
+        yield
+        return
+    import resource
+
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    used, held = _status("VmData:") or 0, rss_bytes() or 0
+    most = used + max(limit_bytes - held, 0)
+    if before[1] != resource.RLIM_INFINITY:
+        most = min(most, before[1])
+    resource.setrlimit(resource.RLIMIT_DATA, (most, before[1]))
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise ConstraintError(f"memory {format_bytes(limit_bytes)} was reached, and the system gave no more; allow more.") from error
+        raise
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
