@@ -75,13 +75,20 @@ class Skeleton:
     def load(self, module: nn.Module, source: Source) -> None:
         """Put the weights of a module and its submodules in memory."""
         for key in self._keys_of(module):
-            if self._tensors.get(key):
+            if self._tensors.get(key) and self.value(key).is_meta:
+                self._fill(key, source)
+
+    def load_own(self, module: nn.Module, source: Source) -> None:
+        """Put the weights of a module, but not of its submodules, in memory."""
+        for key, owners in self._keys.items():
+            if self._tensors.get(key) and any(owner is module for owner, _ in owners) and self.value(key).is_meta:
                 self._fill(key, source)
 
     def drop(self, module: nn.Module) -> None:
         """Give the memory of a module's weights back; tied weights that another place has stay there."""
+        inside = {id(part) for part in module.modules()}
         for key in self._keys_of(module):
-            if self._tensors.get(key):
+            if self._tensors.get(key) and all(id(owner) in inside for owner, _ in self._keys[key]):
                 self._set(key, torch.empty_like(self.value(key), device="meta"))
 
     def value(self, key: str) -> Tensor:

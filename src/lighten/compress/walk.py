@@ -1,123 +1,375 @@
-"""A recipe's second reading: walk a checkpoint tensor by tensor and do each step on its weight."""
+"""A recipe's second reading: carry each step out on the weights, in bounded memory.
+
+A step that looks at one weight at a time is done when that weight is asked for. A step that looks at what a layer is given walks the model
+block by block, with the calibration forwards waiting before each (`suspend`), and what becomes of a block is journaled when it is done. A
+step that looks at the whole model says itself how it goes. After the last step the tensors are asked for one by one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import TypeAlias
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lighten.compress.checkpoint import Checkpoint as Checkpoint
-from lighten.compress.checkpoint import check_finite as check_finite
-from lighten.compress.grid import QuantizedTensor
-from lighten.compress.magnitude import global_threshold, prune_pattern, prune_rows, prune_tensor, prune_threshold
-from lighten.compress.rtn import quantize_rtn
+from lighten.compress.activations import SpillBuffer
+from lighten.compress.block import Block
+from lighten.compress.checkpoint import Checkpoint, check_finite
+from lighten.compress.grid import Weight
+from lighten.compress.journal import Journal
+from lighten.compress.skeleton import Skeleton, Unit
+from lighten.compress.stage import Change, Changed, Journaled, Original, Stage
+from lighten.compress.suspend import Forwards
+from lighten.errors import RecipeError
 from lighten.model.quantized import refuse_layouts
-from lighten.model.spec import ModelSpec
+from lighten.model.spec import Embedding, Linear, ModelSpec, WeightFormat
 from lighten.recipe import Recipe, Step
-from lighten.recipe.steps import group_columns, parse_pattern, selected_names
+from lighten.recipe.steps import selected_names
 
-Weight: TypeAlias = Tensor | QuantizedTensor
-Change: TypeAlias = Callable[[Tensor], Weight]
+__all__ = ["Checkpoint", "Done", "Job", "LayerReport", "Run", "check_finite", "compress_weights", "do_recipe"]
+
+Batch: TypeAlias = Mapping[str, np.ndarray[Any, Any]]
+CalibrationSource: TypeAlias = Callable[[int], Sequence[Batch]]
+"""How many tokens → batches of a forward's inputs by name, as many as there are up to that."""
+
+HELD_OUT = 4
+"""Each fourth batch only judges what the others choose: choice."""
+
+BATCH_ROWS = 4
+"""Sequences that run at once where no plan says otherwise: choice."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerReport:
-    """What the recipe did to one weight: its zeros, and its error relative to the original, ‖W' - W‖ / ‖W‖ (Frobenius)."""
+    """What the recipe did to one weight: its zeros, and its error relative to the original, ‖W' - W‖ / ‖W‖ (Frobenius).
+
+    Attributes:
+        bits: width of its codes; None: it has none.
+        output_error: error of the layer's output on the calibration rows that chose, relative to the output; None where no row was looked at.
+        held_out_error: the same on rows that were kept apart.
+        rows: calibration rows that the codes were chosen by; 0: none reached it. None: the step looks at none.
+    """
 
     name: str
     sparsity: float
     relative_error: float
     bits: int | None
+    output_error: float | None = None
+    held_out_error: float | None = None
+    rows: int | None = None
 
 
-def compress_weights(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe) -> Iterator[tuple[str, Weight, LayerReport | None]]:
-    """Each tensor of the checkpoint as the recipe leaves it, with a report of those that it changed; one is held at a time.
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """A recipe carried out.
+
+    Attributes:
+        spec: of the result. It is what the recipe predicted, but for widths that were chosen by what was measured.
+        weights: each tensor, with a report of those that changed; one is held at a time.
+    """
+
+    spec: ModelSpec
+    weights: Iterator[tuple[str, Weight, LayerReport | None]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What all steps of a recipe share."""
+
+    folder: Path
+    original: Original
+    journal: Journal
+    calibration: CalibrationSource | None
+    log: Callable[[str], None]
+    batch_rows: int = BATCH_ROWS
+    buffer_bytes: int | None = None
+    compute_dtype: str | None = None
+    runtime: str = "torch"
+
+    def batches(self, tokens: int) -> list[dict[str, Tensor]]:
+        """Calibration inputs of about so many tokens, `batch_rows` sequences each.
+
+        Raises:
+            RecipeError: there are none.
+        """
+        found = self.calibration(tokens) if self.calibration is not None else ()
+        rows = [
+            {name: torch.from_numpy(np.asarray(value[row : row + 1])) for name, value in batch.items()}
+            for batch in found
+            for row in range(_rows(batch))
+        ]
+        if not rows:
+            raise RecipeError("this recipe looks at calibration inputs, and there are none.")
+        groups = [rows[start : start + self.batch_rows] for start in range(0, len(rows), self.batch_rows)]
+        return [{name: torch.cat([row[name] for row in group]) for name in group[0]} for group in groups]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One step that is to be done.
+
+    Attributes:
+        number: its place in the recipe, which is that of its pass in the journal.
+        before, after: the spec that it meets, and that it leaves.
+        stage: the tensors that it meets.
+    """
+
+    run: Run
+    number: int
+    step: Step
+    before: ModelSpec
+    after: ModelSpec
+    stage: Stage
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Tensors that the step changes: all for a cast, else the weights of the modules that it selects."""
+        if self.step.verb == "cast":
+            return frozenset(name for part in self.before.parts for name in part.tensors())
+        selected = set(selected_names(self.before, dict(self.step.arguments)))
+        return frozenset(name for part in self.before.parts if part.name in selected for name in _weights_of(part))
+
+    @cached_property
+    def formats(self) -> Mapping[str, WeightFormat]:
+        """How each weight is to be stored."""
+        return {name: part.weight for part in self.after.parts if isinstance(part, Linear | Embedding) for name in _weights_of(part)}
+
+    @cached_property
+    def transposed(self) -> frozenset[str]:
+        """Weights that the checkpoint stores as [I, O]."""
+        return frozenset(name for part in self.before.parts if isinstance(part, Linear) and part.transposed for name in _weights_of(part))
+
+    def matrix(self, name: str, tensor: Tensor) -> Tensor:
+        """[O, I] of a stored weight."""
+        return tensor.T.contiguous() if name in self.transposed else tensor
+
+    def stored(self, name: str, matrix: Tensor) -> Tensor:
+        """The inverse of `matrix`."""
+        return matrix.T.contiguous() if name in self.transposed else matrix
+
+    def value(self, name: str) -> Tensor:
+        """A tensor as the steps before left it, dequantized, in the checkpoint's orientation."""
+        found = self.stage[name]
+        if isinstance(found, Tensor):
+            return found
+        return found.dequantize().T if name in self.transposed else found.dequantize()
+
+    def skeleton(self) -> Skeleton:
+        """The model's module without its weights."""
+        shapes = {name: _shape(self.stage, self.run.original.checkpoint, name) for name in self.stage.names}
+        return Skeleton(self.run.folder, shapes, dtype=self.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that forwards compute in."""
+        found = self.run.compute_dtype or ("bfloat16" if self.before.dtype == "bfloat16" else "float32")
+        dtype: torch.dtype = getattr(torch, found)
+        return dtype
+
+
+Method: TypeAlias = Callable[[Job], tuple[Stage, ModelSpec]]
+"""Does a step: the tensors, and the spec, that it leaves."""
+
+DoBlock: TypeAlias = Callable[[Job, Block], list[dict[str, Any]]]
+"""Changes a block by `put`, and reports; it gets every block that holds one of the job's names."""
+
+
+def do_recipe(  # noqa: PLR0913 - one keyword for each thing that a run may be given
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    recipe: Recipe,
+    folder: Path,
+    journal: Journal,
+    *,
+    calibration: CalibrationSource | None = None,
+    batch_rows: int = BATCH_ROWS,
+    buffer_bytes: int | None = None,
+    compute_dtype: str | None = None,
+    log: Callable[[str], None] = lambda line: None,
+) -> Done:
+    """Carry out the steps; what a pass finished before stays as it is.
+
+    Args:
+        folder: the model's, whose config names the class that is run.
 
     Raises:
         ModelError: its weights are another method's codes.
-        RecipeError: a step that is predicted alone.
+        RecipeError: a step that is predicted alone, or that this model cannot take.
     """
+    from lighten.compress.methods import METHODS
+
     recipe.require_done()
     refuse_layouts(spec.parts, spec.source)
-    changes: list[tuple[frozenset[str], Change]] = []
-    for step in recipe.steps:
-        before = tuple(changes)
-        names = _changed_tensors(spec, step)
-        weights = partial(_selected, checkpoint, names, before)
-        changes.append((names, METHODS[step.verb, step.method](step, weights)))
-        spec = step.kind.predict(spec, dict(step.arguments))
-    for name in checkpoint.names:
-        original = checkpoint[name]
-        changed = _through(name, original, changes)
-        yield name, changed, None if changed is original else _report(name, original, changed)
+    run = Run(
+        folder=folder, original=Original(checkpoint=checkpoint), journal=journal, calibration=calibration, log=log, batch_rows=batch_rows,
+        buffer_bytes=buffer_bytes, compute_dtype=compute_dtype, runtime=recipe.runtime,
+    )  # fmt: skip
+    stage: Stage = run.original
+    for number, step in enumerate(recipe.steps):
+        after = step.kind.predict(spec, {**dict(step.arguments), "runtime": recipe.runtime})
+        job = Job(run=run, number=number, step=step, before=spec, after=after, stage=stage)
+        stage, spec = METHODS[step.verb, step.method](job)
+    return Done(spec=spec, weights=_finished(run.original, stage, spec))
 
 
-def _selected(checkpoint: Checkpoint, names: frozenset[str], changes: tuple[tuple[frozenset[str], Change], ...]) -> Iterator[Tensor]:
-    for name in sorted(names):
-        weight = _through(name, checkpoint[name], changes)
-        assert isinstance(weight, Tensor), "the reading on the spec refuses a step after quantize"
-        yield weight
+def compress_weights(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe) -> Iterator[tuple[str, Weight, LayerReport | None]]:
+    """Each tensor of the checkpoint as a recipe without calibration leaves it, with a report of those that it changed; one is held at a time.
+
+    Raises:
+        ModelError: its weights are another method's codes.
+        RecipeError: a step that is predicted alone, or that looks at text.
+    """
+    with tempfile.TemporaryDirectory(prefix="lighten-") as work, Journal.open(Path(work) / "journal", {}, resume=False) as journal:
+        yield from do_recipe(checkpoint, spec, recipe, Path(spec.source), journal).weights
 
 
-def _through(name: str, weight: Weight, changes: list[tuple[frozenset[str], Change]] | tuple[tuple[frozenset[str], Change], ...]) -> Weight:
-    for names, change in changes:
-        if name in names:
-            assert isinstance(weight, Tensor), "the reading on the spec refuses a step after quantize"
-            weight = change(weight)
-    return weight
+def walk_blocks(job: Job, do: DoBlock) -> tuple[Stage, ModelSpec]:
+    """A pass over the blocks that hold the job's weights, each with the changed blocks before it in place; one is in memory at a time.
+
+    Weights outside of every unit, such as embedding tables, come first: `do_alone` of `methods` is done to them.
+    """
+    from lighten.compress.methods import do_alone
+
+    journal = job.run.journal
+    skeleton = job.skeleton()
+    inside = {name: unit.name for unit in skeleton.units for name in skeleton.names_in(unit.module)}
+    tables = {name for part in job.before.parts if isinstance(part, Embedding) for name in part.tensors()}
+    placed = {name: "outside" if name in tables or name not in inside else inside[name] for name in job.names}
+    wanted: dict[str, set[str]] = {}
+    for name, block in placed.items():
+        wanted.setdefault(block, set()).add(name)
+    if "outside" in wanted and not journal.has(job.number, "outside"):
+        weights, reports = do_alone(job, sorted(wanted["outside"]))
+        journal.write(job.number, "outside", weights, reports)
+    last = max((index for index, unit in enumerate(skeleton.units) if unit.name in wanted), default=-1)
+    todo = [unit.name for unit in skeleton.units if unit.name in wanted and not journal.has(job.number, unit.name)]
+    if todo:
+        _run_blocks(job, skeleton, do, {name: frozenset(names) for name, names in wanted.items()}, last)
+    blocks = {name: block for block in wanted for name in journal.read(job.number, block).weights}
+    return Journaled(before=job.stage, journal=journal, pass_index=job.number, blocks=blocks), job.after
 
 
-def _report(name: str, original: Tensor, changed: Weight) -> LayerReport:
-    value = changed.dequantize() if isinstance(changed, QuantizedTensor) else changed.float()
+def _run_blocks(job: Job, skeleton: Skeleton, do: DoBlock, wanted: Mapping[str, frozenset[str]], last: int) -> None:
+    run, journal = job.run, job.run.journal
+    place = {name: block for block, names in wanted.items() for name in names}
+
+    def source(name: str) -> Tensor:
+        block = place.get(name)
+        if block is None or not journal.has(job.number, block):
+            return job.value(name)
+        return _stored_value(job, name, journal.read(job.number, block).weights[name])
+
+    for module in skeleton.outside():
+        skeleton.load_own(module, source)
+    batches = [inputs_of(skeleton.module, batch) for batch in run.batches(job.step["tokens"])]
+    held_out = [len(batches) > 1 and index % HELD_OUT == min(HELD_OUT, len(batches)) - 1 for index in range(len(batches))]
+    pending = {unit.name for unit in skeleton.units[: last + 1] if unit.name in wanted}
+    with SpillBuffer(journal.scratch, limit_bytes=run.buffer_bytes) as buffer:
+        forwards = Forwards(module=skeleton.module, units=skeleton.units, batches=batches, buffer=buffer)
+        with forwards.running():
+            while forwards.at is not None and pending:
+                unit = forwards.at
+                skeleton.load(unit.module, source)
+                if unit.name in pending:
+                    block = Block(
+                        unit=unit, skeleton=skeleton, forwards=forwards, source=source, wanted=wanted[unit.name], transposed=job.transposed,
+                        held_out=held_out,
+                    )  # fmt: skip
+                    _do_block(job, block, do)
+                    pending.discard(unit.name)
+                if pending:
+                    forwards.go_on()
+                skeleton.drop(unit.module)
+    for name in sorted(pending):  # no forward comes there: a pooler that the output does not need
+        unit = next(unit for unit in skeleton.units if unit.name == name)
+        _do_unreached(job, unit, wanted[name])
+
+
+def _do_block(job: Job, block: Block, do: DoBlock) -> None:
+    """Do a block and journal it, or put what the journal has of it in place."""
+    journal = job.run.journal
+    if journal.has(job.number, block.name):
+        for name, weight in journal.read(job.number, block.name).weights.items():
+            block.put(name, weight)
+        return
+    job.run.log(f"{job.step.verb}({job.step.method}): {block.name}")
+    reports = do(job, block)
+    journal.write(job.number, block.name, block.results, reports)
+
+
+def _do_unreached(job: Job, unit: Unit, names: frozenset[str]) -> None:
+    from lighten.compress.methods import do_alone
+
+    if job.run.journal.has(job.number, unit.name):
+        return
+    weights, reports = do_alone(job, sorted(names))
+    job.run.log(f"{unit.name}: no calibration row reaches it; its weights are rounded by themselves")
+    job.run.journal.write(job.number, unit.name, weights, [{**report, "rows": 0} for report in reports])
+
+
+def inputs_of(module: Any, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What a module's forward takes of a batch; an encoder-decoder that is given a text alone reads it again in its decoder."""
+    import inspect
+
+    known = inspect.signature(module.forward).parameters
+    given: dict[str, Any] = {name: value for name, value in batch.items() if name in known}
+    if module.config.is_encoder_decoder and "decoder_input_ids" not in given and "decoder_input_ids" in known:
+        start = module.config.decoder_start_token_id or 0
+        given["decoder_input_ids"] = batch.get("input_ids", torch.full((_rows(batch), 1), start))
+    return given | ({"use_cache": False} if "use_cache" in known else {})
+
+
+def change_weights(job: Job, change: Change) -> tuple[Stage, ModelSpec]:
+    """A step that looks at one weight at a time: it is done when the weight is asked for."""
+    return Changed(before=job.stage, selected=job.names, change=change), job.after
+
+
+def _finished(original: Original, stage: Stage, spec: ModelSpec) -> Iterator[tuple[str, Weight, LayerReport | None]]:
+    transposed = {name for part in spec.parts if isinstance(part, Linear) and part.transposed for name in _weights_of(part)}
+    known = set(original.names)
+    for name in stage.names:
+        weight = stage[name]
+        if name not in known or not stage.touched(name):
+            yield name, weight, None
+        else:
+            before = original.checkpoint[name]
+            matrix = before.T if name in transposed and not isinstance(weight, Tensor) else before
+            yield name, weight, _report(name, matrix, weight, stage.said(name))
+
+
+def _report(name: str, original: Tensor, changed: Weight, said: Mapping[str, Any]) -> LayerReport:
+    value = changed.float() if isinstance(changed, Tensor) else changed.dequantize()
     error = torch.linalg.vector_norm(value - original.float()) / torch.linalg.vector_norm(original.float()).clamp(min=1e-30)
-    bits = changed.bits if isinstance(changed, QuantizedTensor) else None
-    return LayerReport(name=name, sparsity=float((value == 0).float().mean()), relative_error=float(error), bits=bits)
+    bits = None if isinstance(changed, Tensor) else changed.bits
+    more = {key: said.get(key) for key in ("output_error", "held_out_error", "rows")}
+    return LayerReport(name=name, sparsity=float((value == 0).float().mean()), relative_error=float(error), bits=bits, **more)
 
 
-def _changed_tensors(spec: ModelSpec, step: Step) -> frozenset[str]:
-    """Names of the tensors that a step changes: all of them for a cast, else the selected modules' weights."""
-    if step.verb == "cast":
-        return frozenset(name for part in spec.parts for name in part.tensors())
-    return frozenset(f"{name}.weight" for name in selected_names(spec, dict(step.arguments)))
+def _weights_of(part: Any) -> list[str]:
+    """Names of a part's matrices: one for each expert."""
+    if isinstance(part, Linear):
+        return [name for name, shape in part.tensors().items() if part.is_weight(shape)]
+    return list(part.tensors())
 
 
-# the methods: (step, the weights that it changes) → what it does to one weight
+def _stored_value(job: Job, name: str, weight: Weight) -> Tensor:
+    if isinstance(weight, Tensor):
+        return weight
+    return weight.dequantize().T if name in job.transposed else weight.dequantize()
 
 
-def _cast(step: Step, weights: Callable[[], Iterator[Tensor]]) -> Change:
-    dtype: torch.dtype = getattr(torch, step.method)
-    return lambda weight: weight.to(dtype)
+def _shape(stage: Stage, checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
+    if name in checkpoint:
+        return tuple(checkpoint.spec(name).shape)
+    found = stage[name]
+    return tuple(found.shape if isinstance(found, Tensor) else found.dequantize().shape)
 
 
-def _magnitude(step: Step, weights: Callable[[], Iterator[Tensor]]) -> Change:
-    if step["pattern"]:
-        kept, of = parse_pattern(step["pattern"])
-        return partial(prune_pattern, kept=kept, of=of)
-    if step["threshold"]:
-        return partial(prune_threshold, threshold=step["threshold"])
-    if step["scope"] == "global":
-        return partial(prune_threshold, threshold=global_threshold(weights, sparsity=step["sparsity"]))
-    return partial(prune_rows if step["scope"] == "row" else prune_tensor, sparsity=step["sparsity"])
-
-
-def _rtn(step: Step, weights: Callable[[], Iterator[Tensor]]) -> Change:
-    group_size = group_columns(dict(step.arguments))
-    return partial(quantize_rtn, bits=step["bits"], group_size=group_size, symmetric=step["symmetric"])
-
-
-def _by_runtime(step: Step, weights: Callable[[], Iterator[Tensor]]) -> Change:
-    """The runtime's own quantizer rounds these weights when the artifact is written, together with its activations."""
-    return lambda weight: weight
-
-
-METHODS: dict[tuple[str, str], Callable[[Step, Callable[[], Iterator[Tensor]]], Change]] = {
-    **{("cast", dtype): _cast for dtype in ("float32", "float16", "bfloat16")},
-    ("prune", "magnitude"): _magnitude,
-    ("quantize", "rtn"): _rtn,
-    ("quantize", "dynamic"): _by_runtime,
-    ("quantize", "static"): _by_runtime,
-}
+def _rows(batch: Mapping[str, Any]) -> int:
+    return len(next(iter(batch.values())))

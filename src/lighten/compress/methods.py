@@ -1,0 +1,195 @@
+"""What each step of a recipe does to the weights: one entry for each (verb, method) that is carried out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lighten.compress.block import Block, Subset
+from lighten.compress.ggml import quantize_ggml
+from lighten.compress.gptq import layer_error, quantize_gptq
+from lighten.compress.grid import QuantizedTensor, Weight
+from lighten.compress.magnitude import global_threshold, prune_pattern, prune_rows, prune_tensor, prune_threshold
+from lighten.compress.minifloat import quantize_float
+from lighten.compress.rtn import quantize_rtn
+from lighten.compress.scale_search import search_scales
+from lighten.compress.stage import Change, Stage
+from lighten.compress.statistics import InputStatistics
+from lighten.compress.walk import DoBlock, Job, Method, change_weights, walk_blocks
+from lighten.model.spec import ModelSpec, WeightFormat
+from lighten.recipe.steps import parse_pattern
+
+INT8_LARGEST = 127
+"""A static scale maps the largest magnitude that was seen here: symmetric int8 (Nagel et al. 2021, arXiv:2106.08295, section 2.2)."""
+E4M3_LARGEST = 448
+"""The largest number of fp8 e4m3 (Micikevicius et al. 2022, arXiv:2209.05433, table 1)."""
+
+
+def do_alone(job: Job, names: Iterable[str]) -> tuple[dict[str, Weight], list[dict[str, Any]]]:
+    """Weights that no calibration row reaches, such as tables: rounded on the grid of least error of the weight itself."""
+    weights: dict[str, Weight] = {name: round_alone(job.matrix(name, job.value(name)), job.formats[name]) for name in names}
+    return weights, [{"name": name} for name in weights]
+
+
+def round_alone(weight: Tensor, format: WeightFormat) -> Weight:
+    """[O, I] rounded to nearest on a searched grid."""
+    if format.ggml_type is not None:
+        return quantize_ggml(weight.float(), format.ggml_type)
+    return search_scales(weight.float(), format=_own(format))
+
+
+# weight by weight
+
+
+def by_weight(make: Callable[[Job], Change]) -> Method:
+    return lambda job: change_weights(job, make(job))
+
+
+def _cast(job: Job) -> Change:
+    dtype: torch.dtype = getattr(torch, job.step.method)
+    return lambda name, weight: weight.to(dtype)
+
+
+def _magnitude(job: Job) -> Change:
+    step = job.step
+    prune: Callable[[Tensor], Tensor]
+    if step["pattern"]:
+        kept, of = parse_pattern(step["pattern"])
+        prune = partial(prune_pattern, kept=kept, of=of)
+    elif step["threshold"]:
+        prune = partial(prune_threshold, threshold=step["threshold"])
+    elif step["scope"] == "global":
+        threshold = global_threshold(lambda: (job.value(name) for name in sorted(job.names)), sparsity=step["sparsity"])
+        prune = partial(prune_threshold, threshold=threshold)
+    else:
+        prune = partial(prune_rows if step["scope"] == "row" else prune_tensor, sparsity=step["sparsity"])
+    return lambda name, weight: job.stored(name, prune(job.matrix(name, weight)))
+
+
+def _rtn(job: Job) -> Change:
+    return lambda name, weight: _nearest(job.matrix(name, weight), job.formats[name])
+
+
+def _nearest(weight: Tensor, format: WeightFormat) -> Weight:
+    if format.ggml_type is not None:
+        return quantize_ggml(weight.float(), format.ggml_type)
+    if format.element != "int":
+        return quantize_float(weight.float(), format=_own(format))
+    assert format.bits is not None, "the reading on the spec gave it a width"
+    return quantize_rtn(weight, bits=format.bits, group_size=format.group_size, symmetric=format.symmetric)
+
+
+def _hqq(job: Job) -> Change:
+    from lighten.compress.hqq import quantize_hqq
+
+    def change(name: str, weight: Tensor) -> Weight:
+        format = job.formats[name]
+        assert format.bits is not None, "the reading on the spec gave it a width"
+        return quantize_hqq(job.matrix(name, weight).float(), bits=format.bits, group_size=format.group_size)
+
+    return change
+
+
+def _by_runtime(job: Job) -> Change:
+    """The runtime's own quantizer rounds these weights when the artifact is written, together with its activations."""
+    return lambda name, weight: weight
+
+
+# block by block
+
+
+def by_block(do: DoBlock) -> Method:
+    return lambda job: walk_blocks(job, do)
+
+
+def each_subset(solve: Callable[[Job, Block, Subset, InputStatistics], Mapping[str, Weight]]) -> DoBlock:
+    """A block's weights, all that share an input at once, in the order in which a forward meets them."""
+
+    def do(job: Job, block: Block) -> list[dict[str, Any]]:
+        reports: list[dict[str, Any]] = []
+        for level in block.levels():
+            for subset, statistics in block.statistics(level):
+                before = {name: block.weight(name) for name in subset.names}
+                for name, weight in solve(job, block, subset, statistics).items():
+                    block.put(name, _with_input_scale(weight, statistics, job.formats[name]))
+                    reports.append({"name": name, "rows": statistics.rows, **_errors(before[name], weight, statistics)})
+        unreached = sorted(block.wanted - block.results.keys())
+        if unreached:
+            job.run.log(f"{block.name}: no calibration row reaches {', '.join(unreached)}; rounded by themselves")
+            weights, said = do_alone(job, unreached)
+            for name, weight in weights.items():
+                block.put(name, weight)
+            reports += [{**report, "rows": 0} for report in said]
+        return reports
+
+    return do
+
+
+def _solve_gptq(job: Job, block: Block, subset: Subset, statistics: InputStatistics) -> Mapping[str, Weight]:
+    found: dict[str, Weight] = {}
+    by_format: dict[WeightFormat, list[str]] = {}
+    for name in subset.names:
+        by_format.setdefault(_own(job.formats[name]), []).append(name)
+    for format, names in by_format.items():
+        weights = {name: block.weight(name) for name in names}
+        if format.ggml_type is not None:
+            found |= {name: quantize_ggml(weight, format.ggml_type, statistics) for name, weight in weights.items()}
+        elif statistics.rows:
+            found |= quantize_gptq(weights, statistics, format)
+        else:
+            found |= {name: round_alone(weight, format) for name, weight in weights.items()}
+    return found
+
+
+def _solve_nearest(job: Job, block: Block, subset: Subset, statistics: InputStatistics) -> Mapping[str, Weight]:
+    return {name: _nearest(block.weight(name), job.formats[name]) for name in subset.names}
+
+
+def _own(format: WeightFormat) -> WeightFormat:
+    """A format as the solvers compare it: what pruning left and how activations are computed with does not concern them."""
+    return replace(format, sparsity=0.0, activations=None)
+
+
+def _with_input_scale(weight: Weight, statistics: InputStatistics, format: WeightFormat) -> Weight:
+    if format.activations != "static" or not isinstance(weight, QuantizedTensor):
+        return weight
+    largest = E4M3_LARGEST if format.element == "e4m3" else INT8_LARGEST
+    scale = (statistics.abs_max.amax() / largest).clamp(min=torch.finfo(torch.float32).tiny)
+    return replace(weight, input_scale=scale.reshape(1))
+
+
+def _errors(before: Tensor, weight: Weight, statistics: InputStatistics) -> dict[str, float]:
+    """Error of the output relative to the output, in root mean square."""
+    value = weight if isinstance(weight, Tensor) else weight.dequantize()
+
+    def relative(hessian: Tensor) -> float:
+        whole = layer_error(before, torch.zeros_like(before), hessian).sum()
+        return float((layer_error(before, value, hessian).sum() / whole.clamp(min=1e-30)).clamp(min=0).sqrt())
+
+    found = {"output_error": relative(statistics.hessian)}
+    return found | ({"held_out_error": relative(statistics.held_out)} if statistics.held_out is not None else {})
+
+
+def _calibrated_where_static(make: Callable[[Job], Change], solve: DoBlock) -> Method:
+    """A method that looks at weights alone, but where static activations want their scale."""
+
+    def do(job: Job) -> tuple[Stage, ModelSpec]:
+        return walk_blocks(job, solve) if job.step["activations"] == "static" else change_weights(job, make(job))
+
+    return do
+
+
+METHODS: dict[tuple[str, str], Method] = {
+    **{("cast", dtype): by_weight(_cast) for dtype in ("float32", "float16", "bfloat16")},
+    ("prune", "magnitude"): by_weight(_magnitude),
+    ("quantize", "rtn"): _calibrated_where_static(_rtn, each_subset(_solve_nearest)),
+    ("quantize", "hqq"): by_weight(_hqq),
+    ("quantize", "gptq"): by_block(each_subset(_solve_gptq)),
+    ("quantize", "dynamic"): by_weight(_by_runtime),
+    ("quantize", "static"): by_weight(_by_runtime),
+}
