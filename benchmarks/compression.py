@@ -1,0 +1,476 @@
+"""Quantization, ours beside the peers': what is lost at the same bits, and what is lost at the same file size?
+
+    python benchmarks/compression.py --model .models/smollm2-135m-offgrid --tokens 4096 --only ours
+    python benchmarks/compression.py --model .models/smollm2-135m-offgrid --peers llm-compressor,hqq --environments ENVS --tokens 4096 32768
+
+Everybody gets the same calibration tokens (windows of 1,024 of the text's calibration part, as many as it has up to `--tokens`), and everybody's
+weights are dequantized and scored by one evaluator in the original's architecture: 20 windows of 1,024 tokens of the test part, perplexity and
+divergence from the original in the same type, bfloat16 for weight-only codes of fewer than 8 bits and float32 else. 8-bit activations are simulated
+alike for all: each token rounded by its own scale.
+
+Each peer runs in an environment of its own below `--environments`, made from the peer's `REQUIREMENTS` where it is missing (minutes, 1.5 to 6 GB each).
+Rows that `--out` has already are not measured again, unless `--rerun NAME` names their peer; a peer that fails leaves a row that says why.
+
+A row's figures
+    bits            of a weight of the quantized linears: the code's, and its share of scales and of zero points that are not constant
+    stored_bits     every byte that the artifact keeps for those linears
+    size_bytes      all files of the artifact's weights, embedding and head included
+    quantize_s      quantization alone;  process_s  from the process's start to the artifact on disk
+    peak_rss_bytes  of the process until then;  peak_above_imports_bytes  over what it held once everything was imported
+    quiet           whether the machine had nothing else to do: `--quiet` says so, and only then are the seconds worth comparing
+
+The last line on stdout is one JSON object: rows by name. `--picture FILE` draws perplexity over file size as an SVG.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+LENGTH, TEST_WINDOWS = 1024, 20
+FAMILIES: dict[str, str] = {"llm-compressor": "llm_compressor"}
+"""A peer's name → its file's; the others are named alike."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One thing to measure.
+
+    Attributes:
+        peer: `ours`, or a peer's name.
+        settings: of `ours` a recipe; of a peer method, bits, group_size, symmetric and what else its method takes.
+        calibrated: it reads calibration tokens, so that their number matters.
+    """
+
+    peer: str
+    settings: dict[str, Any]
+    calibrated: bool = True
+
+    @property
+    def name(self) -> str:
+        if self.peer == "ours":
+            return str(self.settings["recipe"])
+        shown = {key: value for key, value in self.settings.items() if key != "method"}
+        return f"{self.settings['method']}({', '.join(f'{key}={value}' for key, value in shown.items())})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What was measured of a case; None: not known, or it failed. The module's docstring says what each figure counts."""
+
+    key: str
+    peer: str
+    name: str
+    settings: dict[str, Any]
+    version: str | None = None
+    model: str
+    text: str
+    tokens_asked: int | None
+    tokens: int | None
+    test_windows: int
+    bits: float | None = None
+    stored_bits: float | None = None
+    size_bytes: int | None = None
+    perplexity: float | None = None
+    ratio: float | None = None
+    ratio_error: float | None = None
+    kl: float | None = None
+    top1: float | None = None
+    evaluated_in: str | None = None
+    quantize_s: float | None = None
+    process_s: float | None = None
+    peak_rss_bytes: int | None = None
+    peak_above_imports_bytes: int | None = None
+    threads: int | None = None
+    quiet: bool = False
+    machine: str = ""
+    failure: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+# ---- what is measured ----
+
+
+def _int(method: str, bits: int, group_size: int | None = 64, **more: Any) -> dict[str, Any]:
+    return {"method": method, "bits": bits, "group_size": group_size, "symmetric": True} | more
+
+
+WIDTHS = ((4, 64), (3, 64), (3, 32), (2, 64))
+"""(bits, group): 4.25, 3.25, 3.5 and 2.25 bits a weight with 16-bit scales."""
+
+CASES: tuple[Case, ...] = (
+    *(Case(peer="llm-compressor", settings=_int("gptq", *width)) for width in WIDTHS),
+    Case(peer="llm-compressor", settings=_int("rtn", 4), calibrated=False),
+    Case(peer="llm-compressor", settings=_int("awq", 4)),
+    Case(peer="llm-compressor", settings=_int("smoothquant+gptq", 8, None, activations="dynamic")),
+    *(Case(peer="autoround", settings=_int("autoround", 4, iterations=count)) for count in (10, 50, 200)),
+    *(Case(peer="autoround", settings=_int("autoround", *width, iterations=200)) for width in WIDTHS[1:]),
+    *(Case(peer="gptqmodel", settings=_int("gptq", *width)) for width in ((4, 64), (3, 64), (2, 64))),
+    *(Case(peer="hqq", settings=_int("hqq", bits, 64) | {"symmetric": False}, calibrated=False) for bits in (4, 3, 2)),
+    Case(peer="nncf", settings=_int("rtn", 4), calibrated=False),
+    Case(peer="nncf", settings=_int("awq+scale_estimation", 4)),
+    Case(peer="nncf", settings=_int("gptq", 4)),
+    Case(peer="torchao", settings=_int("int4", 4), calibrated=False),
+    Case(peer="torchao", settings=_int("int8", 8, None), calibrated=False),
+    Case(peer="torchao", settings=_int("int8", 8, None, activations="dynamic"), calibrated=False),
+)
+
+TUNED = "distill(scales, steps=64)"
+RECIPES = (
+    *(f"quantize(rtn, bits={bits}, group_size={group}, symmetric=true)" for bits, group in WIDTHS[:1]),
+    "quantize(hqq, bits=4, group_size=64)",
+    *(f"quantize(gptq, bits={bits}, group_size={group}, symmetric=true, tokens={{tokens}})" for bits, group in WIDTHS),
+    *(f"quantize(gptq, bits={bits}, group_size={group}, symmetric=true, tokens={{tokens}}) | {TUNED}" for bits, group in WIDTHS),
+    "quantize(awq, bits=4, group_size=64, symmetric=true, tokens={tokens})",
+    "rotate(hadamard) | quantize(gptq, bits=4, group_size=64, symmetric=true, tokens={tokens})",
+    "quantize(smoothquant, tokens={tokens})",
+    f"quantize(auto, size<=80MB, embeddings=true, tokens={{tokens}}) | {TUNED}",
+    f"quantize(auto, size<=60MB, embeddings=true, tokens={{tokens}}) | {TUNED}",
+)
+"""Our recipes; `{tokens}` becomes the number of calibration tokens."""
+
+
+def our_cases(recipes: Iterable[str], tokens: int) -> list[Case]:
+    return [Case(peer="ours", settings={"recipe": recipe.replace("{tokens}", str(tokens))}, calibrated="{tokens}" in recipe) for recipe in recipes]
+
+
+# ---- environments ----
+
+
+def requirements(script: Path) -> list[str]:
+    """The `REQUIREMENTS` of a peer's file, read without running it."""
+    for node in ast.parse(script.read_text()).body:
+        if isinstance(node, ast.Assign) and any(isinstance(target, ast.Name) and target.id == "REQUIREMENTS" for target in node.targets):
+            return list(ast.literal_eval(node.value))
+    raise ValueError(f"{script} has no REQUIREMENTS; name the packages of its environment there.")
+
+
+def script_of(peer: str) -> Path:
+    return HERE / "peers" / f"compress_{FAMILIES.get(peer, peer)}.py"
+
+
+def interpreter(peer: str, environments: Path) -> Path:
+    """The peer's Python, its environment made where it is missing or lacks a requirement of another version; ours is this one."""
+    if peer == "ours":
+        return Path(sys.executable)
+    folder = environments / peer
+    python, stamp = folder / "bin" / "python", folder / "requirements.txt"
+    wanted = "\n".join(requirements(script_of(peer)))
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    if not stamp.exists() or stamp.read_text() != wanted:
+        for packages in _stages(wanted.splitlines()):
+            subprocess.run([str(python), "-m", "pip", "install", "--quiet", *packages], check=True, stdout=sys.stderr)
+        stamp.write_text(wanted)
+    return python
+
+
+def _stages(packages: list[str]) -> list[list[str]]:
+    """torch first: some packages look for it while they are built."""
+    first = [name for name in packages if name.startswith("torch==")]
+    return [part for part in (first, [name for name in packages if name not in first]) if part]
+
+
+# ---- measuring ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What all rows of a call share."""
+
+    model: Path
+    text: Path | None
+    environments: Path
+    work: Path
+    test_windows: int
+    threads: int
+    timeout_s: float
+    quiet: bool
+    keep: bool
+
+    def windows(self, part: str, count: int) -> Any:
+        """[count, LENGTH] ids of the text's calibration or test part, fewer where it has no more."""
+        from lighten.judge.text import load_text
+        from lighten.judge.tokens import Tokenizer
+
+        return Tokenizer(self.model).windows(getattr(load_text(self.text), part), count=count, length=LENGTH)
+
+    def text_fingerprint(self) -> str:
+        from lighten.judge.text import load_text
+
+        return load_text(self.text).fingerprint[:16]
+
+    def key(self, case: Case, tokens: int | None) -> str:
+        """Names what decides a row's quality: the same key, the same weights."""
+        config = hashlib.sha256((self.model / "config.json").read_bytes()).hexdigest()
+        sizes = [file.stat().st_size for file in sorted(self.model.glob("*.safetensors"))]
+        whole = [case.peer, case.settings, tokens, self.model.name, config, sizes, self.text_fingerprint(), self.test_windows]
+        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
+
+    def measure(self, case: Case, tokens_asked: int | None) -> Row:
+        """Run the case and score what it made; a failure is a row too."""
+        ids = self.windows("calibration", -(-(tokens_asked or LENGTH) // LENGTH))
+        known: dict[str, Any] = {
+            "key": self.key(case, tokens_asked), "peer": case.peer, "name": case.name, "settings": case.settings, "model": self.model.name,
+            "text": self.text_fingerprint(), "tokens_asked": tokens_asked, "tokens": ids.size if tokens_asked else None,
+            "test_windows": self.test_windows, "threads": self.threads, "quiet": self.quiet, "machine": machine(),
+        }  # fmt: skip
+        self.work.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f"{case.peer}-", dir=self.work))
+        try:
+            figures = self._run(case, ids, folder)
+            quality = self._score(case, folder, figures)
+        except (Failure, OSError, ValueError, subprocess.SubprocessError) as error:
+            return Row(**known, failure=str(error))
+        finally:
+            if not self.keep:
+                shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(folder / "dense", ignore_errors=True)
+        names = {field.name for field in fields(Row)}
+        return Row(**known | {name: value for name, value in (figures | quality).items() if name in names})
+
+    def _run(self, case: Case, ids: Any, folder: Path) -> dict[str, Any]:
+        import numpy as np
+
+        np.save(folder / "ids.npy", ids)
+        settings = case.settings | ({"text": str(self.text) if self.text else None} if case.peer == "ours" else {})
+        job = {name: str(folder / name) for name in ("artifact", "dense")}
+        job |= {"model": str(self.model), "ids": str(folder / "ids.npy"), "report": str(folder / "report.json")}
+        (folder / "job.json").write_text(json.dumps(job | {"settings": settings}))
+        log = folder / "log.txt"
+        script = script_of("lighten" if case.peer == "ours" else case.peer)
+        with log.open("w") as opened:
+            ended = subprocess.run(
+                [str(interpreter(case.peer, self.environments)), str(script), str(folder / "job.json")], stdout=opened, stderr=subprocess.STDOUT,
+                timeout=self.timeout_s, env=quiet_environment(self.threads), check=False,
+            )  # fmt: skip
+        if ended.returncode:
+            raise Failure(f"exit {ended.returncode}: {last_line(log.read_text(errors='replace'))}")
+        figures: dict[str, Any] = json.loads((folder / "report.json").read_text())
+        return figures | {"size_bytes": weight_bytes(folder / "artifact"), "threads": self.threads}
+
+    def _score(self, case: Case, folder: Path, figures: dict[str, Any]) -> dict[str, Any]:
+        import torch
+        from compression_quality import Evaluator, most_values
+        from safetensors.torch import load_file
+
+        torch.set_num_threads(self.threads)
+        weights = load_file(folder / "dense" / "model.safetensors")
+        bits, settings = figures["bits"], case.settings
+        if case.peer != "ours":
+            linear = next(name for name in weights if name.endswith(".weight") and weights[name].dim() == 2 and "embed" not in name)
+            values = most_values(weights[linear], settings["group_size"])
+            if values > 2 ** settings["bits"]:
+                raise Failure(f"{linear} has {values} values in a group, and {settings['bits']} bits were asked for")
+        dtype = torch.bfloat16 if bits < 8 else torch.float32
+        evaluator = Evaluator(model=self.model, windows=self.windows("test", self.test_windows), dtype=dtype, cache=self.work / "reference")
+        inputs = frozenset(figures.get("int8_inputs", ()))
+        scores = evaluator.scores(weights, int8_inputs=inputs)
+        ratio = scores["perplexity_ratio"]
+        return {
+            "perplexity": scores["perplexity"].value, "ratio": ratio.value, "ratio_error": ratio.standard_error,
+            "kl": scores["kl"].value, "top1": scores["top1_agreement"].value, "evaluated_in": str(dtype).removeprefix("torch."),
+        }  # fmt: skip
+
+
+class Failure(Exception):
+    """Why a case has no figures."""
+
+
+def quiet_environment(threads: int) -> dict[str, str]:
+    """No network, one number of threads for all, no parallel tokenizers."""
+    pinned = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    return dict(os.environ) | pinned | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_OFFLINE": "1"}
+
+
+def last_line(log: str) -> str:
+    """The last line that says something: a traceback's error, not a progress bar."""
+    lines = [line.split("\r")[-1].strip() for line in log.splitlines()]
+    kept = [line for line in lines if line and "it/s" not in line and "s/it" not in line]
+    errors = [line for line in kept if line.split(":")[0].rpartition(".")[2].endswith(("Error", "Exception"))]
+    return (errors or kept or ["no output"])[-1][:300]
+
+
+def weight_bytes(artifact: Path) -> int:
+    """Bytes of an artifact's files that are no tokenizer, text, or record of ours."""
+    side = {"tokenizer.json", "tokenizer_config.json", "vocab.txt", "chat_template.jinja", "lighten.json", "generation_config.json", "recipe.yaml"}
+    return sum(file.stat().st_size for file in artifact.rglob("*") if file.is_file() and file.name not in side)
+
+
+def machine() -> str:
+    model = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
+    return f"{model or platform.processor()}, {os.cpu_count()} cores"
+
+
+# ---- results ----
+
+
+def read_rows(file: Path) -> dict[str, Row]:
+    """Rows by key. Fields that a version of this script no longer has are dropped."""
+    if not file.exists():
+        return {}
+    names = {field.name for field in fields(Row)}
+    rows = [Row(**{name: value for name, value in row.items() if name in names}) for row in json.loads(file.read_text())["rows"]]
+    return {row.key: row for row in rows}
+
+
+def write_rows(file: Path, rows: Iterable[Row]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps({"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    partial.replace(file)
+
+
+COLUMNS = (
+    ("peer", 15), ("what", 76), ("tokens", 6), ("bits", 5), ("stored", 6), ("MB", 6), ("ppl", 9), ("ratio", 8), ("KL", 7), ("quant s", 8),
+    ("all s", 7), ("GB", 5), ("+GB", 5), ("quiet", 5),
+)  # fmt: skip
+
+
+def table(rows: Iterable[Row]) -> str:
+    """The rows as text, the best first within each class of bits."""
+    lines = [" ".join(f"{name:<{width}}" if number < 2 else f"{name:>{width}}" for number, (name, width) in enumerate(COLUMNS))]
+    for row in sorted(rows, key=lambda row: (row.bits is None, round((row.bits or 0) * 4), row.ratio or 0)):
+        if row.failure:
+            lines.append(f"{row.peer:<15} {row.name[:76]:<76} {row.tokens or '':>6} failed: {row.failure[:110]}")
+            continue
+        figures = (
+            _shown(row.tokens, "d"), _shown(row.bits, ".2f"), _shown(row.stored_bits, ".2f"), _shown(row.size_bytes, ".1f", 1e6),
+            _shown(row.perplexity, ".2f"), _shown(row.ratio, ".4f"), _shown(row.kl, ".4f"),
+            _shown(row.quantize_s, ".0f"), _shown(row.process_s, ".0f"), _shown(row.peak_rss_bytes, ".2f", 1e9), _shown(row.peak_above_imports_bytes, ".2f", 1e9), "yes" if row.quiet else "no",
+        )  # fmt: skip
+        cells = [f"{text:>{width}}" for text, (_, width) in zip(figures, COLUMNS[2:], strict=True)]
+        lines.append(f"{row.peer:<15} {row.name[:76]:<76} {' '.join(cells)}")
+    return "\n".join(lines)
+
+
+def _shown(value: float | None, form: str, unit: float = 1) -> str:
+    return "" if value is None else format(value if unit == 1 else value / unit, form)
+
+
+def picture(rows: Iterable[Row], *, width: int = 760, height: int = 460) -> str:
+    """Perplexity's ratio to the original over file size as an SVG: ours filled, the peers' hollow; both axes logarithmic."""
+    from math import log10
+
+    shown = [row for row in rows if row.size_bytes and row.ratio]
+    points = [(row, log10(row.size_bytes or 1), log10(max((row.ratio or 1) - 1, 1e-4))) for row in shown]
+    left, right = (function([x for _, x, _ in points], default=0.0) for function in (min, max))
+    low, high = (function([y for _, _, y in points], default=0.0) for function in (min, max))
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return 70 + (x - left) / ((right - left) or 1) * (width - 110), height - 50 - (y - low) / ((high - low) or 1) * (height - 90)
+
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="11">']
+    parts.append(f'<text x="{width / 2}" y="{height - 8}" text-anchor="middle">file size, MB (logarithmic)</text>')
+    parts.append(
+        f'<text x="14" y="{height / 2}" transform="rotate(-90 14 {height / 2})" text-anchor="middle">perplexity ratio - 1 (logarithmic)</text>'
+    )
+    for number in range(5):
+        x, y = left + (right - left) * number / 4, low + (high - low) * number / 4
+        across, up = place(x, y)
+        parts.append(f'<text x="{across:.0f}" y="{height - 28}" text-anchor="middle">{10**x / 1e6:.0f}</text>')
+        parts.append(f'<text x="62" y="{up:.0f}" text-anchor="end">{10**y:.3g}</text>')
+        parts.append(f'<line x1="70" x2="{width - 40}" y1="{up:.0f}" y2="{up:.0f}" stroke="#ddd"/>')
+    for row, x, y in points:
+        across, up = place(x, y)
+        title = f"{row.peer}: {row.name}, {(row.size_bytes or 0) / 1e6:.1f} MB, ratio {row.ratio:.4f}".replace("&", "&amp;").replace("<", "&lt;")
+        parts.append(
+            f'<circle cx="{across:.1f}" cy="{up:.1f}" r="5" stroke="{COLORS.get(row.peer, "#555")}" stroke-width="2" '
+            f'fill="{COLORS["ours"] if row.peer == "ours" else "none"}"><title>{title}</title></circle>'
+        )
+    for number, peer in enumerate(sorted({row.peer for row in shown})):
+        parts.append(f'<text x="{width - 130}" y="{24 + 15 * number}" fill="{COLORS.get(peer, "#555")}">● {peer}</text>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+COLORS = {
+    "ours": "#0b6e4f",
+    "llm-compressor": "#c0392b",
+    "autoround": "#8e44ad",
+    "gptqmodel": "#d35400",
+    "hqq": "#2980b9",
+    "nncf": "#7f8c8d",
+    "torchao": "#b7950b",
+}
+
+
+# ---- the command ----
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path(".models/smollm2-135m-offgrid"), help="a Hugging Face folder of a causal language model")
+    parser.add_argument("--text", type=Path, help="a .txt or .jsonl file (default: the embedded text)")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096], help="calibration tokens, in windows of 1,024")
+    parser.add_argument("--peers", default="", help=f"any of {','.join(dict.fromkeys(case.peer for case in CASES))}")
+    parser.add_argument("--only", choices=("ours", "peers"), help="measure only these")
+    parser.add_argument("--recipe", action="append", help="one of ours instead of the list; {tokens} becomes the number of tokens")
+    parser.add_argument("--match", default="", help="measure only rows whose name holds this")
+    parser.add_argument("--rerun", action="append", default=[], metavar="PEER", help="measure its rows again; `ours` too")
+    parser.add_argument("--environments", type=Path, default=Path("/tmp/compression-peers"), help="where peers' environments are or are made")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/compression-work"), help="scratch: artifacts, and the original's logits (2 to 6 GB)")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "compression.json")
+    parser.add_argument("--picture", type=Path, help="write an SVG")
+    parser.add_argument("--test-windows", type=int, default=TEST_WINDOWS)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--timeout", type=float, default=3600, help="seconds of one quantization")
+    parser.add_argument("--quiet", action="store_true", help="say that the machine runs nothing else: times may be compared")
+    parser.add_argument("--keep", action="store_true", help="keep the artifacts below --work")
+    return parser.parse_args(arguments)
+
+
+def asked_cases(arguments: argparse.Namespace) -> list[tuple[Case, int | None]]:
+    """The cases of a call with their number of calibration tokens, None where a method reads none."""
+    peers = [name for name in arguments.peers.split(",") if name]
+    if unknown := set(peers) - {case.peer for case in CASES}:
+        raise SystemExit(f"unknown peers {', '.join(sorted(unknown))}; known: {', '.join(dict.fromkeys(case.peer for case in CASES))}")
+    asked: dict[tuple[str, str, int | None], tuple[Case, int | None]] = {}
+    for tokens in arguments.tokens:
+        theirs = [] if arguments.only == "ours" else [case for peer in peers for case in CASES if case.peer == peer]
+        ours = [] if arguments.only == "peers" else our_cases(arguments.recipe or RECIPES, tokens)
+        for case in (*theirs, *ours):
+            count = tokens if case.calibrated else None
+            if arguments.match in case.name:
+                asked[case.peer, case.name, count] = (case, count)
+    return list(asked.values())
+
+
+def main() -> None:
+    arguments = parse()
+    bench = Bench(
+        model=arguments.model, text=arguments.text, environments=arguments.environments, work=arguments.work, test_windows=arguments.test_windows,
+        threads=arguments.threads, timeout_s=arguments.timeout, quiet=arguments.quiet, keep=arguments.keep,
+    )  # fmt: skip
+    measured: set[str] = set()
+    for case, tokens in asked_cases(arguments):
+        key = bench.key(case, tokens)
+        if key not in read_rows(arguments.out) or case.peer in arguments.rerun:
+            began = time.perf_counter()
+            row = bench.measure(case, tokens)
+            write_rows(arguments.out, (read_rows(arguments.out) | {key: row}).values())
+            print(f"{row.peer} {row.name} {tokens}: {row.failure or f'ratio {row.ratio:.4f}'} ({time.perf_counter() - began:.0f} s)", file=sys.stderr)
+        measured.add(key)
+    text = bench.text_fingerprint()
+    rows = [row for row in read_rows(arguments.out).values() if row.model == arguments.model.name and row.text == text]
+    print(table(rows))
+    if arguments.picture:
+        arguments.picture.write_text(picture(rows))
+    print(json.dumps({"rows": [asdict(row) for row in rows]}))
+
+
+if __name__ == "__main__":
+    main()
