@@ -1,0 +1,98 @@
+"""SmoothQuant: outliers of the activations move into the weights, so that both fit 8 bits.
+
+    s_j = max|x_j|^α / max|w_j|^(1 - α)
+
+Source: Xiao et al. 2022 (arXiv:2211.10438), eq. 4. Deviations: (1) the maximum of |w_j| is taken over all consumers of a mapping, as its
+published code does for the three projections of attention; (2) `alpha="auto"` takes for each mapping the α whose simulated output, 8-bit
+activations times 8-bit weights, is nearest to the exact one.
+
+Shape legend: T rows (tokens), O rows of a weight, I columns, C channels of a mapping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lighten.compress.awq import Consumer
+from lighten.compress.mappings import gather, spread
+
+ALPHAS = tuple(step / 20 for step in range(20))
+"""What "auto" tries, beside no smoothing at all."""
+LEAST = 1e-5
+"""Maxima below it count as this much. Source: the published code's `smooth.py`."""
+ROWS = 256
+"""Rows of a simulation."""
+LEVELS = 127
+"""Steps of a symmetric 8-bit grid on each side of 0."""
+
+
+def smooth_scales(
+    consumers: Sequence[Consumer], channels: int, *, alpha: float | Literal["auto"], activations: Literal["dynamic", "static"] = "dynamic",
+    rows: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """[C] float32 the scales of a mapping.
+
+    Args:
+        alpha: how much of the difficulty moves from the activations to the weights, 0 to 1.
+        activations: how "auto" rounds activations: with a scale for each row, or one for all.
+        rows: [T, I] inputs of the first consumer to simulate on; None: drawn from a normal distribution with the second moments seen.
+    """
+    if alpha != "auto":
+        return _scales(consumers, channels, alpha)
+    seen = [_rows(consumer) if rows is None else rows for consumer in consumers]
+
+    def error(scales: Tensor) -> float:
+        return sum(simulated_error(consumer, scales, x, activations=activations) for consumer, x in zip(consumers, seen, strict=True))
+
+    return min(_tried(consumers, channels), key=error)
+
+
+def simulated_error(consumer: Consumer, scales: Tensor, rows: Tensor, *, activations: Literal["dynamic", "static"]) -> float:
+    """The squared error of a consumer's output over some rows, its weights rounded by `round_to` and its inputs to 8 bits after smoothing.
+
+    Args:
+        scales: [C].
+        rows: [T, I], before smoothing.
+    """
+    along = spread(consumer.end, scales)
+    smoothed = rows / along
+    extent = smoothed.abs().amax(-1, keepdim=True) if activations == "dynamic" else (consumer.statistics.abs_max / along).max()
+    rounded = round_activations(smoothed, extent)
+    change = rounded @ consumer.round_to(consumer.weight * along).T - rows @ consumer.weight.T
+    return float(change.square().sum())
+
+
+def round_activations(x: Tensor, extent: Tensor) -> Tensor:
+    """x on the 8-bit grid that ends at ±`extent`, which broadcasts with it; what lies beyond is cut off."""
+    step = activation_scale(extent)
+    return (x / step).round().clamp(-LEVELS - 1, LEVELS) * step
+
+
+def activation_scale(extent: Tensor) -> Tensor:
+    """The scale of symmetric 8-bit activations whose largest magnitude is `extent`; 1 where that is 0."""
+    return torch.where(extent > 0, extent / LEVELS, torch.ones_like(extent))
+
+
+def _tried(consumers: Sequence[Consumer], channels: int) -> Iterator[Tensor]:
+    yield torch.ones(channels)
+    yield from map(partial(_scales, consumers, channels), ALPHAS)
+
+
+def _scales(consumers: Sequence[Consumer], channels: int, alpha: float) -> Tensor:
+    inputs = [gather(consumer.end, consumer.statistics.abs_max, channels, how="amax") for consumer in consumers]
+    weights = [gather(consumer.end, consumer.weight.abs().amax(0), channels, how="amax") for consumer in consumers]
+    x, w = (torch.stack(each).amax(0).clamp(min=LEAST) for each in (inputs, weights))
+    return (x.pow(alpha) / w.pow(1 - alpha)).clamp(min=LEAST)
+
+
+def _rows(consumer: Consumer) -> Tensor:
+    """[T, I] rows of a normal distribution with the second moments that the consumer's input has; the same each time."""
+    values, vectors = torch.linalg.eigh(consumer.judge.double())
+    drawn = torch.randn(ROWS, len(values), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    made: Tensor = (drawn * values.clamp(min=0).sqrt()) @ vectors.T
+    return made.float()

@@ -1,0 +1,104 @@
+"""SmoothQuant's scales.
+
+Seeded faults, each caught: the exponents are exchanged; the maximum of one consumer alone is taken; static activations are simulated with
+a scale for each row; the activations are multiplied by the scales instead of divided.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from equivalence_setup import COLUMNS, consumer, inputs, rounder
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lighten.compress.mappings import Channels
+from lighten.compress.smoothquant import activation_scale, round_activations, simulated_error, smooth_scales
+from lighten.model.spec import PER_CHANNEL
+
+
+def linears(count: int = 1, **options):
+    x = inputs(**options)
+    return x, [replace(consumer(x, seed=each + 1), round_to=rounder(8, PER_CHANNEL)) for each in range(count)]
+
+
+def test_scales_are_equation_4():
+    x = torch.tensor([[16.0, -0.5], [-2.0, 1.0]])
+    first = replace(consumer(x), weight=torch.tensor([[0.5, -4.0], [-1.0, 2.0]]))
+    second = replace(consumer(x), weight=torch.tensor([[1.0, 1.0]]))
+    assert smooth_scales([first, second], 2, alpha=0.5).tolist() == pytest.approx([4.0, 0.5])  # √(16/1), √(1/4)
+    assert smooth_scales([second], 2, alpha=0.5).tolist() == pytest.approx([4.0, 1.0])
+    assert smooth_scales([first], 2, alpha=0.75).tolist() == pytest.approx([8.0, 4**-0.25])
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 1000))
+def test_the_ends_of_alpha_make_one_side_even(seed):
+    x, (linear,) = linears(seed=seed)
+    torch.testing.assert_close((x / smooth_scales([linear], COLUMNS, alpha=1.0)).abs().amax(0), torch.ones(COLUMNS))
+    torch.testing.assert_close((linear.weight * smooth_scales([linear], COLUMNS, alpha=0.0)).abs().amax(0), torch.ones(COLUMNS))
+
+
+def test_query_heads_of_one_value_share_its_scale():
+    x, (linear,) = linears()
+    end = Channels(name="o", axis=-1, channel=torch.arange(COLUMNS) % (COLUMNS // 2))
+    scales = smooth_scales([replace(linear, end=end)], COLUMNS // 2, alpha=1.0)
+    torch.testing.assert_close(scales, torch.maximum(*x.abs().amax(0).chunk(2)))
+
+
+@pytest.mark.parametrize("activations", ["dynamic", "static"])
+def test_smoothing_outliers_lowers_the_simulated_error(activations):
+    x, both = linears(2)
+    scales = smooth_scales(both, COLUMNS, alpha=0.5)
+
+    def error(tried: torch.Tensor) -> float:
+        return sum(simulated_error(linear, tried, x, activations=activations) for linear in both)
+
+    assert error(scales) < 0.5 * error(torch.ones(COLUMNS))
+    auto = smooth_scales(both, COLUMNS, alpha="auto", activations=activations, rows=x)
+    assert error(auto) <= min(error(scales), error(torch.ones(COLUMNS)))
+
+
+def test_auto_without_rows_is_near_auto_with_them():
+    x, both = linears(2)
+    drawn = smooth_scales(both, COLUMNS, alpha="auto")
+    seen = smooth_scales(both, COLUMNS, alpha="auto", rows=x)
+    assert torch.equal(drawn, smooth_scales(both, COLUMNS, alpha="auto"))
+
+    def error(tried: torch.Tensor) -> float:
+        return sum(simulated_error(linear, tried, x, activations="dynamic") for linear in both)
+
+    assert error(drawn) < 1.2 * error(seen)
+    assert error(drawn) < 0.5 * error(torch.ones(COLUMNS))
+
+
+@pytest.mark.parametrize("activations", ["dynamic", "static"])
+def test_the_simulation_is_whole_numbers_times_scales(activations):
+    """Against int8 arithmetic done by hand, row by row."""
+    x, (linear,) = linears()
+    x = x[:5]
+    scales = torch.linspace(0.5, 4, COLUMNS)
+    weight = linear.round_to(linear.weight * scales)
+    total = 0.0
+    for row in x:
+        smoothed = row / scales
+        step = (smoothed.abs().max() if activations == "dynamic" else (linear.statistics.abs_max / scales).max()) / 127
+        codes = torch.tensor([max(-128, min(127, round(float(value / step)))) for value in smoothed])
+        total += float((weight @ (codes * step) - linear.weight @ row).square().sum())
+    assert simulated_error(linear, scales, x, activations=activations) == pytest.approx(total, rel=1e-3)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1000), size=st.sampled_from([1e-6, 1.0, 1e4]))
+def test_activations_move_by_half_a_step_at_most(seed, size):
+    torch.manual_seed(seed)
+    x = torch.randn(4, 16) * size
+    extent = x.abs().amax(-1, keepdim=True)
+    assert ((round_activations(x, extent) - x).abs() <= extent / 127 * 0.5001).all()
+
+
+def test_a_row_of_zeros_stays():
+    assert torch.equal(round_activations(torch.zeros(2, 3), torch.zeros(2, 1)), torch.zeros(2, 3))
+    assert activation_scale(torch.tensor([0.0, 254.0])).tolist() == [1.0, 2.0]
