@@ -170,12 +170,19 @@ class _Watch(TorchFunctionMode):
             x = args[places[0]] if len(args) > places[0] else kwargs.get("input")
             weight = args[places[1]] if len(args) > places[1] else kwargs.get("weight")
             if isinstance(x, Tensor) and isinstance(weight, Tensor):
-                low, high = _span(weight)
-                found = self._table.get(weight.untyped_storage().data_ptr(), ())
-                names = [name for name, first, last in found if low <= first and last <= high]
-                if names:
+                if names := self._names(weight):
                     self._meet(x, names)
+                elif func is not nn.functional.linear and (names := self._names(x)):
+                    self._meet(weight.transpose(-1, -2), names)  # W xᵀ, as Mamba's
         return func(*args, **kwargs)
+
+    def _names(self, weight: Tensor) -> list[str]:
+        """The wanted weights that lie in a factor."""
+        found = self._table.get(weight.untyped_storage().data_ptr())
+        if found is None:
+            return []
+        low, high = _span(weight)
+        return [name for name, first, last in found if low <= first and last <= high]
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
