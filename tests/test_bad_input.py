@@ -291,7 +291,7 @@ def test_a_read_only_output_folder(refused, model, tmp_path, monkeypatch):
     def read_only(*arguments: Any, **options: Any) -> str:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr(artifact.tempfile, "mkdtemp", read_only)
+    monkeypatch.setattr(artifact.os, "replace", read_only)
     assert "Read-only file system" in refused("compress", model, "--recipe", "cast(float16)", "-o", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -299,7 +299,7 @@ DOCUMENTS: dict[str, Callable[[], set[str]]] = {
     "Fields of the profile": lambda: {"version", *(field.name for field in fields(Profile))},
     "Fields of an engine": lambda: {field.name for field in fields(EngineProfile)},
     "Fields of a calibration": lambda: {field.name for field in fields(Calibration)},
-    "Fields of lighten.json": lambda: literal_keys("formats/artifact.py", "write_artifact"),
+    "Fields of lighten.json": lambda: literal_keys("formats/artifact.py", "_assemble"),
 }
 
 

@@ -360,7 +360,7 @@ def test_whatever_fails_in_the_middle_leaves_nothing_behind(failure, exists, tin
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("step", ["tempfile.mkdtemp", "os.replace", "pathlib.Path.mkdir"])
+@pytest.mark.parametrize("step", ["os.open", "os.replace", "pathlib.Path.mkdir"])
 def test_a_place_that_cannot_be_written_is_said(step, tiny_bert, tmp_path, monkeypatch):
     def read_only(*_: object, **__: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
@@ -396,7 +396,7 @@ def test_a_disk_that_is_too_small_is_said_before_any_work(recipe, copies, tiny_b
     spec, said = read_spec(tiny_bert), parse_recipe(recipe)
     needed = artifact_bytes(said, apply_recipe(said, spec)) + copies * 4 * spec.total_parameters
     usage = shutil.disk_usage(tmp_path)._asdict()
-    monkeypatch.setattr(artifact_module, "compress_weights", lambda *_: pytest.fail("work was begun"))
+    monkeypatch.setattr(artifact_module, "do_recipe", lambda *_: pytest.fail("work was begun"))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("usage", (), usage | {"free": needed - 1}))
     with pytest.raises(OutputError, match=rf"^{tmp_path} has .* free; writing this artifact takes .*\.$"):
         write_artifact(tiny_bert, said, tmp_path / "out", calibration=list)

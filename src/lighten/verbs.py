@@ -28,7 +28,7 @@ from lighten.recipe.recipe import DEFAULT_RUNTIME
 from lighten.trace.open import open_live, open_model
 from lighten.trace.program import Followed
 from lighten.trace.summary import Summary
-from lighten.units import DTYPE_BITS, parse_dtype
+from lighten.units import DTYPE_BITS, SIZE_UNITS, parse_dtype, parse_quantity
 
 if TYPE_CHECKING:
     from lighten.choose.search import Request
@@ -336,30 +336,41 @@ def summary(model: Any, inputs: Any = None, *, depth: int = 3) -> Summary:
     return summarize_live(model, inputs, depth=depth)
 
 
-def compress(model: str | Path, recipe: str, out: str | Path, *, text: str | Path | None = None, log: Log = silent) -> Artifact:
-    """Carry a recipe out and write the artifact to `out`, with `lighten.json` beside it.
+def compress(  # noqa: PLR0913 - one keyword for each option of the command
+    model: str | Path, recipe: str, out: str | Path, *, text: str | Path | None = None, memory: str | int | None = None, resume: bool = False,
+    log: Log = silent,
+) -> Artifact:  # fmt: skip
+    """Carry a recipe out and write the artifact to `out`, with `lighten.json` beside it. What is finished lies beside `out` meanwhile and outlives
+    a kill; `Artifact.made` says how long it took and how much memory.
 
     Args:
         text: to calibrate by, where a step of the recipe looks at text.
+        memory: the most that the process may hold, in bytes or as text such as "4GB".
+        resume: go on with an unfinished run that was begun with the same.
 
     Raises:
-        LightenError: whatever of this cannot be read or done; nothing half-written stays.
+        LightenError: whatever of this cannot be read or done.
     """
-    from lighten.formats.artifact import write_artifact
+    from lighten.formats.artifact import Work, write_artifact
+    from lighten.judge.calibration import text_windows
     from lighten.judge.text import load_text
     from lighten.judge.worker import calibration_batches
     from lighten.runtimes import require_runtime
 
     said, source = read_recipe(recipe), _folder(model)
-    apply_recipe(said, read_runnable(source))
+    limit = round(parse_quantity(memory, SIZE_UNITS, "memory")) if isinstance(memory, str) else memory
+    spec = read_runnable(source)
+    apply_recipe(said, spec)
     require_runtime(said.runtime)
+    calibrated = any(step.calibrated for step in said.steps)
     chosen = Path(text) if text else None
-    if chosen:
-        load_text(chosen)  # a mistake in it is said before any work
-        if not any(step.kind.calibrated for step in said.steps):
-            raise TextError(f"text {chosen} has no effect: no step of {said} looks at calibration text.")
+    read = load_text(chosen) if chosen or calibrated else None  # a mistake in it is said before any work
+    if chosen and not calibrated:
+        raise TextError(f"text {chosen} has no effect: no step of {said} looks at calibration text.")
     log(f"compressing {source}: {said}")
-    return write_artifact(source, said, Path(out), calibration=lambda: calibration_batches(source, chosen))
+    windows = text_windows(source, spec, read, log=log) if read else None
+    work = Work(windows=windows, text=read.fingerprint if read else "", memory_bytes=limit, resume=resume, log=log)
+    return write_artifact(source, said, Path(out), calibration=lambda: calibration_batches(source, chosen), work=work)
 
 
 def measure(

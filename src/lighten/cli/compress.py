@@ -6,7 +6,7 @@ import argparse
 
 from lighten import verbs
 from lighten.cli.options import add_json, print_json, progress
-from lighten.units import format_bytes
+from lighten.units import format_bytes, format_seconds
 
 EXAMPLE = "lighten compress .models/minilm --recipe 'quantize(rtn, bits=8, embeddings=true) @ openvino' -o minilm-int8"
 
@@ -16,20 +16,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", required=True, metavar="TEXT|FILE", help="steps and runtime, as text or in a .yaml file")
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="a new folder for the artifact")
     parser.add_argument("--text", metavar="FILE", help="calibration text: .txt or .jsonl (default: the embedded text)")
+    parser.add_argument("--memory", metavar="SIZE", help="the most that the process may hold, such as 4GB; refused at once where it does not do")
+    parser.add_argument("--resume", action="store_true", help="go on with an unfinished run, which lies beside DIR")
     add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    made = verbs.compress(arguments.model, arguments.recipe, arguments.output, text=arguments.text, log=progress)
+    made = verbs.compress(
+        arguments.model, arguments.recipe, arguments.output, text=arguments.text, memory=arguments.memory, resume=arguments.resume, log=progress,
+    )  # fmt: skip
+    size, how = made.size_bytes, made.made
+    predicted, ratio = {"size_bytes": made.predicted_size_bytes}, {"size_bytes": made.predicted_size_bytes / size}
+    if how is not None:
+        predicted["peak_memory_bytes"] = how.predicted_peak_bytes
+        ratio |= {"peak_memory_bytes": how.predicted_peak_bytes / how.peak_bytes} if how.peak_bytes else {}
     document = {
-        "artifact": str(made.folder), "recipe": str(made.recipe), "runtime": made.recipe.runtime, "size_bytes": made.size_bytes,
-        "predicted": {"size_bytes": made.predicted_size_bytes}, "ratio": {"size_bytes": made.predicted_size_bytes / made.size_bytes},
+        "artifact": str(made.folder), "recipe": str(made.recipe), "runtime": made.recipe.runtime, "size_bytes": size,
+        "seconds": how and how.seconds, "peak_memory_bytes": how and how.peak_bytes, "predicted": predicted, "ratio": ratio,
     }  # fmt: skip
     if arguments.json:
         print_json(document)
-    else:
-        ratio = made.predicted_size_bytes / made.size_bytes
-        print(
-            f"{made.folder}: {format_bytes(made.size_bytes)} (predicted {format_bytes(made.predicted_size_bytes)}, ratio {ratio:.3f}), {made.recipe}"
-        )
+        return 0
+    said = f"predicted {format_bytes(made.predicted_size_bytes)}, ratio {ratio['size_bytes']:.3f}"
+    print(f"{made.folder}: {format_bytes(size)} ({said}), {made.recipe}")
+    if how is not None and how.peak_bytes:
+        said = f"{format_bytes(how.peak_bytes)} (predicted {format_bytes(how.predicted_peak_bytes)}, ratio {ratio['peak_memory_bytes']:.3f})"
+        print(f"{format_seconds(how.seconds)}, peak memory {said}")
     return 0

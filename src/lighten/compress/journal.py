@@ -188,6 +188,10 @@ class Journal:
         """Whether there is something to go on from: a block, or a whole artifact."""
         return self.assembled or any(self.folder.glob("pass-*/*.block"))
 
+    def kept_bytes(self) -> int:
+        """Of all finished blocks."""
+        return sum(path.stat().st_size for path in self.folder.glob("pass-*/*.block"))
+
     def mark(self, state: Literal["working", "assembled"]) -> None:
         """Write down how far the run is.
 
@@ -247,6 +251,10 @@ def _lock(folder: Path, out: Path) -> int:
                 handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
             except FileNotFoundError:
                 continue  # the process that had it has just finished and removed the folder
+            except OSError:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+                raise
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:

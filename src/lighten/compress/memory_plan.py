@@ -16,7 +16,7 @@ from pathlib import Path
 from lighten.cost.memory import workload_memory
 from lighten.cost.workload import Workload
 from lighten.errors import ConstraintError, WorkloadError
-from lighten.model.spec import Embedding, Linear, ModelSpec, Part, block_name, part_weight_bytes
+from lighten.model.spec import Embedding, Linear, ModelSpec, Part, block_name
 from lighten.recipe import Recipe, Step
 from lighten.recipe.predict import apply_step
 from lighten.recipe.targets import RUNTIMES
@@ -38,8 +38,11 @@ MOMENTS = 4
 ALONE_BYTES = 26
 """Of each element of a weight that is rounded by itself: six float32 copies and two of codes. Counted in `rtn.quantize_rtn` and the report of it,
 checked by benchmarks/big_checkpoint.py."""
-EXPORT_BYTES = 12
-"""Of each parameter of a model that is exported: three float32 copies. Counted in `formats.onnx_export` and what calls it."""
+EXPORT_BYTES = 16
+"""Of each parameter of a model that is exported: four float32 copies. Counted in `formats.onnx_export` and what calls it, and in
+`formats.verify.verify_graph`."""
+RESULT_BYTES = 5
+"""Of each parameter while the artifact is run: its weights in float32, and codes that are being expanded. Counted in `formats.verify`."""
 RUNNING_BYTES = 96 * 10**6
 """What libraries take when they first work (threads' stacks, products' scratch, modules imported late), measured on SmolLM2-135M and MiniLM."""
 BASE_STEP = 32 * 2**20
@@ -55,6 +58,7 @@ class MemoryPlan:
         batch_rows: calibration sequences that run at once.
         buffer_bytes: waiting activations that stay in memory; the others lie on disk. None: all stay.
         compute_dtype: type that calibration computes in; None: the walk's own choice.
+        runs_result: there is room to run the artifact once it is written.
         parts: what the fullest moment holds, by what holds it, in bytes.
     """
 
@@ -62,15 +66,12 @@ class MemoryPlan:
     batch_rows: int
     buffer_bytes: int | None
     compute_dtype: str | None
+    runs_result: bool
     parts: Mapping[str, int]
 
     @property
     def peak_bytes(self) -> int:
         return sum(self.parts.values())
-
-    def as_json(self) -> dict[str, int | str | None]:
-        """What depends on nothing but the model, the recipe and the limit."""
-        return {"batch_rows": self.batch_rows, "compute_dtype": self.compute_dtype}
 
 
 def plan_memory(
@@ -89,22 +90,36 @@ def plan_memory(
     """
     base = -(-base_bytes // BASE_STEP) * BASE_STEP
     ways = [fixed] if fixed else [(rows, dtype) for dtype in dict.fromkeys((None, _narrower(spec))) for rows in BATCH_ROWS]
-    least: MemoryPlan | None = None
-    for rows, dtype in ways:
-        usual = _plan(spec, recipe, base, rows, dtype)
-        if limit_bytes is None or usual.peak_bytes <= limit_bytes:
-            return replace(usual, limit_bytes=limit_bytes)
-        waiting = usual.parts.get("activations that wait", 0)
-        left = limit_bytes - (usual.peak_bytes - waiting)
-        if left >= 0:
-            return replace(usual, limit_bytes=limit_bytes, buffer_bytes=left, parts={**usual.parts, "activations that wait": left})
-        without = replace(usual, parts={**usual.parts, "activations that wait": 0})
-        least = without if least is None or without.peak_bytes < least.peak_bytes else least
-    assert least is not None, "there is at least one way"
+    plans = [_limited(_plan(spec, recipe, base, rows, dtype), limit_bytes) for rows, dtype in ways]
+    kept = next((plan for plan in plans if limit_bytes is None or plan.peak_bytes <= limit_bytes), None)
+    if kept is not None:
+        return _with_result(kept, spec, recipe, base)
+    least = min(plans, key=lambda plan: plan.peak_bytes)
     takes = ", ".join(f"{what} {format_bytes(size)}" for what, size in least.parts.items() if size)
     raise ConstraintError(
         f"memory {format_bytes(limit_bytes)} cannot be kept: {recipe} on {spec.name} takes at least {format_bytes(least.peak_bytes)} ({takes})."
     )
+
+
+def _limited(plan: MemoryPlan, limit_bytes: int | None) -> MemoryPlan:
+    """The same with as many waiting activations on disk as the limit asks for."""
+    waiting = plan.parts.get("activations that wait", 0)
+    if limit_bytes is None or plan.peak_bytes <= limit_bytes:
+        return replace(plan, limit_bytes=limit_bytes)
+    left = max(0, min(waiting, limit_bytes - (plan.peak_bytes - waiting)))
+    return replace(plan, limit_bytes=limit_bytes, buffer_bytes=left, parts={**plan.parts, "activations that wait": left})
+
+
+def _with_result(plan: MemoryPlan, spec: ModelSpec, recipe: Recipe, base: int) -> MemoryPlan:
+    """The same, and the artifact is run where that fits: within the limit, or within half of what the machine has free."""
+    if RUNTIMES[recipe.runtime].exported:
+        return replace(plan, runs_result=True)
+    parts = {"imports": base, "libraries at work": RUNNING_BYTES, "the artifact while it is run": RESULT_BYTES * spec.total_parameters}
+    free = _available_bytes()
+    most = plan.limit_bytes or (None if free is None else base + free // 2)
+    if most is not None and sum(parts.values()) > most:
+        return plan
+    return replace(plan, runs_result=True, parts=max(plan.parts, parts, key=lambda found: sum(found.values())))
 
 
 def _narrower(spec: ModelSpec) -> str | None:
@@ -120,7 +135,7 @@ def _plan(spec: ModelSpec, recipe: Recipe, base: int, rows: int, dtype: str | No
         spec = apply_step(step, spec, recipe.runtime)
     fullest = max(moments, key=lambda parts: sum(parts.values()))
     parts = {"imports": base, "libraries at work": RUNNING_BYTES, **fullest}
-    return MemoryPlan(limit_bytes=None, batch_rows=rows, buffer_bytes=None, compute_dtype=dtype, parts=parts)
+    return MemoryPlan(limit_bytes=None, batch_rows=rows, buffer_bytes=None, compute_dtype=dtype, runs_result=False, parts=parts)
 
 
 def _writing(spec: ModelSpec, recipe: Recipe) -> dict[str, int]:
@@ -197,11 +212,6 @@ def _largest(part: Part) -> int:
     return max(sizes, default=0)
 
 
-def weights_bytes(spec: ModelSpec) -> int:
-    """Stored bytes of all weights."""
-    return sum(part_weight_bytes(part, spec.dtype) for part in spec.parts)
-
-
 # the process
 
 
@@ -220,6 +230,15 @@ def rss_bytes() -> int | None:
 def peak_rss_bytes() -> int | None:
     """The most that it has held since it began, or since `reset_peak`."""
     return _status("VmHWM:")
+
+
+def _available_bytes() -> int | None:
+    """What the machine can still give; None where it does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def reset_peak() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import math
 import os
 import shutil
 import time
@@ -32,12 +31,13 @@ from lighten.formats import files
 from lighten.formats.onnx_artifact import write_onnx_artifact
 from lighten.formats.onnx_export import export_onnx, is_exported
 from lighten.formats.openvino_ir import Batch, write_openvino
-from lighten.formats.safetensors_folder import copy_side_files, write_folder
+from lighten.formats.safetensors_folder import copy_side_files, other_loaders_refuse, write_folder
+from lighten.formats.verify import Witness, verify_folder, verify_graph
 from lighten.model import ModelSpec
-from lighten.model.quantized.kv import KVFormat
+from lighten.model.quantized.kv import KVFormat, kv_format_for
 from lighten.model.read import read_config, weight_files
 from lighten.model.runnable import read_runnable
-from lighten.model.spec import Attention, Linear
+from lighten.model.spec import Linear
 from lighten.recipe import Recipe, apply_recipe, parse_recipe
 from lighten.recipe.notes import notes
 from lighten.recipe.predict import artifact_bytes, compute_dtype
@@ -121,7 +121,7 @@ def write_artifact(
     )  # fmt: skip
     if not work.resume:
         _refuse_occupied(folder)
-    for note in notes(recipe, spec):
+    for note in _notes(plan):
         work.log(note)
     reset_peak()
     memory = _memory(plan, folder)
@@ -169,13 +169,19 @@ def _assemble(plan: _Plan, memory: MemoryPlan, journal: Journal, identity: Mappi
         "lighten": __version__, "recipe": str(plan.recipe), "runtime": plan.recipe.runtime, "dtype": compute_dtype(plan.recipe, plan.predicted),
         "original": str(plan.source.resolve()), "original_fingerprint": fingerprint(plan.source), "run": digest(identity),
         "size_bytes": folder_bytes(folder),
-        "predicted": {"size_bytes": artifact_bytes(plan.recipe, plan.predicted)}, "notes": notes(plan.recipe, plan.spec),
+        "predicted": {"size_bytes": artifact_bytes(plan.recipe, plan.predicted)}, "notes": _notes(plan),
         "layers": [{key: value for key, value in asdict(layer).items() if value is not None or key == "bits"} for layer in layers],
     }  # fmt: skip
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     for path in folder.rglob("*"):
         _sync(path)
     _sync(folder)
+
+
+def _notes(plan: _Plan) -> list[str]:
+    """What is done otherwise than the recipe says, and which loaders refuse the result."""
+    refused = [] if RUNTIMES[plan.recipe.runtime].exported or plan.recipe.runtime == "llama.cpp" else other_loaders_refuse(plan.predicted)
+    return [*notes(plan.recipe, plan.spec), *refused]
 
 
 def _sync(path: Path) -> None:
@@ -274,8 +280,7 @@ def _calibrated(recipe: Recipe) -> bool:
 
 def _memory(plan: _Plan, folder: Path) -> MemoryPlan:
     """How the run keeps to its memory; one that is gone on with, as it was begun."""
-    if _calibrated(plan.recipe):
-        import_class(plan.spec.architecture)
+    import_class(plan.spec.architecture)
     begun = Journal.identity_in(work_folder(folder)) if plan.work.resume else {}
     rows, dtype = begun.get("sequences at once"), begun.get("type that calibration computes in")
     fixed = (int(rows), None if dtype == OWN_TYPE else dtype) if rows is not None and rows.isdigit() else None
@@ -295,10 +300,22 @@ def _write(plan: _Plan, memory: MemoryPlan, journal: Journal, folder: Path) -> l
 
         write_gguf(weights, done.spec, plan.source, folder / files.GGUF)
     elif not RUNTIMES[plan.recipe.runtime].exported:
-        write_folder(weights, done.spec, plan.source, folder, kv_cache=_kv_format(plan.recipe, done.spec))
+        witness = Witness(done.spec, plan.source)
+        write_folder(witness.watch(weights), done.spec, plan.source, folder, kv_cache=_kv_format(plan.recipe, done.spec))
+        _verify_folder(plan, memory, folder, witness)
     else:
         _write_exported(plan, dict(weights), folder)
     return layers
+
+
+def _verify_folder(plan: _Plan, memory: MemoryPlan, folder: Path, witness: Witness) -> None:
+    """Read an artifact of safetensors back, and run it where memory allows and a text is what it takes."""
+    reads_text = plan.spec.fixed_len is None and "vocab_size" in plan.spec.config
+    if not (memory.runs_result and reads_text):
+        plan.work.log("reading the artifact back, tensor by tensor; it is not run, which takes its weights in float32")
+    verified = verify_folder(folder, witness, compare_output=memory.runs_result and reads_text)
+    if verified.output_error is not None:
+        plan.work.log(f"read back: {verified.tensors} tensors are those that were written; its output differs by {verified.output_error:.1e}")
 
 
 def _write_exported(plan: _Plan, weights: Mapping[str, Weight], folder: Path) -> None:
@@ -315,6 +332,7 @@ def _write_exported(plan: _Plan, weights: Mapping[str, Weight], folder: Path) ->
     for path in folder.glob(f"{exported.stem}*"):
         path.unlink()
     copy_side_files(plan.source, folder)
+    verify_graph(folder, plan.recipe.runtime, plan.source, plan.predicted, values)
 
 
 def _dense(weight: Weight, *, transposed: bool) -> Tensor:
@@ -325,12 +343,9 @@ def _dense(weight: Weight, *, transposed: bool) -> Tensor:
 
 
 def _kv_format(recipe: Recipe, spec: ModelSpec) -> KVFormat | None:
-    """What `quantize(kv)` says of the cache; without a group size a whole head shares a scale."""
-    heads = [part.head_dim for part in spec.parts if isinstance(part, Attention)]
-    for step in recipe.steps:
-        if (step.verb, step.method) == ("quantize", "kv"):
-            return KVFormat(bits=step["bits"], group_size=step["group_size"] or math.gcd(*heads))
-    return None
+    """What the recipe says of the cache."""
+    said = [step for step in recipe.steps if (step.verb, step.method) == ("quantize", "kv")]
+    return kv_format_for(spec, bits=said[-1]["bits"], group_size=said[-1]["group_size"]) if said else None
 
 
 def _check_space(plan: _Plan, journal: Journal) -> None:
@@ -341,7 +356,7 @@ def _check_space(plan: _Plan, journal: Journal) -> None:
     copies = 2 if RUNTIMES[plan.recipe.runtime].exported else 0
     passes = sum(step.calibrated for step in plan.recipe.steps) if not copies else 0
     needed = (1 + passes) * artifact_bytes(plan.recipe, plan.predicted) + copies * 4 * plan.spec.total_parameters
-    free = shutil.disk_usage(journal.folder).free + folder_bytes(journal.folder)
+    free = shutil.disk_usage(journal.folder).free + journal.kept_bytes()
     if free < needed:
         raise OutputError(f"{journal.folder.parent} has {format_bytes(free)} free; writing this artifact takes {format_bytes(needed)}.")
 

@@ -36,11 +36,16 @@ class Worker:
 
     def build(self, source: str, recipe: str, folder: str, text: str | None, exports: str) -> dict[str, Any]:
         """Write an artifact."""
-        from lighten.formats.artifact import write_artifact
+        from lighten.formats.artifact import Work, write_artifact
+        from lighten.judge.calibration import text_windows
+        from lighten.judge.text import load_text
 
+        said, chosen = parse_recipe(recipe), Path(text) if text else None
+        read = load_text(chosen) if any(step.calibrated for step in said.steps) else None
+        windows = text_windows(Path(source), read_spec(Path(source)), read) if read else None
         artifact = write_artifact(
-            Path(source), parse_recipe(recipe), Path(folder), exports=Path(exports),
-            calibration=lambda: calibration_batches(Path(source), Path(text) if text else None),
+            Path(source), said, Path(folder), exports=Path(exports), calibration=lambda: calibration_batches(Path(source), chosen),
+            work=Work(windows=windows, text=read.fingerprint if read else ""),
         )  # fmt: skip
         return {"size_bytes": artifact.size_bytes}
 
