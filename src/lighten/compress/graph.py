@@ -66,12 +66,14 @@ class Graph:
     Attributes:
         parameters: index of a value → the parameter's name in `state_dict`, the first of tied ones.
         tied: a tied parameter's other names → its first.
+        tables: names of parameters, tied ones among them, that their module looks rows up in.
         outputs: what the model gives.
     """
 
     nodes: tuple[Node, ...]
     parameters: Mapping[int, str]
     tied: Mapping[str, str]
+    tables: frozenset[str]
     outputs: tuple[Value, ...]
 
     def last_uses(self) -> dict[int, int]:
@@ -133,6 +135,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             first = self._parameters.setdefault(self._value(parameter).index, name)
             if first != name:
                 self._tied[name] = first
+        self._tables = frozenset(f"{name}.weight" for name, each in module.named_modules() if isinstance(each, nn.Embedding))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -154,7 +157,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """What was written down, of a pass that gave `out`."""
         given = tree_leaves(tuple(out.values()) if isinstance(out, Mapping) else out)
         outputs = tuple(self._value(leaf) for leaf in given if isinstance(leaf, Tensor))
-        return Graph(nodes=tuple(self._nodes), parameters=self._parameters, tied=self._tied, outputs=outputs)
+        return Graph(nodes=tuple(self._nodes), parameters=self._parameters, tied=self._tied, tables=self._tables, outputs=outputs)
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Mapping as AnyMapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, Literal, TypeAlias
@@ -82,7 +83,7 @@ def find_mappings(graph: Graph, places: AnyMapping[str, Place] | None = None) ->
     Args:
         places: where the checkpoint's tensors lie in the module; the mappings then have the checkpoint's names, else the module's.
     """
-    found = _Follower(graph).follow()
+    found = Follower(graph).follow()
     return tuple(found) if places is None else tuple(_by_checkpoint(found, places, graph.tied))
 
 
@@ -127,7 +128,7 @@ def _scaled(tensor: Tensor, end: Channels, factors: Tensor) -> Tensor:
 # ---- factors ----
 
 
-class _Factors:
+class Factors:
     """Names of factors, some of which must be equal (union-find); `ONE` is the factor 1."""
 
     def __init__(self) -> None:
@@ -180,7 +181,7 @@ def _compact(names: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Vector:
+class Vector:
     """A parameter of one dimension, perhaps moved about, not yet used."""
 
     key: str
@@ -189,7 +190,7 @@ class _Vector:
 
 
 @dataclass(frozen=True)
-class _Matrix:
+class Matrix:
     """A parameter of two dimensions or, with one matrix an expert, of three: the factors along its last two, each spread over the whole."""
 
     key: str
@@ -197,32 +198,45 @@ class _Matrix:
     columns: Tensor
 
 
-_Known: TypeAlias = "Tensor | _Vector | _Matrix | None"
+Known: TypeAlias = "Tensor | Vector | Matrix | None"
 """What multiplies a tensor, element by element; None: nothing."""
 
 PASS = {"aten._to_copy", "aten.clone", "aten.detach", "aten.alias", "aten.neg", "aten.relu", "aten.leaky_relu", "aten.abs", "aten.contiguous",
         "aten.lift_fresh", "aten.lift_fresh_copy"}  # fmt: skip
-"""f(s · x) = s · f(x) for every s > 0, up to the sign of a whole tensor."""
+"""Operators with f(s · x) = s · f(x) for every s > 0."""
 MOVE = {"aten.view", "aten._unsafe_view", "aten.reshape", "aten.permute", "aten.transpose", "aten.t", "aten.unsqueeze", "aten.squeeze",
         "aten.expand", "aten.slice", "aten.select", "aten.split", "aten.split_with_sizes", "aten.unbind", "aten.cat", "aten.stack", "aten.repeat",
         "aten.flip", "aten.roll", "aten.chunk", "aten.narrow", "aten.constant_pad_nd"}  # fmt: skip
 """Operators that move elements and do nothing else to them."""
-NORMS = {"aten.native_layer_norm": (0, 2, 3), "aten._fused_rms_norm": (0, 2, None), "aten.rms_norm": (0, 2, None)}
-"""Normalizations over the last axis → the places of input, weight and bias among their arguments."""
+RULES = {
+    "aten.add": "_add", "aten.sub": "_add", "aten.where": "_where", "aten.masked_fill": "_masked_fill", "aten.mul": "_multiply",
+    "aten.div": "_divide", "aten.sum": "_sum", "aten.mean": "_sum", "aten.mm": "_product", "aten.bmm": "_product",
+    "aten.addmm": "_product", "aten.baddbmm": "_product",
+    **dict.fromkeys(("aten.native_layer_norm", "aten._fused_rms_norm", "aten.rms_norm"), "_norm"),
+}  # fmt: skip
+"""Operator → the method of `Follower` that follows factors through it."""
 
 
-class _Follower:
+class Follower:
     """Follows the factors through a graph."""
+
+    passes: AbstractSet[str] = PASS
+    rules: AnyMapping[str, str] = RULES
 
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
-        self._factors = _Factors()
-        self._known: dict[int, _Known] = {}
+        self._factors = Factors()
+        self._known: dict[int, Known] = {}
         self._axes: dict[tuple[str, int], Tensor] = {}
         self._roles: dict[tuple[str, int], str] = {}
         self._offsets: dict[str, float] = {}
 
     def follow(self) -> list[Mapping]:
+        """The mappings."""
+        self._walk()
+        return list(_grouped(self._axes, self._roles, self._offsets, self._factors.find))
+
+    def _walk(self) -> None:
         last = self._graph.last_uses()
         for number, node in enumerate(self._graph.nodes):
             self._step(node)
@@ -231,11 +245,10 @@ class _Follower:
                     self._known.pop(value.index, None)
         for value in self._graph.outputs:
             self._fix(value)
-        return list(_grouped(self._axes, self._roles, self._offsets, self._factors.find))
 
     def _step(self, node: Node) -> None:
         if not any(self._look(value) is not None for value in node.inputs):
-            made: Sequence[_Known] = [None] * len(node.outputs)
+            made: Sequence[Known] = [None] * len(node.outputs)
         elif node.op._schema.is_mutable:
             made = self._unknown(node)
         else:
@@ -243,36 +256,35 @@ class _Follower:
         for value, known in zip(node.outputs, made, strict=True):
             self._known[value.index] = self._settled(known)
 
-    def _rule(self, node: Node) -> Callable[[Node], Sequence[_Known]]:
-        if node.name in PASS:
+    def _rule(self, node: Node) -> Callable[[Node], Sequence[Known]]:
+        if node.name in self.passes:
             return lambda node: [self._look(node.args[0])]
         if node.name in MOVE:
             return self._move
-        if node.name in NORMS:
-            return self._norm
-        return _RULES.get(node.name, _Follower._unknown).__get__(self)  # type: ignore[no-any-return]
+        rule: Callable[[Node], Sequence[Known]] = getattr(self, self.rules.get(node.name, "_unknown"))
+        return rule
 
     # ---- what is known of a value ----
 
-    def _look(self, value: Any) -> _Known:
+    def _look(self, value: Any) -> Known:
         if not isinstance(value, Value):
             return None
         if value.index in self._graph.parameters and value.index not in self._known:
             self._known[value.index] = self._parameter(self._graph.parameters[value.index], value.shape)
         return self._known.get(value.index)
 
-    def _parameter(self, key: str, shape: tuple[int, ...]) -> _Known:
+    def _parameter(self, key: str, shape: tuple[int, ...]) -> Known:
         if len(shape) == 1:
             self._axes[key, 0] = names = self._factors.new(*shape)
             self._roles[key, 0] = "producer"
-            return _Vector(key, names)
+            return Vector(key, names)
         if len(shape) not in (2, 3):
             return None
         *experts, rows, columns = shape
         self._axes[key, -2], self._axes[key, -1] = self._factors.new(*experts, rows), self._factors.new(*experts, columns)
-        return _Matrix(key, self._axes[key, -2].unsqueeze(-1).expand(shape), self._axes[key, -1].unsqueeze(-2).expand(shape))
+        return Matrix(key, self._axes[key, -2].unsqueeze(-1).expand(shape), self._axes[key, -1].unsqueeze(-2).expand(shape))
 
-    def _settled(self, known: _Known) -> _Known:
+    def _settled(self, known: Known) -> Known:
         """None where all factors are 1 already."""
         if not isinstance(known, Tensor):
             return known
@@ -283,10 +295,10 @@ class _Follower:
     def _fix(self, value: Any) -> None:
         """All factors of a value are 1."""
         known = self._look(value)
-        if isinstance(known, _Matrix):
+        if isinstance(known, Matrix):
             self._factors.fix(known.rows)
             self._factors.fix(known.columns)
-        elif isinstance(known, _Vector):
+        elif isinstance(known, Vector):
             self._factors.fix(known.names)
         elif known is not None:
             self._factors.fix(known)
@@ -294,31 +306,31 @@ class _Follower:
     def _read(self, value: Any) -> Tensor | None:
         """The factors of a value that is used element by element; a matrix that is so used keeps its own."""
         known = self._look(value)
-        if isinstance(known, _Vector):
+        if isinstance(known, Vector):
             if self._offsets.setdefault(known.key, known.offset) != known.offset:
                 self._factors.fix(known.names)
             return self._settled(known.names)  # type: ignore[return-value]
-        if isinstance(known, _Matrix):
+        if isinstance(known, Matrix):
             self._fix(value)
             return None
         return self._settled(known)  # type: ignore[return-value]
 
     # ---- operators ----
 
-    def _unknown(self, node: Node) -> Sequence[_Known]:
+    def _unknown(self, node: Node) -> Sequence[Known]:
         """An operator that nothing is known of: what it reads stays as it is."""
         for value in node.inputs:
             self._fix(value)
         return [None] * len(node.outputs)
 
-    def _move(self, node: Node) -> Sequence[_Known]:
+    def _move(self, node: Node) -> Sequence[Known]:
         first = self._look(node.args[0])
         try:
-            if isinstance(first, _Vector):
-                return [_Vector(first.key, names, first.offset) for names in self._moved(node, first.names)]
-            if isinstance(first, _Matrix):
+            if isinstance(first, Vector):
+                return [Vector(first.key, names, first.offset) for names in self._moved(node, first.names)]
+            if isinstance(first, Matrix):
                 both = zip(self._moved(node, first.rows), self._moved(node, first.columns), strict=True)
-                return [_Matrix(first.key, rows, columns) for rows, columns in both]
+                return [Matrix(first.key, rows, columns) for rows, columns in both]
             if isinstance(node.args[0], list | tuple):
                 parts = [self._read(value) for value in node.args[0]]
                 whole = [torch.full(value.shape, ONE) if part is None else part for value, part in zip(node.args[0], parts, strict=True)]
@@ -334,11 +346,11 @@ class _Follower:
         made = op(first, *node.args[1:], **{key: value for key, value in node.kwargs.items() if key != "memory_format"})
         return [made] if isinstance(made, Tensor) else list(made)
 
-    def _add(self, node: Node) -> Sequence[_Known]:
+    def _add(self, node: Node) -> Sequence[Known]:
         left, right = node.args[0], node.args[1]
         first = self._look(left)
-        if isinstance(first, _Vector) and not isinstance(right, Value) and node.name == "aten.add" and not node.kwargs:
-            return [_Vector(first.key, first.names, first.offset + float(right))]
+        if isinstance(first, Vector) and not isinstance(right, Value) and node.name == "aten.add" and not node.kwargs:
+            return [Vector(first.key, first.names, first.offset + float(right))]
         if not isinstance(right, Value) and right != 0:
             return self._unknown(node)
         return [self._agreed(node.outputs[0], [left, right])]
@@ -351,19 +363,19 @@ class _Follower:
             self._factors.unite(whole[0], each)
         return reduce(lambda one, other: one if one.ndim else other, whole).expand(out.shape)
 
-    def _where(self, node: Node) -> Sequence[_Known]:
+    def _where(self, node: Node) -> Sequence[Known]:
         return [self._agreed(node.outputs[0], node.args[1:])]
 
-    def _masked_fill(self, node: Node) -> Sequence[_Known]:
+    def _masked_fill(self, node: Node) -> Sequence[Known]:
         if node.args[2] != 0:
             return self._unknown(node)
         known = self._read(node.args[0])
         return [None if known is None else known.expand(node.outputs[0].shape)]
 
-    def _multiply(self, node: Node) -> Sequence[_Known]:
+    def _multiply(self, node: Node) -> Sequence[Known]:
         left, right = (self._read(value) for value in node.args[:2])
         if left is not None and right is not None:
-            bare = [value for value in node.args[:2] if isinstance(self._look(value), _Vector)]
+            bare = [value for value in node.args[:2] if isinstance(self._look(value), Vector)]
             if len(bare) != 1:
                 return self._unknown(node)
             self._fix(bare[0])
@@ -371,12 +383,12 @@ class _Follower:
         known = right if left is None else left
         return [None if known is None else known.expand(node.outputs[0].shape)]
 
-    def _divide(self, node: Node) -> Sequence[_Known]:
+    def _divide(self, node: Node) -> Sequence[Known]:
         self._fix(node.args[1])
         known = self._read(node.args[0])
         return [None if known is None else known.expand(node.outputs[0].shape)]
 
-    def _sum(self, node: Node) -> Sequence[_Known]:
+    def _sum(self, node: Node) -> Sequence[Known]:
         known, given = self._read(node.args[0]), node.args[1] if len(node.args) > 1 else None
         if known is None or not given:
             return self._unknown(node)
@@ -387,8 +399,8 @@ class _Follower:
             known = first if keep else first.squeeze(axis)
         return [known]
 
-    def _norm(self, node: Node) -> Sequence[_Known]:
-        x, weight, bias = (None if at is None or at >= len(node.args) else node.args[at] for at in NORMS[node.name])
+    def _norm(self, node: Node) -> Sequence[Known]:
+        x, weight, bias = norm_arguments(node)
         self._fix(x)
         out, *more = node.outputs
         factors = self._read(weight) if weight is not None else None
@@ -400,7 +412,7 @@ class _Follower:
         found = self._read(value)
         return torch.tensor(ONE) if found is None else found
 
-    def _product(self, node: Node) -> Sequence[_Known]:
+    def _product(self, node: Node) -> Sequence[Known]:
         """A product of matrices: `mm`, `bmm`, and those that add to it."""
         added = node.name in ("aten.addmm", "aten.baddbmm")
         left, right = node.args[1:3] if added else node.args[:2]
@@ -419,15 +431,15 @@ class _Follower:
 
     def _of_two(self, left: Any, right: Any) -> Tensor | None:
         a, b = self._look(left), self._look(right)
-        if isinstance(b, _Matrix) and not isinstance(a, _Matrix):
+        if isinstance(b, Matrix) and not isinstance(a, Matrix):
             return self._linear(left, right, b)
-        if isinstance(a, _Matrix) and not isinstance(b, _Matrix):
-            turned = _Matrix(a.key, a.rows.mT, a.columns.mT)
+        if isinstance(a, Matrix) and not isinstance(b, Matrix):
+            turned = Matrix(a.key, a.rows.mT, a.columns.mT)
             out = self._linear(right, left, turned, turn=True)
             return None if out is None else out.mT
         return self._of_activations(left, right)
 
-    def _linear(self, x: Any, weight: Any, matrix: _Matrix, *, turn: bool = False) -> Tensor | None:
+    def _linear(self, x: Any, weight: Any, matrix: Matrix, *, turn: bool = False) -> Tensor | None:
         """x [..., T, K] times a parameter [..., K, N]: the factors along K absorb those of x, those along N are the output's."""
         found = _roles(matrix)
         if found is None or not self._has_role(matrix.key, *found[2:]):
@@ -462,14 +474,14 @@ class _Follower:
         return a[..., :1].expand(*a.shape[:-1], right.shape[-1])
 
 
-_RULES: dict[str, Callable[[_Follower, Node], Sequence[_Known]]] = {
-    "aten.add": _Follower._add, "aten.sub": _Follower._add, "aten.where": _Follower._where, "aten.masked_fill": _Follower._masked_fill,
-    "aten.mul": _Follower._multiply, "aten.div": _Follower._divide, "aten.sum": _Follower._sum, "aten.mean": _Follower._sum,
-    "aten.mm": _Follower._product, "aten.bmm": _Follower._product, "aten.addmm": _Follower._product, "aten.baddbmm": _Follower._product,
-}  # fmt: skip
+def norm_arguments(node: Node) -> tuple[Value, Value | None, Value | None]:
+    """Input, weight and bias of a normalization over the last axis."""
+    weight = node.args[2] if len(node.args) > 2 else None
+    bias = node.args[3] if node.name == "aten.native_layer_norm" else None
+    return node.args[0], weight, bias
 
 
-def _roles(matrix: _Matrix) -> tuple[Tensor, Tensor, int, int] | None:
+def _roles(matrix: Matrix) -> tuple[Tensor, Tensor, int, int] | None:
     """(factors along the axis that is summed over, those along the other, and which axes of the parameter they are) of [..., K, N]."""
     found = []
     for inner, outer, axes in ((matrix.rows, matrix.columns, (-2, -1)), (matrix.columns, matrix.rows, (-1, -2))):
