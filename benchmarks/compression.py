@@ -8,7 +8,7 @@ weights are dequantized and scored by one evaluator in the original's architectu
 divergence from the original in the same type, bfloat16 for weight-only codes of fewer than 8 bits and float32 else. 8-bit activations are simulated
 alike for all: each token rounded by its own scale.
 
-Each peer runs in an environment of its own below `--environments`, made from the peer's `REQUIREMENTS` where it is missing (minutes, 1.5 to 6 GB each).
+Each peer runs in an environment of its own below `--environments`, made from the peer's `REQUIREMENTS` where it is missing (1.5 to 6 GB each).
 Rows that `--out` has already are not measured again, unless `--rerun NAME` names their peer; a peer that fails leaves a row that says why.
 
 A row's figures
@@ -351,7 +351,8 @@ def table(rows: Iterable[Row]) -> str:
         figures = (
             _shown(row.tokens, "d"), _shown(row.bits, ".2f"), _shown(row.stored_bits, ".2f"), _shown(row.size_bytes, ".1f", 1e6),
             _shown(row.perplexity, ".2f"), _shown(row.ratio, ".4f"), _shown(row.kl, ".4f"),
-            _shown(row.quantize_s, ".0f"), _shown(row.process_s, ".0f"), _shown(row.peak_rss_bytes, ".2f", 1e9), _shown(row.peak_above_imports_bytes, ".2f", 1e9), "yes" if row.quiet else "no",
+            _shown(row.quantize_s, ".0f"), _shown(row.process_s, ".0f"),
+            _shown(row.peak_rss_bytes, ".2f", 1e9), _shown(row.peak_above_imports_bytes, ".2f", 1e9), "yes" if row.quiet else "no",
         )  # fmt: skip
         cells = [f"{text:>{width}}" for text, (_, width) in zip(figures, COLUMNS[2:], strict=True)]
         lines.append(f"{row.peer:<15} {row.name[:76]:<76} {' '.join(cells)}")

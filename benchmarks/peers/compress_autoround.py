@@ -20,7 +20,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(job.model)
     rounder = AutoRound(
         model, tokenizer, scheme="W4A16", bits=settings["bits"], group_size=settings["group_size"], sym=settings["symmetric"],
-        iters=settings["iterations"], nsamples=len(rows), seqlen=rows.shape[1], batch_size=min(8, len(rows)), dataset=list(rows.split(min(8, len(rows)))), device_map="cpu",
+        iters=settings["iterations"], nsamples=len(rows), seqlen=rows.shape[1], batch_size=min(8, len(rows)),
+        dataset=list(rows.split(min(8, len(rows)))), device_map="cpu",
         enable_torch_compile=False,
     )  # fmt: skip
     with meter.quantizing():

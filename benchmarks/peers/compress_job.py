@@ -102,8 +102,8 @@ def read_header(file: Path) -> dict[str, Any]:
 def tensor_bits(tensors: Iterable[tuple[str, str, int]], weights: int, code_bits: float) -> dict[str, float]:
     """Bits for each weight of the quantized linears.
 
-    `bits`: code width + (scales · their width + zero points · their width) / weights: what the method chose. A packed tensor of zero points counts what
-    is in the file; the constant zero points that some formats store with symmetric codes are named `constant` and count in `stored_bits` alone.
+    `bits`: code width + (scales · their width + zero points · their width) / weights: what the method chose. A packed tensor of zero points counts
+    what is in the file; the constant zero points that some formats store with symmetric codes are named `constant` and count in `stored_bits` alone.
     `stored_bits`: every byte that the file keeps for these linears, packing and constants included.
 
     Args:
@@ -203,8 +203,8 @@ def unpack_gptq(tensors: Mapping[str, Any], bits: int) -> Any:
     """[O, I] float32 of a linear in GPTQ's format, symmetric codes.
 
     `qweight` [I · bits / 32, O] int32: down each column the codes' bits one after another, low bits first; `scales` [G, O]; `g_idx` [I], the group of
-    an input column (absent: the groups follow each other). The zero point of symmetric codes is 2**(bits - 1), which the format's versions store in two
-    ways, so that it is not read.
+    an input column (absent: the groups follow each other). The zero point of symmetric codes is 2**(bits - 1), which the format's versions store in
+    two ways, so that it is not read.
 
     Source: the packing of AutoGPTQ's QuantLinear for 2, 3, 4 and 8 bits.
     """

@@ -1,4 +1,4 @@
-"""NNCF: weights compressed in an OpenVINO model, by rounding, by AWQ with scale estimation, or by GPTQ, saved as OpenVINO IR. Run by benchmarks/compression.py."""
+"""NNCF: weights of an OpenVINO model compressed by rounding, AWQ, scale estimation or GPTQ, saved as OpenVINO IR. Run by compression.py."""
 
 from __future__ import annotations
 
