@@ -92,6 +92,8 @@ class GgmlTensor:
 
     def dequantize(self) -> Tensor:
         """[O, I] float32, bit for bit what ggml computes."""
+        if self.type == "MXFP4":
+            return _floats(self).dequantize()
         grid, codes = unpack(self)
         return grid.value(codes)
 
@@ -686,6 +688,13 @@ def as_ggml(weight: QuantizedTensor) -> GgmlTensor:
     zero = middle if weight.zero_point is None else _spread(weight.zero_point, weight.group_size, weight.codes.shape).short()
     grid = GgmlGrid(type=name, d=_spread(scale, weight.group_size, weight.codes.shape)[:, ::32])
     return pack(grid, (weight.codes.short() - zero + (grid.layout.middle or 0)).to(torch.uint8))
+
+
+def _floats(weight: GgmlTensor) -> QuantizedTensor:
+    """MXFP4 as 4-bit floats in groups of 32."""
+    blocks = weight.blocks.reshape(len(weight.blocks), -1, GGML_TYPES["MXFP4"].bytes)
+    codes = _from_nibbles(blocks[..., 1:], 16).flatten(1)
+    return QuantizedTensor(codes=codes, scale=blocks[..., 0], zero_point=None, bits=4, group_size=32, element="e2m1")
 
 
 def from_ggml(weight: GgmlTensor) -> QuantizedTensor:

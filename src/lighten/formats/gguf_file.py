@@ -8,6 +8,7 @@ Shape legend: O rows (output features), I columns (input features).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from lighten.compress.ggml import GgmlTensor, as_ggml
 from lighten.compress.grid import Quantized, QuantizedTensor
-from lighten.errors import ModelError, RecipeError
+from lighten.errors import ModelError, OutputError, RecipeError
 from lighten.formats.gguf_families import ARCHITECTURES, metadata, refusal, rope_factors
 from lighten.formats.gguf_tokenizer import add_tokenizer, read_tokenizer
 from lighten.model.families._config import complete
@@ -34,7 +35,6 @@ from lighten.model.spec import Embedding, Linear, ModelSpec, Part, WeightFormat
 
 Weight: TypeAlias = Tensor | Quantized
 _TYPES = {dtype: name for name, dtype in PLAIN.items()}
-_NUMPY = {"F32": np.float32, "F16": np.float16}
 _WIDE = ("position_embd.weight", "token_types.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")
 """Matrices that are float32 where they are not quantized. Source: `prepare_tensors` in conversion/base.py of llama.cpp."""
 
@@ -92,6 +92,17 @@ class Layout:
         return sum(-(-tensor.bytes // _ALIGNMENT) * _ALIGNMENT for tensor in self.tensors)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What a file was filled with: where each tensor of the checkpoint went, and a fingerprint of its values."""
+
+    slots: dict[str, Slot]
+    digests: dict[str, bytes]
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+
 _ALIGNMENT = 32
 """Of each tensor's bytes. Source: `GGUF_DEFAULT_ALIGNMENT` in ggml/include/gguf.h."""
 
@@ -105,8 +116,8 @@ def refuse_gguf(spec: ModelSpec, source: Path) -> None:
     read_tokenizer(source, int(complete(spec.config)["vocab_size"]))
 
 
-def write_gguf(weights: Iterable[tuple[str, Weight]], spec: ModelSpec, source: Path, path: Path) -> None:
-    """Write the file.
+def write_gguf(weights: Iterable[tuple[str, Weight]], spec: ModelSpec, source: Path, path: Path) -> Written:
+    """Write the file; what `verify_gguf` holds it to.
 
     Args:
         weights: by the checkpoint's names, in any order, each asked for once the one before is written; what the file has no place for (a tied
@@ -121,7 +132,7 @@ def write_gguf(weights: Iterable[tuple[str, Weight]], spec: ModelSpec, source: P
     layout = lay_out(spec)
     start = _write_head(layout, spec, source, path)
     places = {tensor.name: start + tensor.offset for tensor in read_gguf_header(path).tensors}
-    missing = set(layout.slots)
+    missing, digests = set(layout.slots), {}
     with path.open("r+b") as file:
         factors = rope_factors(spec)
         if factors is not None:
@@ -134,10 +145,13 @@ def write_gguf(weights: Iterable[tuple[str, Weight]], spec: ModelSpec, source: P
                 raise ModelError(f"{path}: the weight {name} came twice.")
             missing.discard(name)
             file.seek(places[slot.placed.name] + slot.rows.start * slot.placed.row_bytes)
-            file.write(_data(name, weight, slot))
+            stored = _stored(name, weight, slot)
+            file.write(_bytes(stored))
+            digests[name] = _digest(stored)
     if missing:
         some = ", ".join(sorted(missing)[:3])
         raise ModelError(f"{path}: {len(missing)} weights are missing, such as {some}; nothing of the file can be used.")
+    return Written(slots=layout.slots, digests=digests)
 
 
 def stored_type(weight: WeightFormat, columns: int) -> str:
@@ -273,8 +287,8 @@ def _add_pooling(writer: Any, name: str, source: Path) -> None:
         writer.add_uint32(f"{name}.pooling_type", kind)
 
 
-def _data(name: str, weight: Weight, slot: Slot) -> bytes:
-    """The bytes of one tensor, rows in the file's order.
+def _stored(name: str, weight: Weight, slot: Slot) -> Tensor | GgmlTensor:
+    """One tensor as the file has it, rows in the file's order.
 
     Raises:
         RecipeError: the weight is not of the type that its part says.
@@ -290,11 +304,10 @@ def _data(name: str, weight: Weight, slot: Slot) -> bytes:
     if not isinstance(weight, GgmlTensor) or weight.type != kind or weight.shape != (len(slot.rows), columns):
         given = f"{weight.type} {list(weight.shape)}" if isinstance(weight, GgmlTensor) else type(weight).__name__
         raise RecipeError(f"{name} came as {given}; its place in the file is {kind} {[len(slot.rows), columns]}.")
-    blocks = weight.blocks if slot.order is None else weight.blocks[slot.order]
-    return blocks.contiguous().numpy().tobytes()
+    return weight if slot.order is None else GgmlTensor(type=kind, blocks=weight.blocks[slot.order])
 
 
-def _plain(name: str, value: Tensor, kind: str, slot: Slot) -> bytes:
+def _plain(name: str, value: Tensor, kind: str, slot: Slot) -> Tensor:
     expected = (len(slot.rows), slot.placed.shape[-1]) if len(slot.placed.shape) > 1 else slot.placed.shape
     if kind not in ("F32", "F16", "BF16") or tuple(value.shape) != tuple(expected):
         raise RecipeError(f"{name} came as {value.dtype} {list(value.shape)}; its place in the file is {kind} {list(expected)}.")
@@ -304,47 +317,58 @@ def _plain(name: str, value: Tensor, kind: str, slot: Slot) -> bytes:
         raise RecipeError(
             f"{name} came as {value.dtype}, which {PLAIN[kind]} does not hold without loss; cast({PLAIN[kind]}) says that it may be lost."
         )
-    return stored.view(torch.int16).numpy().tobytes() if kind == "BF16" else stored.numpy().tobytes()
+    return stored
+
+
+def _bytes(stored: Tensor | GgmlTensor) -> bytes:
+    raw = stored.blocks if isinstance(stored, GgmlTensor) else stored
+    return raw.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 # ---- read back ----
 
 
-def read_weights(path: Path) -> Iterator[tuple[str, Tensor | GgmlTensor]]:
-    """Each tensor of a GGUF file by its name there, as stored; one is read at a time."""
-    import gguf
-
-    for tensor in gguf.GGUFReader(path).tensors:
-        kind = tensor.tensor_type.name
-        raw = np.array(tensor.data)
-        if kind in _NUMPY:
-            yield tensor.name, torch.from_numpy(raw)
-        elif kind == "BF16":
-            yield tensor.name, torch.from_numpy(raw.view(np.int16)).view(torch.bfloat16)
-        else:
-            yield tensor.name, GgmlTensor(type=kind, blocks=torch.from_numpy(raw))
+def _digest(stored: Tensor | GgmlTensor) -> bytes:
+    """A fingerprint of a tensor's values as float32, some rows at a time."""
+    if isinstance(stored, Tensor):
+        rows = stored.reshape(-1, stored.shape[-1])
+        return _digest_of(rows[start:end].float() for start, end in _some(len(rows), rows.shape[1]))
+    some = _some(*stored.shape)
+    return _digest_of(GgmlTensor(type=stored.type, blocks=stored.blocks[start:end]).dequantize() for start, end in some)
 
 
-def verify_gguf(path: Path, weights: Iterable[tuple[str, Weight]], spec: ModelSpec) -> None:
-    """Hold a file against the weights that it was written from: each value as the `gguf` package dequantizes it, bit for bit.
+def _digest_of(values: Iterable[Tensor]) -> bytes:
+    found = hashlib.blake2b(digest_size=16)
+    for value in values:
+        found.update(value.contiguous().numpy().data)
+    return found.digest()
+
+
+def _some(rows: int, columns: int) -> Iterator[tuple[int, int]]:
+    """Starts and ends of runs of rows that hold about four million values."""
+    step = max(1, 2**22 // columns)
+    return ((start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def verify_gguf(path: Path, written: Written) -> None:
+    """Hold a file to what was written: each value as the `gguf` package dequantizes it, bit for bit.
 
     Raises:
-        ModelError: a value differs, or the file cannot be read.
+        OutputError: a value differs, or a tensor is not there.
     """
     import gguf
 
-    layout = lay_out(spec)
     read = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    for name, weight in weights:
-        if (slot := layout.slots.get(name)) is None:
-            continue
-        tensor = read[slot.placed.name]
-        found = torch.from_numpy(gguf.quants.dequantize(np.array(tensor.data), tensor.tensor_type)).float()
-        rows = found.reshape(-1, found.shape[-1])[slot.rows.start : slot.rows.stop]
-        value = weight.float() if isinstance(weight, Tensor) else weight.dequantize()
-        value = value.T if slot.transposed and isinstance(weight, Tensor) else value
-        value = value + 1 if slot.plus_one else value
-        value = value if slot.order is None else value[slot.order]
-        if not torch.equal(rows.reshape(value.shape), value):
-            worst = float((rows.reshape(value.shape) - value).abs().max())
-            raise ModelError(f"{path}: {tensor.name} reads back with values up to {worst:.3g} off from {name}; the file is damaged.")
+    for name, slot in written.slots.items():
+        tensor = read.get(slot.placed.name)
+        if tensor is None or _digest_of(_values(tensor, slot)) != written.digests[name]:
+            raise OutputError(f"{path}: {slot.placed.name} does not read back as {name} was written; the file is damaged, write it again.")
+
+
+def _values(tensor: Any, slot: Slot) -> Iterator[Tensor]:
+    """Some rows at a time of a tensor that the `gguf` package reads."""
+    import gguf
+
+    data = tensor.data.reshape(-1, tensor.data.shape[-1])[slot.rows.start : slot.rows.stop]
+    for start, end in _some(len(data), slot.placed.shape[-1]):
+        yield torch.from_numpy(gguf.quants.dequantize(np.array(data[start:end]), tensor.tensor_type)).float()
