@@ -13,8 +13,9 @@ Shape legend: O rows, I columns, G scales of a row.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cache
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -38,12 +39,26 @@ def round_to(element: str, x: Tensor) -> Tensor:
     return (x / step).round() * step
 
 
+def round_array(element: str, x: npt.NDArray[np.float32]) -> None:
+    """`round_to` in place. Adding and taking away a number whose last bit is worth the element's last bit leaves the nearest one."""
+    mantissa_bits, least_normal = (3, 2.0**-6) if element == "e4m3" else (1, 1.0)
+    power = (x.view(np.int32) & 0x7F800000).view(np.float32)  # 2**floor(log2(|x|))
+    np.maximum(power, np.float32(least_normal), out=power)
+    power *= np.float32(1.5 * 2 ** (23 - mantissa_bits))
+    x += power
+    x -= power
+    np.minimum(x, np.float32(LARGEST[element]), out=x)
+    np.maximum(x, np.float32(-LARGEST[element]), out=x)
+
+
 def encode(element: str, values: Tensor) -> Tensor:
-    """Bit patterns (uint8) of numbers that the element has."""
+    """Bit patterns (uint8) of numbers that the element has; zero has no sign."""
+    values = values + 0.0
     if element == "e4m3":
         return values.to(torch.float8_e4m3fn).view(torch.uint8)
-    magnitudes = torch.searchsorted(torch.tensor(E2M1_VALUES), values.abs().contiguous())
-    return (magnitudes + 8 * values.signbit()).to(torch.uint8)
+    doubled = (values * 2).abs()  # 0, 1, 2, 3, 4, 6, 8 and 12 are the codes 0 to 7
+    magnitude = torch.where(doubled <= 4, doubled, torch.where(doubled < 12, doubled / 2 + 2, 7.0))
+    return (magnitude + 8 * (values < 0)).to(torch.uint8)
 
 
 def decode(element: str, codes: Tensor) -> Tensor:
@@ -51,16 +66,6 @@ def decode(element: str, codes: Tensor) -> Tensor:
     if element == "e4m3":
         return codes.view(torch.float8_e4m3fn).float()
     return torch.tensor([*E2M1_VALUES, *(-value for value in E2M1_VALUES)])[codes.long()]
-
-
-@cache
-def codebook(element: str) -> tuple[Tensor, Tensor]:
-    """All finite numbers of the element, ascending, zero once, and the bit pattern of each."""
-    codes = torch.arange(256 if element == "e4m3" else 16, dtype=torch.uint8)
-    values = decode(element, codes)
-    kept = values.isfinite() & ~((values == 0) & values.signbit())
-    order = values[kept].argsort()
-    return values[kept][order], codes[kept][order]
 
 
 def nvfp4_global_scale(weights: Iterable[Tensor]) -> Tensor:
