@@ -82,14 +82,19 @@ class Block:
         value = _value(weight)
         self.skeleton.view(name).copy_(value.T if name in self.transposed and not isinstance(weight, Tensor) else value)
 
-    def levels(self) -> list[list[Subset]]:
-        """The wanted weights by the input that they share, in the order in which a forward pass meets them; the subsets of one level, such as
-        the experts of a layer, do not depend on each other. Weights that no calibration row reaches are left out."""
+    def levels(self, names: frozenset[str] | None = None) -> list[list[Subset]]:
+        """Weights by the input that they share, in the order in which a forward pass meets them; the subsets of one level, such as the experts
+        of a layer, do not depend on each other. Weights that no calibration row reaches are left out.
+
+        Args:
+            names: of the weights; None: those that are wanted.
+        """
+        names = self.wanted if names is None else names
         met: dict[str, Subset] = {}
         for index in range(len(self.held_out)):
-            for subset in self._met_by(index):
+            for subset in self._met_by(index, names):
                 met.setdefault(subset.names[0], subset)
-            if self.wanted <= {name for subset in met.values() for name in subset.names}:
+            if names <= {name for subset in met.values() for name in subset.names}:
                 break
         levels: dict[str, list[Subset]] = {}
         for subset in met.values():
@@ -114,18 +119,18 @@ class Block:
         for index in range(len(self.held_out)):
             yield self.forwards.trial(index)
 
-    def _met_by(self, index: int) -> Iterator[Subset]:
+    def _met_by(self, index: int, names: frozenset[str]) -> Iterator[Subset]:
         """The subsets that one batch's forward meets."""
         seen: dict[tuple[int, ...], tuple[Tensor, list[str]]] = {}
 
-        def meet(x: Tensor, names: Sequence[str]) -> None:
+        def meet(x: Tensor, found: Sequence[str]) -> None:
             key = (x.data_ptr(), x.storage_offset(), x._version, *x.shape)
-            seen.setdefault(key, (x, []))[1].extend(names)  # holding x keeps its address from being used again
+            seen.setdefault(key, (x, []))[1].extend(found)  # holding x keeps its address from being used again
 
-        with _Watch(self._table(), meet):
+        with _Watch(self._table(names), meet):
             self.forwards.trial(index)
-        for x, names in seen.values():
-            yield Subset(names=tuple(dict.fromkeys(names)), columns=x.shape[-1])
+        for x, found in seen.values():
+            yield Subset(names=tuple(dict.fromkeys(found)), columns=x.shape[-1])
 
     def _run(self, index: int, listeners: Mapping[str, Callable[[Tensor], None]]) -> None:
         """One batch through the unit, as far as the last of some weights that it meets."""
@@ -140,13 +145,13 @@ class Block:
             if not left and not experts:
                 raise _Enough
 
-        with _Watch(self._table(), meet), contextlib.suppress(_Enough):
+        with _Watch(self._table(listeners), meet), contextlib.suppress(_Enough):
             self.forwards.trial(index)
 
-    def _table(self) -> dict[int, list[tuple[str, int, int]]]:
-        """Storage → (name, first and last element) of the wanted weights that lie in it."""
+    def _table(self, names: Iterable[str]) -> dict[int, list[tuple[str, int, int]]]:
+        """Storage → (name, first and last element) of the weights that lie in it."""
         table: dict[int, list[tuple[str, int, int]]] = {}
-        for name in sorted(self.wanted):
+        for name in sorted(names):
             view = self.skeleton.view(name)
             table.setdefault(view.untyped_storage().data_ptr(), []).append((name, *_span(view)))
         return table
@@ -197,8 +202,3 @@ def _adding(total: Moments, held_out: bool) -> Callable[[Tensor], None]:
 
 def _value(weight: Weight) -> Tensor:
     return weight if isinstance(weight, Tensor) else weight.dequantize()
-
-
-def names_of(subsets: Iterable[Subset]) -> set[str]:
-    """All names of some subsets."""
-    return {name for subset in subsets for name in subset.names}

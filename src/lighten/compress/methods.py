@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lighten.compress import awq, smoothquant
+from lighten.compress.awq import Rounder
 from lighten.compress.block import Block, Subset
 from lighten.compress.ggml import quantize_ggml
 from lighten.compress.gptq import layer_error, quantize_gptq
@@ -18,6 +20,7 @@ from lighten.compress.magnitude import global_threshold, prune_pattern, prune_ro
 from lighten.compress.minifloat import quantize_float
 from lighten.compress.rtn import quantize_rtn
 from lighten.compress.scale_search import search_scales
+from lighten.compress.scaling import job_mappings, scale_then
 from lighten.compress.stage import Change, Stage
 from lighten.compress.statistics import InputStatistics
 from lighten.compress.walk import DoBlock, Job, Method, change_weights, walk_blocks
@@ -32,7 +35,10 @@ E4M3_LARGEST = 448
 
 def do_alone(job: Job, names: Iterable[str]) -> tuple[dict[str, Weight], list[dict[str, Any]]]:
     """Weights that no calibration row reaches, such as tables: rounded on the grid of least error of the weight itself."""
-    weights: dict[str, Weight] = {name: round_alone(job.matrix(name, job.value(name)), job.formats[name]) for name in names}
+    weights: dict[str, Weight] = {}
+    for name in names:
+        weight, format = job.value(name), job.formats[name]
+        weights[name] = round_alone(job.matrix(name, weight), format) if format.bits is not None else _as_float(weight, format)
     return weights, [{"name": name} for name in weights]
 
 
@@ -41,6 +47,12 @@ def round_alone(weight: Tensor, format: WeightFormat) -> Weight:
     if format.ggml_type is not None:
         return quantize_ggml(weight.float(), format.ggml_type)
     return search_scales(weight.float(), format=_own(format))
+
+
+def _as_float(weight: Tensor, format: WeightFormat) -> Tensor:
+    """A weight that a format has no codes for, such as one of 16 columns in blocks of 32."""
+    dtype: torch.dtype = getattr(torch, format.dtype)
+    return weight.to(dtype)
 
 
 # weight by weight
@@ -72,7 +84,11 @@ def _magnitude(job: Job) -> Change:
 
 
 def _rtn(job: Job) -> Change:
-    return lambda name, weight: _nearest(job.matrix(name, weight), job.formats[name])
+    def change(name: str, weight: Tensor) -> Weight:
+        format = job.formats[name]
+        return _nearest(job.matrix(name, weight), format) if format.bits is not None else _as_float(weight, format)
+
+    return change
 
 
 def _nearest(weight: Tensor, format: WeightFormat) -> Weight:
@@ -117,7 +133,8 @@ def each_subset(solve: Callable[[Job, Block, Subset, InputStatistics], Mapping[s
                 before = {name: block.weight(name) for name in subset.names}
                 for name, weight in solve(job, block, subset, statistics).items():
                     block.put(name, _with_input_scale(weight, statistics, job.formats[name]))
-                    reports.append({"name": name, "rows": statistics.rows, **_errors(before[name], weight, statistics)})
+                    value = job.matrix(name, weight) if isinstance(weight, Tensor) else weight.dequantize()
+                    reports.append({"name": name, "rows": statistics.rows, **_errors(before[name], value, statistics)})
         unreached = sorted(block.wanted - block.results.keys())
         if unreached:
             job.run.log(f"{block.name}: no calibration row reaches {', '.join(unreached)}; rounded by themselves")
@@ -137,7 +154,9 @@ def _solve_gptq(job: Job, block: Block, subset: Subset, statistics: InputStatist
         by_format.setdefault(_own(job.formats[name]), []).append(name)
     for format, names in by_format.items():
         weights = {name: block.weight(name) for name in names}
-        if format.ggml_type is not None:
+        if format.bits is None:
+            found |= {name: _as_float(block.tensor(name), format) for name in names}
+        elif format.ggml_type is not None:
             found |= {name: quantize_ggml(weight, format.ggml_type, statistics) for name, weight in weights.items()}
         elif statistics.rows:
             found |= quantize_gptq(weights, statistics, format)
@@ -148,6 +167,34 @@ def _solve_gptq(job: Job, block: Block, subset: Subset, statistics: InputStatist
 
 def _solve_nearest(job: Job, block: Block, subset: Subset, statistics: InputStatistics) -> Mapping[str, Weight]:
     return {name: _nearest(block.weight(name), job.formats[name]) for name in subset.names}
+
+
+def _solve_clipped(job: Job, block: Block, subset: Subset, statistics: InputStatistics) -> Mapping[str, Weight]:
+    """To the nearest, of each group's range as much as leaves the least error."""
+    found: dict[str, Weight] = {}
+    for name in subset.names:
+        rounded, format = _rounder(job, name), job.formats[name]
+        cut = awq.clip(block.weight(name), hessian=statistics.hessian, group_size=format.group_size, round_to=rounded)
+        found[name] = _nearest(cut, format)
+    return found
+
+
+def _rounder(job: Job, name: str) -> Rounder:
+    format = job.formats.get(name)
+    return (lambda weight: _value(_nearest(weight, format))) if name in job.names and format is not None else (lambda weight: weight)
+
+
+def _value(weight: Weight) -> Tensor:
+    return weight if isinstance(weight, Tensor) else weight.dequantize()
+
+
+def _awq(job: Job) -> tuple[Stage, ModelSpec]:
+    return walk_blocks(job, scale_then(awq.search_scales, _rounder, each_subset(_solve_clipped), job_mappings(job)))
+
+
+def _smoothquant(job: Job) -> tuple[Stage, ModelSpec]:
+    choose = partial(smoothquant.smooth_scales, alpha=job.step["alpha"], activations=job.step["activations"])
+    return walk_blocks(job, scale_then(choose, _rounder, each_subset(_solve_gptq), job_mappings(job)))
 
 
 def _own(format: WeightFormat) -> WeightFormat:
@@ -163,9 +210,12 @@ def _with_input_scale(weight: Weight, statistics: InputStatistics, format: Weigh
     return replace(weight, input_scale=scale.reshape(1))
 
 
-def _errors(before: Tensor, weight: Weight, statistics: InputStatistics) -> dict[str, float]:
-    """Error of the output relative to the output, in root mean square."""
-    value = weight if isinstance(weight, Tensor) else weight.dequantize()
+def _errors(before: Tensor, value: Tensor, statistics: InputStatistics) -> dict[str, float]:
+    """Error of the output relative to the output, in root mean square.
+
+    Args:
+        before, value: [O, I].
+    """
 
     def relative(hessian: Tensor) -> float:
         whole = layer_error(before, torch.zeros_like(before), hessian).sum()
@@ -190,6 +240,8 @@ METHODS: dict[tuple[str, str], Method] = {
     ("quantize", "rtn"): _calibrated_where_static(_rtn, each_subset(_solve_nearest)),
     ("quantize", "hqq"): by_weight(_hqq),
     ("quantize", "gptq"): by_block(each_subset(_solve_gptq)),
+    ("quantize", "awq"): _awq,
+    ("quantize", "smoothquant"): _smoothquant,
     ("quantize", "dynamic"): by_weight(_by_runtime),
     ("quantize", "static"): by_weight(_by_runtime),
 }
