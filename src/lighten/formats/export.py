@@ -11,6 +11,7 @@ Every output is loaded back and compared before it is called done.
 
 from __future__ import annotations
 
+import errno
 import json
 import tempfile
 from collections import Counter
@@ -28,7 +29,7 @@ from lighten.compress.ggml import LAYOUTS, GgmlTensor, from_ggml
 from lighten.compress.grid import Quantized
 from lighten.errors import ModelError, OutputError, RecipeError
 from lighten.formats import files
-from lighten.formats.artifact import MANIFEST, folder_bytes, writing_beside
+from lighten.formats.artifact import MANIFEST, folder_bytes
 from lighten.formats.gguf_file import Layout, Slot, lay_out, refuse_gguf, verify_gguf, write_gguf
 from lighten.formats.onnx_artifact import write_onnx_artifact
 from lighten.formats.onnx_export import export_onnx
@@ -101,10 +102,31 @@ def export(source: str | Path, target: str, out: str | Path) -> Exported:
         raise RecipeError(f"{source} {_REFUSED[opened.kind, target].format(source=source)}")
     if path.suffix == ".gguf" and target == GGUF:
         return _to_file(opened, path)
-    with writing_beside(path) as beside:
-        found = writer(opened, beside)
-        size = folder_bytes(beside)
-    return replace(found, path=path, size_bytes=size)
+    with _beside(path) as beside:
+        folder = beside / path.name
+        folder.mkdir()
+        found = writer(opened, folder)
+        if path.is_dir():
+            path.rmdir()
+        folder.replace(path)
+    return replace(found, path=path, size_bytes=folder_bytes(path))
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A folder beside a path, on its disk, that is gone at the end.
+
+    Raises:
+        OutputError: no such place, read-only, or full.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", ignore_cleanup_errors=True) as work:
+            yield Path(work)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR):
+            raise OutputError(f"{path} cannot be written: {error.strerror}.") from error
+        raise
 
 
 # ---- sources ----
@@ -310,9 +332,9 @@ def _write_gguf(source: Source, path: Path) -> Exported:
 
 
 def _to_file(source: Source, path: Path) -> Exported:
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".lighten-") as beside:
-        found = _write_gguf(source, Path(beside) / path.name)
-        (Path(beside) / path.name).replace(path)
+    with _beside(path) as beside:
+        found = _write_gguf(source, beside / path.name)
+        (beside / path.name).replace(path)
     return replace(found, path=path, size_bytes=path.stat().st_size)
 
 
@@ -326,8 +348,8 @@ def _to_graph(format_name: str) -> Callable[[Source, Path], Exported]:
         _refuse_activations(source)
         spec = apply_recipe(Recipe(runtime=runtime), _plain(source.spec, "float32") if source.kind == PACKED else source.spec)
         values = dict(expanded_weights(source.path, source.spec))
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".lighten-") as work:
-            exported = Path(work) / "graph.onnx"
+        with _beside(folder) as work:
+            exported = work / "graph.onnx"
             export_onnx(source.path, source.spec, exported)
             if runtime == "onnxruntime":
                 write_onnx_artifact(exported, values, spec, folder)
