@@ -24,6 +24,7 @@ from lighten.compress.scaling import job_mappings, scale_then
 from lighten.compress.stage import Change, Stage
 from lighten.compress.statistics import InputStatistics
 from lighten.compress.walk import DoBlock, Job, Method, change_weights, walk_blocks
+from lighten.compress.whole import allocate_then, tune
 from lighten.model.spec import ModelSpec, WeightFormat
 from lighten.recipe.steps import parse_pattern
 
@@ -242,6 +243,10 @@ METHODS: dict[tuple[str, str], Method] = {
     ("quantize", "gptq"): by_block(each_subset(_solve_gptq)),
     ("quantize", "awq"): _awq,
     ("quantize", "smoothquant"): _smoothquant,
+    ("quantize", "auto"): allocate_then(each_subset(_solve_gptq)),
+    ("quantize", "kv"): lambda job: (job.stage, job.after),
     ("quantize", "dynamic"): by_weight(_by_runtime),
     ("quantize", "static"): by_weight(_by_runtime),
+    ("distill", "scales"): tune,
+    ("distill", "qat"): tune,
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -133,17 +133,17 @@ class Job:
         if self.step.verb == "cast":
             return frozenset(name for part in self.before.parts for name in part.tensors())
         selected = set(selected_names(self.before, dict(self.step.arguments)))
-        return frozenset(name for part in self.before.parts if part.name in selected for name in _weights_of(part))
+        return frozenset(name for part in self.before.parts if part.name in selected for name in weights_of(part))
 
     @cached_property
     def formats(self) -> Mapping[str, WeightFormat]:
         """How each weight is to be stored."""
-        return {name: part.weight for part in self.after.parts if isinstance(part, Linear | Embedding) for name in _weights_of(part)}
+        return {name: part.weight for part in self.after.parts if isinstance(part, Linear | Embedding) for name in weights_of(part)}
 
     @cached_property
     def transposed(self) -> frozenset[str]:
         """Weights that the checkpoint stores as [I, O]."""
-        return frozenset(name for part in self.before.parts if isinstance(part, Linear) and part.transposed for name in _weights_of(part))
+        return frozenset(name for part in self.before.parts if isinstance(part, Linear) and part.transposed for name in weights_of(part))
 
     def matrix(self, name: str, tensor: Tensor) -> Tensor:
         """[O, I] of a stored weight."""
@@ -160,10 +160,10 @@ class Job:
             return found
         return found.dequantize().T if name in self.transposed else found.dequantize()
 
-    def skeleton(self) -> Skeleton:
+    def skeleton(self, *, dtype: torch.dtype | None = None) -> Skeleton:
         """The model's module without its weights."""
         shapes = {name: _shape(self.stage, self.run.original.checkpoint, name) for name in self.stage.names}
-        return Skeleton(self.run.folder, shapes, dtype=self.dtype)
+        return Skeleton(self.run.folder, shapes, dtype=dtype or self.dtype)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -325,13 +325,18 @@ def inputs_of(module: Any, batch: Mapping[str, Tensor]) -> dict[str, Any]:
     return given | ({"use_cache": False} if "use_cache" in known else {})
 
 
+def original_job(job: Job) -> Job:
+    """The job as if no step had been done before it: its `value` is the original's."""
+    return replace(job, stage=job.run.original)
+
+
 def change_weights(job: Job, change: Change) -> tuple[Stage, ModelSpec]:
     """A step that looks at one weight at a time: it is done when the weight is asked for."""
     return Changed(before=job.stage, selected=job.names, change=change), job.after
 
 
 def _finished(original: Original, stage: Stage, spec: ModelSpec) -> Iterator[tuple[str, Weight, LayerReport | None]]:
-    transposed = {name for part in spec.parts if isinstance(part, Linear) and part.transposed for name in _weights_of(part)}
+    transposed = {name for part in spec.parts if isinstance(part, Linear) and part.transposed for name in weights_of(part)}
     known = set(original.names)
     for name in stage.names:
         weight = stage[name]
@@ -351,7 +356,7 @@ def _report(name: str, original: Tensor, changed: Weight, said: Mapping[str, Any
     return LayerReport(name=name, sparsity=float((value == 0).float().mean()), relative_error=float(error), bits=bits, **more)
 
 
-def _weights_of(part: Any) -> list[str]:
+def weights_of(part: Any) -> list[str]:
     """Names of a part's matrices: one for each expert."""
     if isinstance(part, Linear):
         return [name for name, shape in part.tensors().items() if part.is_weight(shape)]

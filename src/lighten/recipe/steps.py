@@ -82,10 +82,10 @@ def _predict_magnitude(spec: ModelSpec, arguments: Arguments) -> ModelSpec:
 LARGEST = 3e38
 """A threshold above float32's largest number (3.4e38, IEEE 754) would keep nothing."""
 
-CARRIED_OUT = (("quantize", "rtn"), ("quantize", "dynamic"), ("quantize", "static"))
+CARRIED_OUT = tuple(key for key in QUANTIZING if key != ("rotate", "hadamard"))
 """Of `QUANTIZING`, what is carried out; the rest is predicted alone."""
 
-PENDING: dict[tuple[str, str], dict[str, Any]] = {("quantize", "rtn"): {"format": "int", "activations": "none"}}
+PENDING: dict[tuple[str, str], dict[str, Any]] = {}
 """Arguments of steps that are carried out, which are with this value alone."""
 
 STEPS: dict[tuple[str, str], StepKind] = {

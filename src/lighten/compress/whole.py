@@ -1,0 +1,94 @@
+"""Steps that look at the whole model at once: widths by measured sensitivity, and tuning what is quantized against the original.
+
+They hold all of the model's weights in memory, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lighten.compress.allocate import choose_formats
+from lighten.compress.distill_scales import Task, TuneSettings, tune_scales
+from lighten.compress.grid import Weight
+from lighten.compress.qat import train_codes
+from lighten.compress.sensitivity import measure_sensitivity, option_errors
+from lighten.compress.skeleton import Skeleton
+from lighten.compress.stage import Journaled, Stage
+from lighten.compress.walk import DoBlock, Job, inputs_of, original_job, walk_blocks, weights_of
+from lighten.model.spec import ModelSpec, WeightFormat
+from lighten.recipe.automatic import Budget, budget, with_formats
+from lighten.recipe.number_formats import dividing_group
+
+PROBE_BITS, PROBE_GROUP = 4, 64
+"""How each weight is rounded to measure what its rounding costs; other widths follow from it. Choice: the commonest format."""
+SENSITIVITY_TOKENS, SENSITIVITY_WINDOW = 8192, 512
+"""Tokens of the backward passes, and of one: measured on SmolLM2-135M, benchmarks/LOG.md."""
+
+ALL = "all"
+
+
+def allocate_then(do: DoBlock) -> Callable[[Job], tuple[Stage, ModelSpec]]:
+    """Choose each weight's width under the step's limit, then quantize block by block."""
+
+    def method(job: Job) -> tuple[Stage, ModelSpec]:
+        limits = budget(job.before, {**dict(job.step.arguments), "runtime": job.run.runtime})
+        journal = job.run.journal
+        if not journal.has(job.number, "allocation"):
+            formats = choose_formats(limits, _errors(job, limits))
+            places = {name: [option.format for option in limits.options[name]].index(format) for name, format in formats.items()}
+            journal.write(job.number, "allocation", {}, [{"option": places}])
+        chosen: dict[str, int] = journal.read(job.number, "allocation").reports[0]["option"]
+        formats = {name: limits.options[name][place].format for name, place in chosen.items()}
+        return walk_blocks(replace(job, after=with_formats(job.before, formats)), do)
+
+    return method
+
+
+def _errors(job: Job, limits: Budget) -> dict[str, list[float]]:
+    """What each weight's options cost, as a few backward passes tell it."""
+    tensors = {part.name: weights_of(part) for part in job.before.parts if part.name in limits.options}
+    skeleton = job.skeleton(dtype=torch.bfloat16)
+    shapes = {name: job.matrix(name, job.value(name)).shape for names in tensors.values() for name in names}
+    probes = {name: WeightFormat(bits=PROBE_BITS, group_size=dividing_group(shape[1], PROBE_GROUP), symmetric=True) for name, shape in shapes.items()}
+    job.run.log("measuring what each weight's rounding costs")
+    seen = measure_sensitivity(skeleton, job.value, _short(job, skeleton), probes, matrix=job.matrix)
+    return option_errors(limits, seen, job.value, tensors, matrix=job.matrix)
+
+
+def _short(job: Job, skeleton: Skeleton) -> list[dict[str, Any]]:
+    """Single sequences of at most `SENSITIVITY_WINDOW` positions, cut where they are plain tokens."""
+    found = []
+    for batch in job.run.batches(min(SENSITIVITY_TOKENS, job.step["tokens"])):
+        rows = [{name: value[row : row + 1] for name, value in batch.items()} for row in range(len(next(iter(batch.values()))))]
+        for row in rows:
+            pieces = torch.split(row["input_ids"], SENSITIVITY_WINDOW, dim=1) if row.keys() == {"input_ids"} else ()
+            found += [{"input_ids": piece} for piece in pieces if piece.shape[1] > 1] or [row]
+    return [inputs_of(skeleton.module, row) for row in found]
+
+
+def tune(job: Job) -> tuple[Stage, ModelSpec]:
+    """distill(scales) and distill(qat)."""
+    journal = job.run.journal
+    if not journal.has(job.number, ALL):
+        skeleton = job.skeleton()
+        first = original_job(job)
+        task = Task(
+            skeleton=skeleton, source=first.value, weights={name: job.stage[name] for name in job.stage.names if job.stage.touched(name)},
+            transposed=job.transposed, batches=[inputs_of(skeleton.module, batch) for batch in job.run.batches(job.step["tokens"])],
+            folder=journal.scratch, log=job.run.log,
+        )  # fmt: skip
+        settings = TuneSettings(steps=job.step["steps"], learning_rate=job.step["learning_rate"])
+        done: Mapping[str, Weight] = tune_scales(task, settings) if job.step.method == "scales" else train_codes(task, settings)
+        journal.write(job.number, ALL, {name: _as_stored(job, name, weight) for name, weight in done.items()})
+    names = journal.read(job.number, ALL).weights
+    return Journaled(before=job.stage, journal=journal, pass_index=job.number, blocks=dict.fromkeys(names, ALL)), job.after
+
+
+def _as_stored(job: Job, name: str, weight: Weight) -> Weight:
+    before = job.stage[name]
+    return weight.to(before.dtype) if isinstance(weight, Tensor) and isinstance(before, Tensor) else weight
