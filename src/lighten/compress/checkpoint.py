@@ -66,7 +66,12 @@ class Checkpoint:
             ModelError: it holds values that are not finite.
         """
         self.check(name)
-        return self._mapped(name)
+        return self.mapped(name)
+
+    def mapped(self, name: str) -> Tensor:
+        """The tensor, not checked."""
+        place = self._places[name]
+        return map_tensor(place.file, place.offset, place.spec.shape, _dtype(place.spec))
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Some rows of a tensor, mapped without the others, and not checked."""
@@ -102,10 +107,6 @@ class Checkpoint:
     def _refuse(self, name: str, wrong: int) -> None:
         if wrong:
             raise ModelError(f"{self._places[name].file}: tensor {name} holds {wrong} values that are not finite (NaN or infinite).")
-
-    def _mapped(self, name: str) -> Tensor:
-        place = self._places[name]
-        return map_tensor(place.file, place.offset, place.spec.shape, _dtype(place.spec))
 
     def _chunks(self, name: str) -> Iterator[Tensor]:
         """The tensor's elements, each piece mapped alone."""
