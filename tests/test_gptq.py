@@ -17,7 +17,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lighten.compress.gptq import (
-    DAMPINGS, HELD_OUT, Factor, Grid, choose_factor, factorize, first_factor, gptq_codes, layer_error, quantize_gptq, refine_codes, refit_scales,
+    DAMPINGS,
+    HELD_OUT,
+    Factor,
+    Grid,
+    choose_factor,
+    factorize,
+    first_factor,
+    gptq_codes,
+    layer_error,
+    quantize_gptq,
+    refine_codes,
+    refit_scales,
 )  # fmt: skip
 from lighten.compress.grid import QuantizedTensor
 from lighten.compress.minifloat import quantize_float
