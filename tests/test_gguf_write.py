@@ -25,9 +25,10 @@ from hypothesis import strategies as st
 from tiny_models import bert_config, llama_config, save
 from transformers import AutoConfig
 
-from lighten.compress.ggml import LAYOUTS, GgmlTensor, as_ggml, fit_ggml_grid, from_ggml, pack, quantize_ggml, unpack
+from lighten.compress.ggml import LAYOUTS, GgmlTensor, as_ggml, fit_ggml_grid, from_ggml, pack, quantize_ggml, quantize_ggml_together, unpack
 from lighten.compress.grid import QuantizedTensor
 from lighten.compress.rtn import quantize_rtn
+from lighten.compress.statistics import InputStatistics
 from lighten.compress.walk import Checkpoint
 from lighten.errors import LightenError, OutputError, RecipeError
 from lighten.formats.files import GGUF
@@ -158,6 +159,42 @@ def test_the_nearest_code_is_the_nearest(name, seed, scale):
     for code in range(0, grid.levels, max(1, grid.levels // 16)):
         other = (grid.value(torch.full_like(codes, code)) - weight).abs()
         assert bool((chosen <= other + 1e-5 * weight.abs() + 1e-9).all())
+
+
+def inputs(seed: int = 7) -> InputStatistics:
+    """Correlated inputs, some columns a hundred times larger than others."""
+    generator = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(COLUMNS, COLUMNS, generator=generator) * torch.rand(COLUMNS, generator=generator)[:, None] ** 2
+    rows = torch.randn(2400, COLUMNS, generator=generator) @ mixed
+    seen, held_out = rows[:1800], rows[1800:]
+    return InputStatistics(
+        hessian=seen.T @ seen / len(seen), held_out=held_out.T @ held_out / len(held_out), cross=None, mean_abs=seen.abs().mean(0),
+        abs_max=seen.abs().amax(0), rows=len(seen),
+    )  # fmt: skip
+
+
+def output_error(error: torch.Tensor, statistics: InputStatistics) -> float:
+    assert statistics.held_out is not None
+    return float(((error @ statistics.held_out) * error).sum())
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_codes_by_gptq_lose_less_of_the_output_than_the_nearest(name):
+    """Held out, and with all weights of an input at once as by themselves; a group of zeros, whose scale is 0, stays zeros."""
+    statistics, weight = inputs(), layer(seed=8, rows=24)[6:]
+    grid = fit_ggml_grid(weight, name, statistics.hessian.diagonal())
+    nearest = output_error(weight - grid.value(grid.nearest(weight)), statistics)
+    found = quantize_ggml_together({"a": weight[:10], "b": weight[10:]}, name, statistics)
+    ours = torch.cat([found["a"].dequantize(), found["b"].dequantize()])
+    assert output_error(weight - ours, statistics) < 0.6 * nearest
+    assert not bool(ours[0].any())
+    alone = quantize_ggml(weight, name, statistics).dequantize()
+    assert output_error(weight - alone, statistics) < 0.6 * nearest
+
+
+def test_without_rows_the_nearest_codes_are_taken():
+    statistics = replace(inputs(), rows=0)
+    assert torch.equal(quantize_ggml(layer(), "Q4_K", statistics).blocks, quantize_ggml(layer(), "Q4_K").blocks)
 
 
 def test_columns_that_blocks_do_not_fill_are_refused():

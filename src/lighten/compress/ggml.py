@@ -15,7 +15,7 @@ Source: the block structures in ggml/src/ggml-common.h and `dequantize_row_*` in
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,8 +35,8 @@ _AT_ONCE = 2**17
 
 _NOTHING = 1e-30
 """Stands for a scale of 0, by which the choice of codes could not divide; times a code it is still nothing."""
-_SWEEPS = 3
-"""Of refinement, as `quantize_gptq` does."""
+_ROUNDS = {2: 3, 3: 2}
+"""Rounds of refitting scales and refining codes after GPTQ, by bits; one of more bits. Choice, that of `quantize_gptq`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +54,11 @@ class Layout:
     levels: int
     middle: int | None
     scale_bits: int | None = None
+
+    @property
+    def refits(self) -> bool:
+        """Whether each group's scale is a number of its own, to which all its values are in proportion."""
+        return self.scale_bits is None and self.middle is not None
 
     @property
     def scale_range(self) -> tuple[int, int]:
@@ -158,7 +163,7 @@ class GgmlGrid:
 
 
 def quantize_ggml(weight: Tensor, type_name: str, statistics: InputStatistics | None = None) -> GgmlTensor:
-    """A weight in a type of ggml: scales by the inputs' importance, codes by GPTQ with the inputs' Hessian, or the nearest where there are none.
+    """A weight in a type of ggml: scales by the inputs' importance, codes by GPTQ with the inputs' Hessian; the nearest where there are none.
 
     Args:
         weight: [O, I], finite; the type's block divides I (`ggml_fallback` says what stands in else).
@@ -176,17 +181,24 @@ def quantize_ggml_together(weights: Mapping[str, Tensor], type_name: str, statis
     Args:
         weights: [O, I] each, finite; the type's block divides I.
     """
-    from lighten.compress.gptq import Grid, choose_factor, gptq_codes, refine_codes
+    from lighten.compress.gptq import Grid, choose_factor, first_factor, gptq_codes, refine_codes, refit_scales
 
-    importance = statistics.hessian.diagonal()
-    grids = {name: fit_ggml_grid(weight, type_name, importance) for name, weight in weights.items()}
+    layout, first = LAYOUTS[type_name], first_factor(statistics)
+    grids = {name: fit_ggml_grid(weight, type_name, first.residual) for name, weight in weights.items()}
     scale, offset = (torch.cat([getattr(grid, kind) for grid in grids.values()]) for kind in ("scale", "offset"))
-    general = Grid(scale=torch.where(scale == 0, torch.full_like(scale, _NOTHING), scale), offset=offset, levels=LAYOUTS[type_name].levels)
+    general = Grid(scale=torch.where(scale == 0, torch.full_like(scale, _NOTHING), scale), offset=offset, levels=layout.levels)
     joined = torch.cat([weight.float() for weight in weights.values()])
-    factor = choose_factor(joined, general, statistics)
-    codes = refine_codes(joined, gptq_codes(joined, factor, general), factor, general, sweeps=_SWEEPS)
-    parts = torch.split(codes, [len(weight) for weight in weights.values()])
-    return {name: pack(grid, part) for (name, grid), part in zip(grids.items(), parts, strict=True)}
+    factor = choose_factor(joined, general, statistics, first=first)
+    codes = gptq_codes(joined, factor, general)
+    for _ in range(_ROUNDS.get(GGML_TYPES[type_name].bits or 0, 1)):
+        if layout.refits:
+            general = refit_scales(joined, codes, factor, general, dtype=torch.float16)
+        codes = refine_codes(joined, codes, factor, general)
+    sizes = [len(weight) for weight in weights.values()]
+    if layout.refits:
+        scales = torch.split(torch.where(scale == 0, scale, general.scale), sizes)
+        grids = {name: replace(grid, d=found.half()) for (name, grid), found in zip(grids.items(), scales, strict=True)}
+    return {name: pack(grid, part) for (name, grid), part in zip(grids.items(), torch.split(codes, sizes), strict=True)}
 
 
 # ---- grids ----
