@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lighten.compress.grid import Quantized
 from lighten.formats.torch_model import load_module
-from lighten.model.spec import Attention, ModelSpec
+from lighten.model.spec import Attention, Linear, ModelSpec
 
 INLINE_BYTES = 1_800_000_000
 """Weights above this lie in a file beside the graph: a protobuf file holds less than 2 GiB (protobuf's own limit)."""
@@ -71,6 +72,18 @@ def write_onnx(exported: Path, weights: Mapping[str, Tensor], path: Path) -> Non
             _replace(initializer, value.T if transposed else value)
     large = sum(len(initializer.raw_data) for initializer in model.graph.initializer) > INLINE_BYTES
     onnx.save(model, path, save_as_external_data=large, location=path.name + ".data")
+
+
+def dense_weights(weights: Mapping[str, Tensor | Quantized], spec: ModelSpec) -> dict[str, Tensor]:
+    """The weights as a checkpoint lays them out, quantized ones dequantized to float32."""
+    turned = {f"{part.name}.weight" for part in spec.parts if isinstance(part, Linear) and part.transposed}
+
+    def dense(name: str, weight: Tensor | Quantized) -> Tensor:
+        if isinstance(weight, Tensor):
+            return weight
+        return weight.dequantize().T.contiguous() if name in turned else weight.dequantize()
+
+    return {name: dense(name, weight) for name, weight in weights.items()}
 
 
 def tensor_table(weights: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[str, bool]]:

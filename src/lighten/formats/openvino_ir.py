@@ -1,7 +1,8 @@
 """The artifact of OpenVINO: `openvino_model.xml` and `.bin`, weights as float32, float16, 8- or 4-bit codes, or static int8 with activations.
 
-The graph is OpenVINO's own conversion of the ONNX export; codes are NNCF's. NNCF rounds to the same grid as `quantize_rtn`, whose result
-it is given, so it finds the same codes again; tests/test_formats.py holds it to that.
+The graph is OpenVINO's own conversion of the ONNX export. Codes and scales of a recipe are written into it as they are, in the operators that
+the CPU plugin takes for compressed weights: Constant(codes) → Convert → Subtract(zero point) → Multiply(scale) → Reshape → Convert. Weights that
+the recipe leaves to the runtime (`quantize(dynamic)`, `quantize(static)`) are rounded by NNCF.
 """
 
 from __future__ import annotations
@@ -11,41 +12,50 @@ import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from torch import Tensor
 
+from lighten.compress.grid import Quantized, QuantizedTensor, to_groups
 from lighten.errors import RecipeError
 from lighten.formats import files
-from lighten.formats.onnx_export import cache_names, digest, kv_shape, tensor_table, write_onnx
+from lighten.formats.onnx_export import cache_names, dense_weights, digest, kv_shape, tensor_table, write_onnx
 from lighten.model.spec import Embedding, Linear, ModelSpec, WeightFormat
 
-Batch = Mapping[str, np.ndarray[Any, Any]]
+Batch: TypeAlias = Mapping[str, np.ndarray[Any, Any]]
+Array: TypeAlias = np.ndarray[Any, Any]
 
 
-def write_openvino(exported: Path, weights: Mapping[str, Tensor], spec: ModelSpec, folder: Path, *, calibration: Sequence[Batch] | None) -> None:
+def write_openvino(
+    exported: Path, weights: Mapping[str, Tensor | Quantized], spec: ModelSpec, folder: Path, *, calibration: Sequence[Batch] | None
+) -> None:
     """Write `folder/openvino_model.xml` and its `.bin`.
 
     A decoder keeps its keys and values inside (a stateful model), so that no step copies them.
 
     Args:
-        weights: by tensor name; quantized ones dequantized.
+        weights: by tensor name.
         calibration: inputs, where the spec has static activations.
     """
     import openvino
 
     plain = folder / "plain.onnx"
-    write_onnx(exported, weights, plain)
+    values = dense_weights(weights, spec)
+    write_onnx(exported, values, plain)
     with _quiet():
         model = openvino.convert_model(plain)
         if spec.is_decoder:
             _keep_state(model, spec)
-        formats = {p.name: p.weight for p in spec.parts if isinstance(p, Linear | Embedding) and p.weight.bits and f"{p.name}.weight" in p.tensors()}
-        if any(weight.activations == "static" for weight in formats.values()):
+        by_runtime = {
+            p.name: p.weight for p in spec.parts
+            if isinstance(p, Linear | Embedding) and p.weight.bits and isinstance(weights.get(f"{p.name}.weight"), Tensor)
+        }  # fmt: skip
+        if any(weight.activations == "static" for weight in by_runtime.values()):
             model = _quantize_static(model, calibration)
-        elif formats:
-            model = _compress(model, weights, formats)
+        elif by_runtime:
+            model = _compress(model, values, by_runtime)
+        _put_codes(model, {name: weight for name, weight in weights.items() if isinstance(weight, QuantizedTensor)}, values)
         openvino.save_model(model, folder / files.OPENVINO, compress_to_fp16=spec.dtype == "float16")
     del model
     for path in folder.glob("plain.onnx*"):
@@ -59,13 +69,93 @@ def _keep_state(model: Any, spec: ModelSpec) -> None:
     apply_make_stateful_transformation(model, dict(zip(cache_names(layers, "past"), cache_names(layers, "present"), strict=True)))
 
 
+# the recipe's own codes
+
+
+def _put_codes(model: Any, weights: Mapping[str, QuantizedTensor], values: Mapping[str, Tensor]) -> None:
+    """Put codes and scales in the place of each constant that holds a quantized weight's values.
+
+    Raises:
+        RecipeError: a weight that the graph does not hold as one constant.
+    """
+    table = tensor_table((name, values[name]) for name in weights)
+    found = set()
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "Constant" or len(node.get_output_shape(0)) != 2:
+            continue
+        place = table.get(digest(np.asarray(node.data, dtype=np.float32)))
+        if place is None:
+            continue
+        name, turned = place
+        expanded = _expanded(weights[name], turned=turned, name=node.get_friendly_name())
+        for target in list(node.output(0).get_target_inputs()):
+            target.replace_source_output(expanded.output(0))
+        found.add(name)
+    same = {digest(values[name].detach().float().numpy()) for name in found}
+    if lost := sorted(name for name in weights.keys() - found if digest(values[name].detach().float().numpy()) not in same and _exported(name)):
+        raise RecipeError(f"{len(lost)} quantized weights are not in the exported graph as they are ({lost[0]}); runtime torch carries them.")
+
+
+def _exported(name: str) -> bool:
+    """An encoder is exported without its pooler and head."""
+    return not name.startswith(("pooler.", "cls.", "lm_head.", "classifier.")) and ".pooler." not in name
+
+
+def _expanded(weight: QuantizedTensor, *, turned: bool, name: str) -> Any:
+    """The operators that dequantize a weight, float32 [O, I], or [I, O] where the graph holds it turned."""
+    import openvino
+    from openvino import opset13 as op
+
+    groups = to_groups(weight.codes, weight.group_size).numpy()
+    scale, zero = weight.scale.float().numpy()[..., None], None if weight.zero_point is None else weight.zero_point.numpy()[..., None]
+    if turned and groups.shape[0] > 1:
+        groups, scale = groups.transpose(1, 2, 0), scale.transpose(1, 2, 0)
+        zero = None if zero is None else zero.transpose(1, 2, 0)
+    shape = list(weight.codes.shape[::-1] if turned else weight.codes.shape)
+    if groups.shape[0] == 1 and scale.size == 1:  # by tensor
+        groups = (weight.codes.T if turned else weight.codes).numpy()
+        scale, zero = scale.reshape(1, 1), None if zero is None else zero.reshape(1, 1)
+    elif scale.shape[0 if turned else 1] == 1:  # by channel: two dimensions do
+        axis = 0 if turned else 1
+        groups, scale, zero = groups.squeeze(axis), scale.squeeze(axis), None if zero is None else zero.squeeze(axis)
+    half = openvino.Type.f16
+    value = op.convert(_codes(groups, weight, signed=zero is None), half)
+    if zero is not None:
+        value = op.subtract(value, op.convert(_codes(zero, weight, signed=False), half))
+    value = op.multiply(value, openvino.op.Constant(np.ascontiguousarray(scale, np.float16)))
+    if len(groups.shape) == 3:
+        value = op.reshape(value, op.constant(np.array(shape, np.int64)), False)
+    value = op.convert(value, openvino.Type.f32)
+    value.set_friendly_name(f"{name}/expanded")
+    return value
+
+
+def _codes(codes: Array, weight: QuantizedTensor, *, signed: bool) -> Any:
+    """A constant of 8- or 4-bit codes; about 0 where they are signed."""
+    import openvino
+
+    if signed:
+        codes = (codes.astype(np.int16) - 2 ** (weight.bits - 1)).astype(np.int8)
+    if weight.bits == 8:
+        return openvino.op.Constant(np.ascontiguousarray(codes))
+    flat = codes.reshape(-1).view(np.uint8) & np.uint8(15)
+    flat = np.pad(flat, (0, len(flat) % 2))
+    kind = openvino.Type.i4 if signed else openvino.Type.u4
+    packed = openvino.Tensor(np.ascontiguousarray(flat[0::2] | flat[1::2] << np.uint8(4)), openvino.Shape(codes.shape), kind)
+    return openvino.op.Constant(packed, shared_memory=False)  # else the array's memory is read after it is gone
+
+
+# the runtime's own quantizer
+
+
 def _quantize_static(model: Any, calibration: Sequence[Batch] | None) -> Any:
     import nncf
 
     if not calibration:
         raise RecipeError("quantize(static) needs calibration text, and none was given.")
-    data = nncf.Dataset([dict(batch) for batch in calibration])
-    return nncf.quantize(model, data, subset_size=len(calibration), model_type=nncf.ModelType.TRANSFORMER)
+    with _quiet_nncf():
+        data = nncf.Dataset([dict(batch) for batch in calibration])
+        return nncf.quantize(model, data, subset_size=len(calibration), model_type=nncf.ModelType.TRANSFORMER)
 
 
 def _compress(model: Any, weights: Mapping[str, Tensor], formats: Mapping[str, WeightFormat]) -> Any:
@@ -73,11 +163,11 @@ def _compress(model: Any, weights: Mapping[str, Tensor], formats: Mapping[str, W
     import nncf
 
     consumers = list(weight_consumers(model, weights))
-    for weight in dict.fromkeys(formats.values()):
-        mode = getattr(nncf.CompressWeightsMode, f"INT{weight.bits}_{'SYM' if weight.symmetric else 'ASYM'}")
-        others = [node for node, tensor in consumers if formats.get(tensor.removesuffix(".weight")) != weight]
-        options = {"group_size": weight.group_size, "ratio": 1.0, "all_layers": True} if weight.bits == 4 else {}
-        model = nncf.compress_weights(model, mode=mode, ignored_scope=nncf.IgnoredScope(names=others, validate=False), **options)
+    with _quiet_nncf():
+        for weight in dict.fromkeys(formats.values()):
+            mode = getattr(nncf.CompressWeightsMode, f"INT{weight.bits}_{'SYM' if weight.symmetric else 'ASYM'}")
+            others = [node for node, tensor in consumers if formats.get(tensor.removesuffix(".weight")) != weight]
+            model = nncf.compress_weights(model, mode=mode, ignored_scope=nncf.IgnoredScope(names=others, validate=False))
     return model
 
 
@@ -94,9 +184,15 @@ def weight_consumers(model: Any, weights: Mapping[str, Tensor]) -> Iterator[tupl
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """NNCF prints tables and progress; what fails raises."""
+    """OpenVINO prints progress; what fails raises."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+@contextlib.contextmanager
+def _quiet_nncf() -> Iterator[None]:
+    """NNCF prints tables; what fails raises."""
     import nncf
 
     nncf.set_log_level(logging.ERROR)
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield
+    yield
