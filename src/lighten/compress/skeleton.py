@@ -167,6 +167,7 @@ def build_module(folder: Path, *, dtype: torch.dtype) -> Any:
         raise UnsupportedFamily(f"{folder}: transformers cannot read its config ({str(error).splitlines()[0]}).") from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    config.use_cache = False  # a pass over a whole text; what it would keep, recomputation would meet again
     named = next(iter(config.architectures or ()), None)
     kind = getattr(transformers, named, None) if named else None
     if kind is None:

@@ -7,6 +7,7 @@ step that looks at the whole model says itself how it goes. After the last step 
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -313,16 +314,14 @@ def _do_unreached(job: Job, unit: Unit, names: frozenset[str]) -> None:
     job.run.journal.write(job.number, unit.name, weights, [{**report, "rows": 0} for report in reports])
 
 
-def inputs_of(module: Any, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+def inputs_of(module: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What a module's forward takes of a batch; an encoder-decoder that is given a text alone reads it again in its decoder."""
-    import inspect
-
     known = inspect.signature(module.forward).parameters
-    given: dict[str, Any] = {name: value for name, value in batch.items() if name in known}
+    given = {name: value.to(module.dtype) if value.is_floating_point() else value for name, value in batch.items() if name in known}
     if module.config.is_encoder_decoder and "decoder_input_ids" not in given and "decoder_input_ids" in known:
         start = module.config.decoder_start_token_id or 0
         given["decoder_input_ids"] = batch.get("input_ids", torch.full((_rows(batch), 1), start))
-    return given | ({"use_cache": False} if "use_cache" in known else {})
+    return given
 
 
 def original_job(job: Job) -> Job:
