@@ -1,4 +1,4 @@
-"""Which models are more than described: compressed, run and measured here."""
+"""Which models are more than described: their weights changed, and those that are run and measured here too."""
 
 from __future__ import annotations
 
@@ -20,10 +20,21 @@ def read_runnable(model: str | Path) -> ModelSpec:
         ModelError: it cannot be read.
         UnsupportedFamily: it can be estimated alone.
     """
-    spec = read_spec(model)
+    spec = read_compressible(model)
     if spec.architecture not in RUNNABLE.get(spec.family, ()):
         able = "; ".join(f"{family}: {', '.join(names)}" for family, names in RUNNABLE.items())
-        raise UnsupportedFamily(f"{spec.name} ({spec.architecture}) can be estimated, not compressed, run or measured; these can: {able}.")
+        raise UnsupportedFamily(f"{spec.name} ({spec.architecture}) can be estimated and compressed, not run or measured; these can: {able}.")
+    return spec
+
+
+def read_compressible(model: str | Path) -> ModelSpec:
+    """The spec of a model of any family with weights that steps can change.
+
+    Raises:
+        ModelError: it cannot be read.
+        UnsupportedFamily: it has no weights.
+    """
+    spec = read_spec(model)
     if spec.tensors is None:
         raise UnsupportedFamily(f"{spec.source}: no *.safetensors beside the config; a model without weights can be estimated alone.")
     return spec
