@@ -6,18 +6,29 @@ identity that is not compared on resume; the folder removed before the artifact 
 
 from __future__ import annotations
 
+import errno
+import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from lighten.compress import run_identity as run_identity_module
+from lighten.compress import walk
 from lighten.compress.ggml import GgmlTensor
 from lighten.compress.grid import QuantizedTensor
 from lighten.compress.journal import Journal, work_folder
 from lighten.errors import OutputError
+from lighten.formats import artifact as artifact_module
+from lighten.formats.artifact import Work, write_artifact
+from lighten.recipe import parse_recipe
 
 IDENTITY = {"recipe": "quantize(gptq, bits=4) @ torch", "weights": "abc", "text": "def"}
 
@@ -266,3 +277,143 @@ def test_killed_before_any_sync_or_rename_only_whole_blocks_are_there(call, mome
     assert last == "0 ['a', 'b', 'c'] True", done.stderr
     assert {line.split()[0] for line in kills} == {str(int(signal.SIGKILL))}
     assert len(kills) <= moments
+
+
+# ---- a whole run ----
+
+GPTQ = "quantize(gptq, bits=4, group_size=16, embeddings=true, tokens=256)"
+
+
+def windows(tokens: int) -> list[dict[str, np.ndarray]]:
+    return [{"input_ids": np.random.default_rng(0).integers(0, 300, (tokens // 32, 32))}]
+
+
+def compress(model: Path, out: Path, *, recipe: str = GPTQ, text: str = "t", **more: Any) -> tuple[dict[str, bytes], list[str]]:
+    """The artifact's files, and what was logged."""
+    lines: list[str] = []
+    work = Work(windows=windows, text=text, log=lines.append, **more)
+    write_artifact(model, parse_recipe(recipe), out, calibration=list, work=work)
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}, lines
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_llama, tmp_path_factory) -> dict[str, bytes]:
+    """An artifact that nothing interrupted."""
+    return compress(tiny_llama, tmp_path_factory.mktemp("whole") / "out")[0]
+
+
+class Stop(BaseException):
+    """Stands for a kill in this process: no handler knows it."""
+
+
+def stopping(monkeypatch: pytest.MonkeyPatch, target: Any, name: str, number: int, error: BaseException) -> None:
+    """Let a function fail when it is called for the (number + 1)-th time."""
+    original = getattr(target, name)
+    calls = iter(range(10**6))
+
+    def stops(*args: Any, **more: Any) -> Any:
+        if next(calls) == number:
+            raise error
+        return original(*args, **more)
+
+    monkeypatch.setattr(target, name, stops)
+
+
+def stopped(model: Path, out: Path, monkeypatch: pytest.MonkeyPatch, target: Any = walk, name: str = "_do_block", number: int = 1) -> None:
+    """Begin a run, and end it at a moment."""
+    with monkeypatch.context() as patch:
+        stopping(patch, target, name, number, Stop())
+        with pytest.raises(Stop):
+            compress(model, out)
+
+
+MOMENTS = {
+    "before a block": (walk, "_do_block", 1), "after its work": (Journal, "write", 2), "before it has its name": (os, "replace", 3),
+    "when it is written": (artifact_module, "verify_folder", 0), "before the manifest": (artifact_module, "folder_bytes", 0),
+    "when it is whole": (Journal, "mark", 1), "before it has its place": (artifact_module, "_move", 0), "in its place": (Journal, "discard", 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_run_that_is_stopped_goes_on_and_ends_in_the_same_bytes(moment, tiny_llama, tmp_path, monkeypatch, expected):
+    stopped(tiny_llama, tmp_path / "out", monkeypatch, *MOMENTS[moment])
+    assert work_folder(tmp_path / "out").is_dir()
+    with pytest.raises(OutputError, match="go on with it by --resume, or remove that folder" if moment != "in its place" else "is not empty"):
+        compress(tiny_llama, tmp_path / "out")
+    found, lines = compress(tiny_llama, tmp_path / "out", resume=True)
+    assert found == expected
+    assert not any("model.layers.0" in line for line in lines)
+
+
+def test_without_an_interruption_bytes_are_the_same_in_another_process_and_place(tiny_llama, tmp_path, expected):
+    """Another hash seed and another folder; nothing of them is in the bytes."""
+    here = str(Path(__file__).parent)
+    program = f"import sys; sys.path.insert(0, {here!r}); import test_resume as t; t.compress(t.Path(sys.argv[1]), t.Path(sys.argv[2]))"
+    out = tmp_path / "elsewhere" / "out"
+    out.parent.mkdir()
+    environment = os.environ | {"PYTHONHASHSEED": "7", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    subprocess.run([sys.executable, "-c", program, str(tiny_llama), str(out)], check=True, env=environment, timeout=250)
+    assert {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()} == expected
+
+
+def test_a_changed_model_recipe_or_text_is_refused_by_name(tiny_llama, tmp_path, monkeypatch, expected):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    (tmp_path / "at").mkdir()
+    out = tmp_path / "at" / "out"
+    stopped(model, out, monkeypatch)
+    weights = model / "model.safetensors"
+    content, state = weights.read_bytes(), weights.stat()
+    with pytest.raises(OutputError, match=r"begun with another recipe \(quantize\(gptq, group_.*, now .*bits=3.*\); resume it as"):
+        compress(model, out, recipe=GPTQ.replace("bits=4", "bits=3"), resume=True)
+    with pytest.raises(OutputError, match=r"begun with another text \(t, now another\); "):
+        compress(model, out, text="another", resume=True)
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(weights, ns=(state.st_atime_ns, state.st_mtime_ns))
+    with pytest.raises(OutputError, match=r"begun with another weights \("):
+        compress(model, out, resume=True)
+    weights.write_bytes(content)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    with pytest.raises(OutputError, match=r"begun with another config \("):
+        compress(model, out, resume=True)
+    (model / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(run_identity_module, "__version__", "9.9")
+    with pytest.raises(OutputError, match=r"begun with another version of lighten \(.*, now 9\.9\)"):
+        compress(model, out, resume=True)
+    monkeypatch.undo()
+    found, _ = compress(model, out, resume=True)
+    assert found["model.safetensors"] == expected["model.safetensors"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+def test_a_full_disk_keeps_what_is_finished_and_says_how_to_go_on(code, tiny_llama, tmp_path, monkeypatch, expected):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stopping(patch, os, "replace", 3, OSError(code, os.strerror(code)))
+        with pytest.raises(OutputError) as caught:
+            compress(tiny_llama, out)
+    way_out = f"What is finished stays in {work_folder(out)}: the same command with --resume goes on."
+    assert str(caught.value) == f"{out} cannot be written: {os.strerror(code)}. {way_out}"
+    assert compress(tiny_llama, out, resume=True)[0] == expected
+
+
+def test_a_damaged_block_stops_the_run_until_it_is_deleted(tiny_llama, tmp_path, monkeypatch, expected):
+    out = tmp_path / "out"
+    stopped(tiny_llama, out, monkeypatch)
+    (path,) = work_folder(out).glob("pass-00/model.layers.0.block")
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(OutputError, match=rf"^{path} is damaged: its checksum does not fit; delete this file and run again with --resume"):
+        compress(tiny_llama, out, resume=True)
+    path.unlink()
+    assert compress(tiny_llama, out, resume=True)[0] == expected
+
+
+def test_resume_of_what_is_finished_says_so_and_changes_nothing(tiny_llama, tmp_path):
+    first, _ = compress(tiny_llama, tmp_path / "out")
+    again, lines = compress(tiny_llama, tmp_path / "out", resume=True)
+    assert again == first
+    assert lines[-1] == f"{tmp_path / 'out'} is finished already"
+    with pytest.raises(OutputError, match="is not empty"):
+        compress(tiny_llama, tmp_path / "out", recipe=GPTQ.replace("bits=4", "bits=3"), resume=True)
