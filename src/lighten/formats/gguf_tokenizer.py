@@ -182,6 +182,7 @@ def add_tokenizer(writer: Any, data: TokenizerData, folder: Path) -> None:
         writer.add_token_scores(list(data.scores))
     if data.space_prefix is not None:
         writer.add_add_space_prefix(data.space_prefix)
-    special = gguf.SpecialVocab(folder, load_merges=data.merges, n_vocab=len(data.tokens))
+    kinds = ("bos", "eos", "unk", "sep", "pad", "mask")  # a first mark that is called `cls` counts as `bos`
+    special = gguf.SpecialVocab(folder, load_merges=data.merges, n_vocab=len(data.tokens), special_token_types=kinds)
     special.add_special_token = {"bos": data.bos, "eos": data.eos}
     special.add_to_gguf(writer, quiet=True)
