@@ -166,10 +166,10 @@ class Factors:
 
     def fix(self, names: Tensor) -> None:
         """They are 1."""
-        self.unite(_compact(names), torch.tensor(ONE))
+        self.unite(compact(names), torch.tensor(ONE))
 
 
-def _compact(names: Tensor) -> Tensor:
+def compact(names: Tensor) -> Tensor:
     """The same names, without what repeats itself along an axis of stride 0."""
     for axis in range(names.ndim):
         if names.stride(axis) == 0:
@@ -213,6 +213,8 @@ RULES = {
     "aten.div": "_divide", "aten.sum": "_sum", "aten.mean": "_sum", "aten.mm": "_product", "aten.bmm": "_product",
     "aten.addmm": "_product", "aten.baddbmm": "_product",
     **dict.fromkeys(("aten.native_layer_norm", "aten._fused_rms_norm", "aten.rms_norm"), "_norm"),
+    **dict.fromkeys(("aten.new_empty", "aten.new_zeros", "aten.new_ones", "aten.new_full"), "_constant"),
+    **dict.fromkeys(("aten.empty_like", "aten.zeros_like", "aten.ones_like", "aten.full_like"), "_constant"),
 }  # fmt: skip
 """Operator → the method of `Follower` that follows factors through it."""
 
@@ -288,8 +290,7 @@ class Follower:
         """None where all factors are 1 already."""
         if not isinstance(known, Tensor):
             return known
-        compact = _compact(known)
-        settled = self._factors.find(compact.contiguous())
+        settled = self._factors.find(compact(known).contiguous())
         return settled.expand(known.shape) if bool((settled != ONE).any()) else None
 
     def _fix(self, value: Any) -> None:
@@ -322,6 +323,10 @@ class Follower:
         for value in node.inputs:
             self._fix(value)
         return [None] * len(node.outputs)
+
+    def _constant(self, node: Node) -> Sequence[Known]:
+        """An operator that takes no more than the shape of what it reads."""
+        return [None]
 
     def _move(self, node: Node) -> Sequence[Known]:
         first = self._look(node.args[0])
@@ -441,7 +446,7 @@ class Follower:
 
     def _linear(self, x: Any, weight: Any, matrix: Matrix, *, turn: bool = False) -> Tensor | None:
         """x [..., T, K] times a parameter [..., K, N]: the factors along K absorb those of x, those along N are the output's."""
-        found = _roles(matrix)
+        found = roles_of(matrix)
         if found is None or not self._has_role(matrix.key, *found[2:]):
             self._fix(x)
             self._fix(weight)
@@ -481,7 +486,7 @@ def norm_arguments(node: Node) -> tuple[Value, Value | None, Value | None]:
     return node.args[0], weight, bias
 
 
-def _roles(matrix: Matrix) -> tuple[Tensor, Tensor, int, int] | None:
+def roles_of(matrix: Matrix) -> tuple[Tensor, Tensor, int, int] | None:
     """(factors along the axis that is summed over, those along the other, and which axes of the parameter they are) of [..., K, N]."""
     found = []
     for inner, outer, axes in ((matrix.rows, matrix.columns, (-2, -1)), (matrix.columns, matrix.rows, (-1, -2))):
