@@ -19,7 +19,7 @@ from lighten.errors import LightenError
 from lighten.model.spec import Attention, Linear, ModelSpec
 from lighten.parallel.plan import Plan
 from lighten.recipe.case import Case, Target
-from lighten.recipe.predict import apply_recipe, compute_dtype
+from lighten.recipe.predict import CACHES_CODES, apply_recipe, compute_dtype
 from lighten.recipe.quality import BASELINE, SAME, Quality, quality_of_cache, quality_of_step
 from lighten.recipe.recipe import Recipe, Step, parse_recipe
 from lighten.recipe.steps import STEPS
@@ -149,7 +149,8 @@ class LeverKind:
 # ---- steps of a recipe ----
 
 WIDTHS_BY_ROUNDING = (8, 4, 3, 2)
-WIDTHS_BY_GPTQ = (4, 3)
+WIDTHS_BY_CALIBRATION = {"gptq": (4, 3), "awq": (4, 3)}
+"""Methods that look at calibration text, and the widths of published rows (quality_ranges.json)."""
 GROUP_SIZES = (128, 96, 64, 32)
 """Largest first: the group that divides all rows is taken, for its scales take least room."""
 SIXTEEN_BITS = ("bfloat16", "float16")
@@ -193,7 +194,7 @@ def _casts(case: Case, target: Target) -> Iterator[Lever]:
 def _quantized(case: Case, target: Target) -> Iterator[Lever]:
     group = group_size_of(case.changed)
     for runtime in _runtimes(target):
-        for method, widths in (("rtn", WIDTHS_BY_ROUNDING), ("gptq", WIDTHS_BY_GPTQ)):
+        for method, widths in {"rtn": WIDTHS_BY_ROUNDING, **WIDTHS_BY_CALIBRATION}.items():
             if runtime is None or method == "rtn":
                 for bits in widths:
                     yield _recipe("quantize", case, f"quantize({method}, bits={bits}, group_size={group})", runtime=runtime)
@@ -249,8 +250,12 @@ def _flags(name: str, *settings: Mapping[str, Any], quality: Quality | None = SA
 
 def _caches(case: Case, target: Target) -> Iterator[Lever]:
     if any(isinstance(part, Attention) and part.causal for part in case.spec.parts):
-        for dtype in ("float8_e4m3fn", "int8", "int4"):
-            yield Lever(name="cache", workload={"kv_dtype": dtype}, quality=quality_of_cache(dtype, case.spec))
+        yield Lever(name="cache", workload={"kv_dtype": "float8_e4m3fn"}, quality=quality_of_cache("float8_e4m3fn", case.spec))
+        for bits in (8, 4):
+            if case.recipe.runtime in CACHES_CODES and case.workload.kv_dtype is None:
+                yield _recipe("cache", case, f"quantize(kv, bits={bits})")
+            else:
+                yield Lever(name="cache", workload={"kv_dtype": f"int{bits}"}, quality=quality_of_cache(f"int{bits}", case.spec))
 
 
 def _attentions(case: Case, target: Target) -> Iterator[Lever]:

@@ -9,6 +9,7 @@ from functools import cache
 from importlib import resources
 from typing import Any, Literal
 
+from lighten.model.ggml_types import RECIPE_TYPES
 from lighten.model.spec import Attention, ModelSpec
 from lighten.recipe.recipe import Step
 
@@ -117,9 +118,26 @@ def quality_of_step(step: Step, spec: ModelSpec) -> Quality | None:
     if step.verb == "prune":
         pattern = arguments.get("pattern") or (None if "sparsity" not in arguments else str(float(arguments["sparsity"])))
         return _widest(spec, step.method, pattern=pattern) if pattern else None
-    if step.verb == "quantize":
+    return _quality_of_quantizing(step, spec, arguments) if step.verb == "quantize" else None
+
+
+UNPUBLISHED = ("smoothquant", "auto", "dynamic", "static")
+"""Methods of `quantize` without a comparable row: int8 activations, and widths that depend on the model."""
+
+
+def _quality_of_quantizing(step: Step, spec: ModelSpec, arguments: dict[str, Any]) -> Quality | None:
+    if step.method == "kv":
+        return quality_of_cache(f"int{arguments['bits']}", spec)
+    if step.method in UNPUBLISHED or arguments.get("activations", "none") != "none":
+        return None
+    word = arguments.get("format", "int")
+    if word == "int":
         return _widest(spec, step.method, bits=arguments["bits"], grouping=_grouping(arguments.get("group_size")))
-    return None
+    if step.method != "rtn" or word not in RECIPE_TYPES:
+        return None  # no comparable row of these floats, nor of other methods on ggml's grids
+    if word.endswith("_k"):
+        return _widest(spec, "k-quant", bits=arguments["bits"])
+    return _widest(spec, "rtn", bits=arguments["bits"], grouping="group")
 
 
 def quality_of_cache(dtype: str, spec: ModelSpec) -> Quality | None:
