@@ -16,16 +16,19 @@ from lighten.compress.block import Block, Subset
 from lighten.compress.ggml import quantize_ggml
 from lighten.compress.gptq import layer_error, quantize_gptq
 from lighten.compress.grid import QuantizedTensor, Weight
+from lighten.compress.hadamard import plan_rotation
+from lighten.compress.hqq import quantize_hqq
 from lighten.compress.magnitude import global_threshold, prune_pattern, prune_rows, prune_tensor, prune_threshold
 from lighten.compress.minifloat import quantize_float
 from lighten.compress.rtn import quantize_rtn
 from lighten.compress.scale_search import search_scales
 from lighten.compress.scaling import job_mappings, scale_then
-from lighten.compress.stage import Change, Stage
+from lighten.compress.stage import Change, Renewed, Stage
 from lighten.compress.statistics import InputStatistics
-from lighten.compress.walk import DoBlock, Job, Method, change_weights, walk_blocks
+from lighten.compress.walk import DoBlock, Job, Method, Run, change_weights, walk_blocks
 from lighten.compress.whole import allocate_then, tune
 from lighten.model.spec import ModelSpec, WeightFormat
+from lighten.recipe import Recipe
 from lighten.recipe.steps import parse_pattern
 
 INT8_LARGEST = 127
@@ -102,8 +105,6 @@ def _nearest(weight: Tensor, format: WeightFormat) -> Weight:
 
 
 def _hqq(job: Job) -> Change:
-    from lighten.compress.hqq import quantize_hqq
-
     def change(name: str, weight: Tensor) -> Weight:
         format = job.formats[name]
         assert format.bits is not None, "the reading on the spec gave it a width"
@@ -235,6 +236,24 @@ def _calibrated_where_static(make: Callable[[Job], Change], solve: DoBlock) -> M
     return do
 
 
+def _hadamard(job: Job) -> tuple[Stage, ModelSpec]:
+    rotation = plan_rotation(job.run.graph, job.skeleton().places)
+    rotation.check(job.value)
+    return Renewed(before=job.stage, renewal=rotation), job.after
+
+
+def require_possible(run: Run, recipe: Recipe) -> None:
+    """Raises, before any work:
+    TraceError: a step follows the model's graph, and its code cannot be followed without values.
+    RecipeError: a rotation that does not pass through the model.
+    """
+    for step in recipe.steps:
+        if step.method in ("awq", "smoothquant", "hadamard"):
+            graph = run.graph
+            if step.verb == "rotate":
+                plan_rotation(graph)
+
+
 METHODS: dict[tuple[str, str], Method] = {
     **{("cast", dtype): by_weight(_cast) for dtype in ("float32", "float16", "bfloat16")},
     ("prune", "magnitude"): by_weight(_magnitude),
@@ -247,6 +266,7 @@ METHODS: dict[tuple[str, str], Method] = {
     ("quantize", "kv"): lambda job: (job.stage, job.after),
     ("quantize", "dynamic"): by_weight(_by_runtime),
     ("quantize", "static"): by_weight(_by_runtime),
+    ("rotate", "hadamard"): _hadamard,
     ("distill", "scales"): tune,
     ("distill", "qat"): tune,
 }

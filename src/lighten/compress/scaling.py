@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lighten.compress.awq import Consumer, Rounder
 from lighten.compress.block import Block
-from lighten.compress.graph import record_graph
 from lighten.compress.mappings import Mapping, find_mappings, fold
 from lighten.compress.statistics import InputStatistics
 from lighten.compress.walk import DoBlock, Job
@@ -20,13 +19,8 @@ Choose: TypeAlias = Callable[[Sequence[Consumer], int], Tensor]
 
 
 def job_mappings(job: Job) -> tuple[Mapping, ...]:
-    """The mappings of the job's model, by names of the checkpoint.
-
-    Raises:
-        TraceError: its code cannot be followed without values.
-    """
-    graph = record_graph(job.before.config, job.before.architecture, source=job.before.source, folder=job.run.folder)
-    return find_mappings(graph, job.skeleton().places)
+    """The mappings of the job's model, by names of the checkpoint."""
+    return find_mappings(job.run.graph, job.skeleton().places)
 
 
 def scale_then(choose: Choose, rounder: Callable[[Job, str], Rounder], then: DoBlock, mappings: Iterable[Mapping]) -> DoBlock:

@@ -58,9 +58,9 @@ class Skeleton:
         UnsupportedFamily: `transformers` has no class for it, or lays its weights out in a way that cannot be followed.
     """
 
-    def __init__(self, folder: Path, tensors: Mapping[str, tuple[int, ...]], *, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, tensors: Mapping[str, tuple[int, ...]], *, dtype: torch.dtype, untied: bool = False) -> None:
         self.dtype = dtype
-        self.module = build_module(folder, dtype=dtype)
+        self.module = build_module(folder, dtype=dtype, untied=untied)
         self._keys: dict[str, list[tuple[nn.Module, str]]] = {}
         for prefix, module in self.module.named_modules():
             for name in [*module._parameters, *module._buffers]:
@@ -152,8 +152,11 @@ class Skeleton:
                 module._buffers[name] = value
 
 
-def build_module(folder: Path, *, dtype: torch.dtype) -> Any:
+def build_module(folder: Path, *, dtype: torch.dtype, untied: bool = False) -> Any:
     """The class that a folder's config names, in eval mode, parameters without memory, buffers that no checkpoint holds with their values.
+
+    Args:
+        untied: the head has a weight of its own, whatever the config says.
 
     Raises:
         UnsupportedFamily: `transformers` has no such class.
@@ -167,6 +170,8 @@ def build_module(folder: Path, *, dtype: torch.dtype) -> Any:
         raise UnsupportedFamily(f"{folder}: transformers cannot read its config ({str(error).splitlines()[0]}).") from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    if untied:
+        config.tie_word_embeddings = False
     config.use_cache = False  # a pass over a whole text; what it would keep, recomputation would meet again
     named = next(iter(config.architectures or ()), None)
     kind = getattr(transformers, named, None) if named else None

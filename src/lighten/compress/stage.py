@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
@@ -79,6 +79,43 @@ class Changed:
 
     def said(self, name: str) -> Mapping[str, Any]:
         return self.before.said(name)
+
+
+class Renewal(Protocol):
+    """A change of many tensors that reads other tensors beside the one that it makes."""
+
+    @property
+    def changes(self) -> Mapping[str, Any]: ...
+
+    def names(self, names: Iterable[str]) -> list[str]: ...
+
+    def tensor(self, name: str, get: Callable[[str], Tensor]) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Renewed:
+    """Tensors made from those before, when they are asked for."""
+
+    before: Stage
+    renewal: Renewal
+
+    @property
+    def names(self) -> list[str]:
+        return self.renewal.names(self.before.names)
+
+    def __getitem__(self, name: str) -> Weight:
+        return self.renewal.tensor(name, self._dense)
+
+    def touched(self, name: str) -> bool:
+        return name in self.renewal.changes or self.before.touched(name)
+
+    def said(self, name: str) -> Mapping[str, Any]:
+        return self.before.said(name)
+
+    def _dense(self, name: str) -> Tensor:
+        found = self.before[name]
+        assert isinstance(found, Tensor), "the reading on the spec refuses this step after quantize"
+        return found
 
 
 @dataclass(kw_only=True)

@@ -116,7 +116,9 @@ class Forwards:
 
             leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             tensors = [leaf for leaf in leaves if leaf.untyped_storage().data_ptr() not in self._own]  # a module's buffer is in use elsewhere
-            getcurrent().parent.switch(_Waiting(unit=unit, run=run, tensors=tensors, parked=self.buffer.park(tensors)))
+            walker = getcurrent().parent
+            assert walker is not None, "forwards run in greenlets of their own"
+            walker.switch(_Waiting(unit=unit, run=run, tensors=tensors, parked=self.buffer.park(tensors)))
             return original(*args, **kwargs)
 
         return forward

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,6 +22,7 @@ from torch import Tensor
 from lighten.compress.activations import SpillBuffer
 from lighten.compress.block import Block
 from lighten.compress.checkpoint import Checkpoint, check_finite
+from lighten.compress.graph import Graph, record_graph
 from lighten.compress.grid import Weight
 from lighten.compress.journal import Journal
 from lighten.compress.skeleton import Skeleton, Unit
@@ -29,6 +30,7 @@ from lighten.compress.stage import Change, Changed, Journaled, Original, Stage
 from lighten.compress.suspend import Forwards
 from lighten.errors import RecipeError
 from lighten.model.quantized import refuse_layouts
+from lighten.model.read import read_config
 from lighten.model.spec import Embedding, Linear, ModelSpec, WeightFormat
 from lighten.recipe import Recipe, Step
 from lighten.recipe.steps import selected_names
@@ -81,7 +83,11 @@ class Done:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What all steps of a recipe share."""
+    """What all steps of a recipe share.
+
+    Attributes:
+        tied: weights that the model shares with another: name → the name that the checkpoint has.
+    """
 
     folder: Path
     original: Original
@@ -92,6 +98,17 @@ class Run:
     buffer_bytes: int | None = None
     compute_dtype: str | None = None
     runtime: str = "torch"
+    tied: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def graph(self) -> Graph:
+        """The traced graph of the model.
+
+        Raises:
+            TraceError: its code cannot be followed without values.
+        """
+        config = read_config(self.folder)
+        return record_graph(config, next(iter(config.get("architectures") or ()), None), source=str(self.folder), folder=self.folder)
 
     def batches(self, tokens: int) -> list[dict[str, Tensor]]:
         """Calibration inputs of about so many tokens, `batch_rows` sequences each.
@@ -164,7 +181,8 @@ class Job:
     def skeleton(self, *, dtype: torch.dtype | None = None) -> Skeleton:
         """The model's module without its weights."""
         shapes = {name: _shape(self.stage, self.run.original.checkpoint, name) for name in self.stage.names}
-        return Skeleton(self.run.folder, shapes, dtype=dtype or self.dtype)
+        untied = self.before.config.get("tie_word_embeddings") is False
+        return Skeleton(self.run.folder, shapes, dtype=dtype or self.dtype, untied=untied)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -203,14 +221,16 @@ def do_recipe(  # noqa: PLR0913 - one keyword for each thing that a run may be g
         ModelError: its weights are another method's codes.
         RecipeError: a step that is predicted alone, or that this model cannot take.
     """
-    from lighten.compress.methods import METHODS
+    from lighten.compress.methods import METHODS, require_possible
 
     recipe.require_done()
     refuse_layouts(spec.parts, spec.source)
     run = Run(
         folder=folder, original=Original(checkpoint=checkpoint), journal=journal, calibration=calibration, log=log, batch_rows=batch_rows,
         buffer_bytes=buffer_bytes, compute_dtype=compute_dtype, runtime=recipe.runtime,
+        tied={f"{part.name}.weight": f"{part.tied_to}.weight" for part in spec.parts if isinstance(part, Linear) and part.tied_to},
     )  # fmt: skip
+    require_possible(run, recipe)
     stage: Stage = run.original
     for number, step in enumerate(recipe.steps):
         after = step.kind.predict(spec, {**dict(step.arguments), "runtime": recipe.runtime})
@@ -324,9 +344,9 @@ def inputs_of(module: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return given
 
 
-def original_job(job: Job) -> Job:
-    """The job as if no step had been done before it: its `value` is the original's."""
-    return replace(job, stage=job.run.original)
+def original_value(job: Job, name: str) -> Tensor:
+    """A tensor of the model before all steps; a head that a step untied has its table's."""
+    return job.run.original.checkpoint[name if name in job.run.original.checkpoint else job.run.tied[name]]
 
 
 def change_weights(job: Job, change: Change) -> tuple[Stage, ModelSpec]:
@@ -337,8 +357,11 @@ def change_weights(job: Job, change: Change) -> tuple[Stage, ModelSpec]:
 def _finished(original: Original, stage: Stage, spec: ModelSpec) -> Iterator[tuple[str, Weight, LayerReport | None]]:
     transposed = {name for part in spec.parts if isinstance(part, Linear) and part.transposed for name in weights_of(part)}
     known = set(original.names)
+    dtypes = {name: part.weight.dtype for part in spec.parts if isinstance(part, Linear | Embedding) for name in weights_of(part)}
     for name in stage.names:
         weight = stage[name]
+        if isinstance(weight, Tensor) and stage.touched(name) and weight.is_floating_point():
+            weight = weight.to(getattr(torch, dtypes.get(name, spec.dtype)))
         if name not in known or not stage.touched(name):
             yield name, weight, None
         else:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from lighten.compress.qat import train_codes
 from lighten.compress.sensitivity import measure_sensitivity, option_errors
 from lighten.compress.skeleton import Skeleton
 from lighten.compress.stage import Journaled, Stage
-from lighten.compress.walk import DoBlock, Job, inputs_of, original_job, walk_blocks, weights_of
+from lighten.compress.walk import DoBlock, Job, inputs_of, original_value, walk_blocks, weights_of
 from lighten.model.spec import ModelSpec, WeightFormat
 from lighten.recipe.automatic import Budget, budget, with_formats
 from lighten.recipe.number_formats import dividing_group
@@ -76,9 +77,9 @@ def tune(job: Job) -> tuple[Stage, ModelSpec]:
     journal = job.run.journal
     if not journal.has(job.number, ALL):
         skeleton = job.skeleton()
-        first = original_job(job)
+        changed = {name: job.stage[name] for name in job.stage.names if job.stage.touched(name)}
         task = Task(
-            skeleton=skeleton, source=first.value, weights={name: job.stage[name] for name in job.stage.names if job.stage.touched(name)},
+            skeleton=skeleton, source=partial(original_value, job), weights=changed,
             transposed=job.transposed, batches=[inputs_of(skeleton.module, batch) for batch in job.run.batches(job.step["tokens"])],
             folder=journal.scratch, log=job.run.log,
         )  # fmt: skip

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Literal
 
 from lighten.errors import RecipeError
-from lighten.model.spec import PER_CHANNEL, Attention, Embedding, Linear, ModelSpec, Norm, Part, WeightFormat
+from lighten.model.spec import PER_CHANNEL, Attention, Embedding, Linear, ModelSpec, Part, WeightFormat
 from lighten.recipe.automatic import LIMITS, check_auto, predict_auto
 from lighten.recipe.number_formats import (
     FORMAT,
@@ -124,14 +124,14 @@ def _predict_rotated(spec: ModelSpec, arguments: Arguments) -> ModelSpec:
     """Every weight in its own format still; a head that is tied to the embedding becomes a weight of its own, for the last norm's weight is folded
     into the head alone.
 
+    Whether a rotation passes through a model is seen in its traced graph, before any work on the weights.
+
     Raises:
-        RecipeError: a quantized weight, or a model that is not a decoder of RMSNorms.
+        RecipeError: a quantized weight.
     """
     for part in spec.parts:
         if isinstance(part, Linear | Embedding):
             refuse_quantized(part, "rotate(hadamard)")
-    if not spec.is_decoder or any(isinstance(part, Norm) and part.kind != "rmsnorm" for part in spec.parts):
-        raise RecipeError(f"rotate(hadamard): {spec.name} is not a decoder whose norms are all RMSNorm; a rotation passes through no other.")
 
     def untied(part: Part) -> Part:
         return replace(part, tied_to=None) if isinstance(part, Linear) and part.component == "head" and part.tied_to else part

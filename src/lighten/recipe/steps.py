@@ -82,7 +82,7 @@ def _predict_magnitude(spec: ModelSpec, arguments: Arguments) -> ModelSpec:
 LARGEST = 3e38
 """A threshold above float32's largest number (3.4e38, IEEE 754) would keep nothing."""
 
-CARRIED_OUT = tuple(key for key in QUANTIZING if key != ("rotate", "hadamard"))
+CARRIED_OUT = tuple(QUANTIZING)
 """Of `QUANTIZING`, what is carried out; the rest is predicted alone."""
 
 PENDING: dict[tuple[str, str], dict[str, Any]] = {}
