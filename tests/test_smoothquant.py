@@ -102,3 +102,13 @@ def test_activations_move_by_half_a_step_at_most(seed, size):
 def test_a_row_of_zeros_stays():
     assert torch.equal(round_activations(torch.zeros(2, 3), torch.zeros(2, 1)), torch.zeros(2, 3))
     assert activation_scale(torch.tensor([0.0, 254.0])).tolist() == [1.0, 2.0]
+
+
+def test_auto_bears_an_input_of_few_rows_and_columns_that_are_always_zero():
+    x = inputs(rows=2, size=1e4)
+    x[:, 7] = 0
+    linear = replace(consumer(x), round_to=rounder(8, PER_CHANNEL))
+    scales = smooth_scales([linear], COLUMNS, alpha="auto")
+    assert torch.isfinite(scales).all()
+    assert (scales > 0).all()
+    assert torch.isfinite(smooth_scales([consumer(torch.zeros(0, COLUMNS))], COLUMNS, alpha="auto")).all()

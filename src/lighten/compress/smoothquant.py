@@ -27,6 +27,8 @@ LEAST = 1e-5
 """Maxima below it count as this much. Source: the published code's `smooth.py`."""
 ROWS = 256
 """Rows of a simulation."""
+DAMPING = 1e-4
+"""Share of each second moment that is added to it, so that moments of few rows, summed in float32, have a root: choice."""
 LEVELS = 127
 """Steps of a symmetric 8-bit grid on each side of 0."""
 
@@ -44,10 +46,13 @@ def smooth_scales(
     """
     if alpha != "auto":
         return _scales(consumers, channels, alpha)
-    seen = [_rows(consumer) if rows is None else rows for consumer in consumers]
+    drawn: dict[int, Tensor] = {}
+    for consumer in consumers:
+        if id(consumer.judge) not in drawn:
+            drawn[id(consumer.judge)] = _rows(consumer.judge) if rows is None else rows
 
     def error(scales: Tensor) -> float:
-        return sum(simulated_error(consumer, scales, x, activations=activations) for consumer, x in zip(consumers, seen, strict=True))
+        return sum(simulated_error(consumer, scales, drawn[id(consumer.judge)], activations=activations) for consumer in consumers)
 
     return min(_tried(consumers, channels), key=error)
 
@@ -90,9 +95,10 @@ def _scales(consumers: Sequence[Consumer], channels: int, alpha: float) -> Tenso
     return (x.pow(alpha) / w.pow(1 - alpha)).clamp(min=LEAST)
 
 
-def _rows(consumer: Consumer) -> Tensor:
-    """[T, I] rows of a normal distribution with the second moments that the consumer's input has; the same each time."""
-    values, vectors = torch.linalg.eigh(consumer.judge.double())
-    drawn = torch.randn(ROWS, len(values), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    made: Tensor = (drawn * values.clamp(min=0).sqrt()) @ vectors.T
-    return made.float()
+def _rows(moments: Tensor) -> Tensor:
+    """[T, I] rows of a normal distribution with these second moments [I, I]; the same each time."""
+    size = moments.diagonal().clamp(min=torch.finfo(torch.float32).tiny).double().sqrt()
+    even = moments.double() / (size[:, None] * size) + DAMPING * torch.eye(len(moments), dtype=torch.float64)
+    drawn = torch.randn(ROWS, len(moments), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    root: Tensor = torch.linalg.cholesky(even)
+    return (drawn @ root.T * size).float()
