@@ -37,6 +37,10 @@ FILE_TYPES = {"q8_0": 7, "q6_k": 18, "q5_k": 16, "q4_k": 14, "q4_0": 2, "q3_k": 
 """Recipe word → llama_ftype of llama.cpp's quantizer, the variant without mixtures (_S)."""
 
 
+_AS_CHILD = "import runpy, sys; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
+"""Runs this file without its folder on the path, where its own name would stand before the package's."""
+
+
 # ---- in the process that has llama.cpp ----
 
 
@@ -124,7 +128,7 @@ class Bench:
     def ask(self, **job: Any) -> dict[str, Any]:
         """What the other process answers; it may die of an instruction that this machine has not."""
         environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-        command = [self.python, __file__, "--child", json.dumps(job | {"threads": self.arguments.threads})]
+        command = [self.python, "-c", _AS_CHILD, __file__, "--child", json.dumps(job | {"threads": self.arguments.threads})]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"llama.cpp ended with {done.returncode}: {done.stderr[-500:]}")

@@ -282,12 +282,16 @@ def _best_scale(x: Tensor, w: Tensor, middle: int) -> Tensor:
 
 
 def _best_affine(x: Tensor, w: Tensor, levels: int, *, below_zero: bool) -> tuple[Tensor, Tensor]:
-    """[R, G] scale ≥ 0 and offset (at most 0 where `below_zero`) with the least Σ w (x - scale · code - offset)², codes from 0 to levels - 1."""
+    """[R, G] scale ≥ 0 and offset (at most 0 where `below_zero`) with the least Σ w (x - scale · code - offset)², codes from 0 to levels - 1.
+
+    Tried are steps of several sizes that begin at the smallest value, end at the largest, or lie in the middle: the last alone, as many steps,
+    left 4 % more error at 4 bits and 5 % at 2 (measured on a down_proj of SmolLM2 with its inputs' importance).
+    """
     low, high = x.amin(-1), x.amax(-1)
     low = low.clamp(max=0) if below_zero else low
     sums = (w.sum(-1).expand_as(low), (w * x).sum(-1))
     wx, top = w * x, levels - 1
-    span, centre = high - low, (high + low) / 2
+    span = high - low
     best = [torch.zeros_like(low), torch.minimum(sums[1] / sums[0], torch.zeros_like(low)) if below_zero else sums[1] / sums[0]]
     gain = best[1] * (2 * sums[1] - best[1] * sums[0])  # what an offset alone takes from Σ w x²
 
@@ -300,10 +304,11 @@ def _best_affine(x: Tensor, w: Tensor, levels: int, *, below_zero: bool) -> tupl
         for kept, new in zip(best, fitted, strict=False):
             kept.copy_(torch.where(better, new, kept))
 
-    for divisor in _divisors(top):
-        scale = span / divisor
-        consider(scale, centre - scale * (top / 2))
-    for _ in range(2):
+    for share, most in ((0.0, top + 1.5), (0.5, 1.3 * top + 0.5), (1.0, top + 1.5)):
+        for divisor in torch.linspace(top - 0.9, most, 8).tolist():
+            scale = span / divisor
+            consider(scale, low + (span - scale * top) * share)
+    for _ in range(4):
         consider(best[0].clone(), best[1].clone())
     return best[0], best[1]
 
