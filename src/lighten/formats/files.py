@@ -8,6 +8,10 @@ ONNX = "model.onnx"
 OPENVINO = "openvino_model.xml"
 GGUF = "model.gguf"
 
+FLOAT_PRODUCTS = ("session.qdq_matmulnbits_accuracy_level", "1")
+"""ONNX Runtime's option that keeps activations in float32 where weights are codes; by itself it rounds them to int8 in blocks.
+Source: onnxruntime_session_options_config_keys.h."""
+
 
 def shard(number: int, count: int) -> str:
     """The name of one of several files of weights, numbered from 1, as Hugging Face numbers them.

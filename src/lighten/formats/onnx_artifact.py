@@ -1,31 +1,55 @@
-"""The artifact of ONNX Runtime: `model.onnx`, float32 or with int8 weights and dynamic int8 activations."""
+"""The artifact of ONNX Runtime: `model.onnx`, float32, with a recipe's own codes of 8 or 4 bits, or with dynamic int8 activations.
+
+A weight's codes stand in the graph with the standard operator `DequantizeLinear` (opset 21: 4-bit types, blocks), which ONNX Runtime fuses with the
+product that follows. Its scales are stored as float16 and cast. A looked-up table is gathered as codes and dequantized after, so that no step
+expands all of it. 8-bit weights with dynamic activations become `DynamicQuantizeLinear` and `MatMulInteger`.
+
+Source: the ONNX operator reference, DequantizeLinear-21; onnxruntime's contrib operators, com.microsoft.GatherBlockQuantized.
+
+Shape legend: O rows (output features), I columns (input features), G groups of a row.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, TypeAlias
 
+import numpy as np
 from torch import Tensor
 
+from lighten.compress.grid import Quantized, QuantizedTensor
 from lighten.formats import files
-from lighten.formats.onnx_export import write_onnx
-from lighten.model.spec import Embedding, Linear, ModelSpec
+from lighten.formats.onnx_export import INLINE_BYTES, dense_weights, write_onnx
+from lighten.model.spec import PER_CHANNEL, PER_TENSOR, Embedding, Linear, ModelSpec
+
+Array: TypeAlias = np.ndarray[Any, Any]
+
+OPSET = 21
+"""The first that has 4-bit types and blocks in DequantizeLinear."""
+SMALLEST_BLOCK = 16
+"""Of GatherBlockQuantized, whose blocks are powers of two. Source: onnxruntime's ContribOperators.md."""
 
 
-def write_onnx_artifact(exported: Path, weights: Mapping[str, Tensor], spec: ModelSpec, folder: Path) -> None:
-    """Write `folder/model.onnx`; linears, and embeddings where the recipe says so, quantized by ONNX Runtime's own quantizer.
+def write_onnx_artifact(exported: Path, weights: Mapping[str, Tensor | Quantized], spec: ModelSpec, folder: Path) -> None:
+    """Write `folder/model.onnx`. What the recipe left to the runtime (`quantize(dynamic)`) ONNX Runtime's own quantizer rounds.
 
     Per channel: per tensor, that quantizer's default, costs far more quality (all-MiniLM-L6-v2: cosine 0.960 against 0.9925).
     """
+    codes = {name: weight for name, weight in weights.items() if isinstance(weight, QuantizedTensor)}
     linears = any(isinstance(part, Linear) and part.weight.activations == "dynamic" for part in spec.parts)
     embeddings = any(isinstance(part, Embedding) and part.weight.activations == "dynamic" for part in spec.parts)
+    if codes:
+        dynamic = {f"{part.name}.weight" for part in spec.parts if isinstance(part, Linear) and part.weight.activations == "dynamic"}
+        return _write_codes(exported, weights, dynamic & codes.keys(), spec, folder / files.ONNX)
     if not linears:
-        return write_onnx(exported, weights, folder / files.ONNX)
+        return write_onnx(exported, dense_weights(weights, spec), folder / files.ONNX)
     plain, shaped = folder / "plain.onnx", folder / "shaped.onnx"
-    write_onnx(exported, weights, plain)
+    write_onnx(exported, dense_weights(weights, spec), plain)
     _quantize_dynamic(plain, shaped, folder / files.ONNX, ["MatMul", "Gemm"] + (["Gather"] if embeddings else []))
     for path in folder.glob("plain.onnx*"):
         path.unlink()
@@ -46,3 +70,180 @@ def _quantize_dynamic(plain: Path, shaped: Path, out: Path, operators: list[str]
             str(shaped), str(out), per_channel=True, weight_type=QuantType.QInt8, op_types_to_quantize=operators,
             extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
         )  # fmt: skip
+
+
+# the recipe's own codes
+
+
+def _write_codes(exported: Path, weights: Mapping[str, Tensor | Quantized], dynamic: set[str], spec: ModelSpec, path: Path) -> None:
+    """Write an exported graph with the given weights in place of those that it was exported with, codes as codes.
+
+    Args:
+        dynamic: names of the weights whose products take int8 activations.
+    """
+    import onnx
+    from onnx import numpy_helper
+
+    model = onnx.load(exported)
+    places: dict[str, tuple[str, bool]] = json.loads(exported.with_suffix(".weights.json").read_text())
+    values = dense_weights({name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}, spec)
+    graph, kept = _Graph(model.graph), []
+    for initializer in model.graph.initializer:
+        name, turned = places.get(initializer.name, ("", False))
+        weight = weights.get(name)
+        if isinstance(weight, QuantizedTensor):
+            graph.put(initializer.name, weight, turned=turned, dynamic=name in dynamic)
+            continue
+        if name:
+            value = values[name].float().numpy()
+            initializer.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(value.T if turned else value), initializer.name))
+        kept.append(initializer)
+    graph.finish(kept)
+    for imported in model.opset_import:
+        if imported.domain == "":
+            imported.version = max(imported.version, OPSET)
+    model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    large = sum(len(initializer.raw_data) for initializer in model.graph.initializer) > INLINE_BYTES
+    onnx.save(model, path, save_as_external_data=large, location=path.name + ".data")
+
+
+class _Graph:
+    """A graph whose float weights are exchanged for codes."""
+
+    def __init__(self, graph: Any) -> None:
+        self._graph = graph
+        self._first: list[Any] = []
+        self._initializers: list[Any] = []
+        self._changed: dict[int, list[Any]] = {}
+
+    def put(self, name: str, weight: QuantizedTensor, *, turned: bool, dynamic: bool) -> None:
+        """Exchange one initializer, [O, I] or, where it is `turned`, [I, O]."""
+        rest = False
+        for place, node in enumerate(self._graph.node):
+            if name not in node.input:
+                continue
+            if dynamic and turned and node.op_type == "MatMul" and node.input[1] == name:
+                self._changed[place] = list(self._integer_product(node, name, weight))
+            elif node.op_type == "Gather" and node.input[0] == name and not turned and _can_gather(node, weight):
+                self._changed[place] = list(self._gathered(node, name, weight))
+            else:
+                rest = True
+        if rest:
+            self._first += self._expanded(name, weight, turned=turned)
+
+    def finish(self, kept: list[Any]) -> None:
+        """Write the changed nodes and initializers back."""
+        nodes = [each for place, node in enumerate(self._graph.node) for each in self._changed.get(place, [node])]
+        unique = {initializer.name: initializer for initializer in [*kept, *self._initializers]}
+        del self._graph.node[:], self._graph.initializer[:]
+        self._graph.node.extend([*self._first, *nodes])
+        self._graph.initializer.extend(unique.values())
+
+    def _expanded(self, name: str, weight: QuantizedTensor, *, turned: bool) -> Iterator[Any]:
+        """The nodes that give the weight under its old name."""
+        from onnx import helper
+
+        inputs = [self._codes(f"{name}_codes", weight.codes.numpy(), weight, turned=turned)]
+        yield from self._scales(f"{name}_scale", weight, turned=turned)
+        inputs.append(f"{name}_scale")
+        if weight.zero_point is not None:
+            inputs.append(self._codes(f"{name}_zero", _grid(weight.zero_point.numpy(), weight), weight, turned=turned))
+        axis = 0 if turned else 1
+        told: dict[str, Any] = {} if weight.group_size == PER_TENSOR else {"axis": 1 - axis}
+        if weight.group_size > 0:
+            told = {"axis": axis, "block_size": weight.group_size}
+        yield helper.make_node("DequantizeLinear", inputs, [name], **told)
+
+    def _gathered(self, node: Any, name: str, weight: QuantizedTensor) -> Iterator[Any]:
+        """Look codes up and dequantize what was found."""
+        from onnx import helper
+
+        ids, out = node.input[1], node.output[0]
+        if weight.group_size > 0:
+            codes = weight.codes.numpy()
+            packed = codes if weight.bits == 8 else codes[:, 0::2] | codes[:, 1::2] << np.uint8(4)
+            inputs = [self._constant(f"{name}_table", packed), ids, f"{name}_table_scale"]
+            yield from self._scales(f"{name}_table_scale", weight, turned=False)
+            if weight.zero_point is not None:
+                zero = weight.zero_point.numpy()
+                zero = np.pad(zero, ((0, 0), (0, zero.shape[1] % 2))) if weight.bits == 4 else zero
+                inputs.append(self._constant(f"{name}_table_zero", zero if weight.bits == 8 else zero[:, 0::2] | zero[:, 1::2] << np.uint8(4)))
+            told: dict[str, Any] = {"gather_axis": 0, "quantize_axis": 1, "block_size": weight.group_size, "bits": weight.bits}
+            yield helper.make_node("GatherBlockQuantized", inputs, [out], domain="com.microsoft", **told)
+            return
+        signed = weight.zero_point is None
+        yield from self._looked_up(self._codes(f"{name}_codes", weight.codes.numpy(), weight, turned=False), ids, f"{out}_codes")
+        value = f"{out}_codes"
+        if not signed and weight.zero_point is not None:
+            yield from self._looked_up(self._constant(f"{name}_table_zero", weight.zero_point.numpy()), ids, f"{out}_zero")
+            yield helper.make_node("Sub", [value, f"{out}_zero"], [f"{out}_centred"])
+            value = f"{out}_centred"
+        yield from self._looked_up(self._constant(f"{name}_table_scale", weight.scale.numpy()), ids, f"{out}_scale")
+        yield helper.make_node("Mul", [value, f"{out}_scale"], [out])
+
+    def _looked_up(self, table: str, ids: str, out: str) -> Iterator[Any]:
+        """Rows of a table as float32."""
+        from onnx import TensorProto, helper
+
+        yield helper.make_node("Gather", [table, ids], [f"{out}_rows"], axis=0)
+        yield helper.make_node("Cast", [f"{out}_rows"], [out], to=TensorProto.FLOAT)
+
+    def _integer_product(self, node: Any, name: str, weight: QuantizedTensor) -> Iterator[Any]:
+        """x Wᵀ in integers: x is rounded to 8 bits by its own range, once for all products of the same x."""
+        from onnx import TensorProto, helper
+
+        x, out = node.input[0], node.output[0]
+        rounded = [f"{x}_{kind}" for kind in ("rounded", "rounded_scale", "rounded_zero")]
+        if not any(rounded[0] in each.output for nodes in self._changed.values() for each in nodes):
+            yield helper.make_node("DynamicQuantizeLinear", [x], rounded)
+        codes = self._codes(f"{name}_codes", weight.codes.numpy(), weight, turned=True)
+        scale = self._constant(f"{name}_scales", weight.scale.float().numpy().reshape(-1))
+        yield helper.make_node("MatMulInteger", [rounded[0], codes, rounded[2]], [f"{out}_sum"])
+        yield helper.make_node("Cast", [f"{out}_sum"], [f"{out}_float"], to=TensorProto.FLOAT)
+        yield helper.make_node("Mul", [rounded[1], scale], [f"{out}_scale"])
+        yield helper.make_node("Mul", [f"{out}_float", f"{out}_scale"], [out])
+
+    def _scales(self, name: str, weight: QuantizedTensor, *, turned: bool) -> Iterator[Any]:
+        """The scales as float32 under `name`, stored in their own type."""
+        from onnx import TensorProto, helper
+
+        value = _grid(weight.scale.float().numpy().astype(np.float16 if weight.scale.element_size() == 2 else np.float32), weight)
+        yield helper.make_node("Cast", [self._constant(f"{name}_stored", value.T if turned else value)], [name], to=TensorProto.FLOAT)
+
+    def _codes(self, name: str, codes: Array, weight: QuantizedTensor, *, turned: bool) -> str:
+        """An initializer of 8- or 4-bit codes, about 0 on a symmetric grid."""
+        from onnx import TensorProto
+
+        signed = weight.zero_point is None
+        value = np.ascontiguousarray(codes.T if turned else codes)
+        if signed:
+            value = (value.astype(np.int16) - 2 ** (weight.bits - 1)).astype(np.int8)
+        if weight.bits == 8:
+            return self._constant(name, value)
+        flat = value.reshape(-1).view(np.uint8) & np.uint8(15)
+        flat = np.pad(flat, (0, len(flat) % 2))
+        raw = (flat[0::2] | flat[1::2] << np.uint8(4)).tobytes()
+        kind = TensorProto.INT4 if signed else TensorProto.UINT4
+        self._initializers.append(TensorProto(name=name, data_type=kind, dims=value.shape, raw_data=raw))
+        return name
+
+    def _constant(self, name: str, value: Array) -> str:
+        from onnx import numpy_helper
+
+        self._initializers.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+        return name
+
+
+def _grid(value: Array, weight: QuantizedTensor) -> Array:
+    """Scales or zero points as DequantizeLinear wants them: [O, G], [O] by channel, one number by tensor."""
+    return value if weight.group_size > 0 else value.reshape(()) if weight.group_size == PER_TENSOR else value.reshape(-1)
+
+
+def _can_gather(node: Any, weight: QuantizedTensor) -> bool:
+    """Whether rows can be dequantized after they are looked up."""
+    if any(attribute.name == "axis" and attribute.i != 0 for attribute in node.attribute):
+        return False
+    size = weight.group_size
+    if size > 0:
+        return size >= SMALLEST_BLOCK and size & (size - 1) == 0
+    return weight.bits == 8 and size == PER_CHANNEL

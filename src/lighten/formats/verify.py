@@ -208,6 +208,7 @@ def _run_onnx(folder: Path, spec: ModelSpec, ids: NDArray[np.int64], mask: NDArr
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    options.add_session_config_entry(*files.FLOAT_PRODUCTS)
     session = onnxruntime.InferenceSession(folder / files.ONNX, options, providers=["CPUExecutionProvider"])
     output: Floats = session.run(None, {"input_ids": ids, "attention_mask": mask})[0]
     return output

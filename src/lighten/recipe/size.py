@@ -6,9 +6,10 @@ from lighten.model.quantized import stored_tensors
 from lighten.model.spec import ModelSpec, Part, part_weight_bytes
 from lighten.recipe.targets import RUNTIMES
 
-CONTAINER_BYTES = {"torch": 103, "torch-compile": 103, "onnxruntime": 3500, "openvino": 2600}
-CONTAINER_BASE_BYTES = {"torch": 0, "torch-compile": 0, "onnxruntime": 25_000, "openvino": 25_000}
-"""Bytes of description for each tensor or operator, and once: measured on exports of random models by benchmarks/container_bytes.py."""
+CONTAINER_BYTES = {"torch": 103, "torch-compile": 103, "onnxruntime": 3500, "openvino": 2600, "llama.cpp": 80}
+CONTAINER_BASE_BYTES = {"torch": 0, "torch-compile": 0, "onnxruntime": 25_000, "openvino": 25_000, "llama.cpp": 0}
+"""Bytes of description for each tensor or operator, and once: measured on exports of random models by benchmarks/container_bytes.py;
+GGUF's from its layout: a name of about 25 bytes, 40 of numbers, and 16 on average to the next multiple of 32 (ggml's docs/gguf.md)."""
 
 
 def artifact_size(spec: ModelSpec, runtime: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lighten.model.ggml_types import exact_ggml_type
 from lighten.model.spec import PER_CHANNEL, PER_TENSOR, WeightFormat
 
 
@@ -31,30 +32,65 @@ class RuntimeKind:
 RUNTIMES: dict[str, RuntimeKind] = {
     "torch": RuntimeKind(
         extra="torch", dtypes=("float32", "bfloat16"), exported=False, stored=("float32", "bfloat16", "float16"), decoders=True,
-        formats="weights of every width (expanded when loaded: smaller on disk, not faster)",
+        formats="weights of every width and float format (expanded when loaded: smaller on disk, not faster), with 8-bit activations simulated",
     ),
     "torch-compile": RuntimeKind(
         extra="torch", dtypes=("float32", "bfloat16"), exported=False, stored=("float32", "bfloat16", "float16"), decoders=False,
-        formats="weights of every width (expanded when loaded: smaller on disk, not faster)",
+        formats="weights of every width and float format (expanded when loaded: smaller on disk, not faster), with 8-bit activations simulated",
     ),
     "onnxruntime": RuntimeKind(
-        extra="onnx", dtypes=("float32",), exported=True, stored=("float32",), decoders=False, formats="quantize(dynamic)",
+        extra="onnx", dtypes=("float32",), exported=True, stored=("float32",), decoders=False,
+        formats="quantize(dynamic), whole-number codes of 8 and 4 bits, of 8 by channel with activations=dynamic",
     ),
     "openvino": RuntimeKind(
         extra="openvino", dtypes=("float32", "bfloat16"), exported=True, stored=("float32", "float16"), decoders=True,
-        formats="quantize(dynamic), quantize(static) of encoders, quantize(rtn) with bits=8 and group_size=channel or bits=4 by channel or group",
+        formats="quantize(dynamic), quantize(static) of encoders, codes with bits=8 and group_size=channel or bits=4 by channel or group",
+    ),
+    "llama.cpp": RuntimeKind(
+        extra="llama-cpp", dtypes=("float32",), exported=False, stored=("float32", "float16", "bfloat16"), decoders=True,
+        formats="all types of ggml (format=q8_0 to q2_k), mxfp4, and whole-number codes in groups of a multiple of 32",
     ),
 }  # fmt: skip
+
+
+def left_to_runtime(weight: WeightFormat) -> bool:
+    """Whether `quantize(dynamic)` or `quantize(static)` left the rounding to the runtime's own quantizer, whose scales are float32."""
+    return weight.activations is not None and weight.element == "int" and weight.scale_dtype == "float32"
 
 
 def carries(runtime: str, weight: WeightFormat, *, decoder: bool) -> bool:
     """Whether a runtime's artifact can hold and compute a weight of this format."""
     if weight.bits is None:
         return weight.dtype in RUNTIMES[runtime].stored
-    if runtime in ("torch", "torch-compile"):
-        return weight.activations is None
-    if runtime == "onnxruntime":
-        return weight.activations == "dynamic"
-    if weight.activations:
-        return weight.activations == "dynamic" or not decoder
+    return _CARRIES[runtime](weight, decoder)
+
+
+def _torch(weight: WeightFormat, decoder: bool) -> bool:
+    return weight.ggml_type is None and not left_to_runtime(weight)
+
+
+def _onnxruntime(weight: WeightFormat, decoder: bool) -> bool:
+    if weight.ggml_type is not None or weight.element != "int" or weight.activations == "static":
+        return False
+    if weight.activations == "dynamic":
+        return weight.bits == 8 and weight.group_size == PER_CHANNEL
+    return weight.bits in (8, 4)
+
+
+def _openvino(weight: WeightFormat, decoder: bool) -> bool:
+    if weight.ggml_type is not None or weight.element != "int":
+        return False
+    if weight.activations == "static":
+        return left_to_runtime(weight) and not decoder
     return weight.group_size == PER_CHANNEL if weight.bits == 8 else weight.bits == 4 and weight.group_size != PER_TENSOR
+
+
+def _llama_cpp(weight: WeightFormat, decoder: bool) -> bool:
+    if weight.ggml_type is not None:
+        return True
+    assert weight.bits is not None, "asked for where a weight is quantized"
+    held = exact_ggml_type(bits=weight.bits, symmetric=weight.symmetric, group_size=weight.group_size, columns=32, element=weight.element)
+    return weight.activations is None and held is not None
+
+
+_CARRIES = {"torch": _torch, "torch-compile": _torch, "onnxruntime": _onnxruntime, "openvino": _openvino, "llama.cpp": _llama_cpp}

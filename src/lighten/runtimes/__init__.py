@@ -7,11 +7,12 @@ from importlib.util import find_spec
 
 from lighten.errors import RuntimeUnavailable
 from lighten.recipe.targets import RUNTIMES
-from lighten.runtimes import onnx_runtime, openvino_runtime, torch_compile, torch_eager
+from lighten.runtimes import llama_cpp, onnx_runtime, openvino_runtime, torch_compile, torch_eager
 from lighten.runtimes.session import Runtime, Session, Setup
 
 MODULES: dict[str, Runtime] = {
     "torch": torch_eager, "torch-compile": torch_compile, "onnxruntime": onnx_runtime, "openvino": openvino_runtime,
+    "llama.cpp": llama_cpp,
 }  # fmt: skip
 """Runtime → its module, by the names that recipes use."""
 
@@ -20,6 +21,7 @@ BUILD_PACKAGES = {
     "torch-compile": ("torch", "transformers", "safetensors"),
     "onnxruntime": ("torch", "transformers", "onnx", "onnxscript", "onnxruntime"),
     "openvino": ("torch", "transformers", "onnx", "onnxscript", "openvino", "nncf"),
+    "llama.cpp": ("torch", "gguf", "llama_cpp"),
 }
 """Runtime → the packages that building and running its artifacts takes."""
 
@@ -43,7 +45,7 @@ def require_runtime(runtime: str) -> None:
 def package_versions() -> dict[str, str]:
     """Versions of what measurements depend on, of the packages that are installed."""
     found = {}
-    for name in ("torch", "transformers", "onnx", "onnxruntime", "openvino", "nncf", "numpy"):
+    for name in ("torch", "transformers", "onnx", "onnxruntime", "openvino", "nncf", "llama_cpp_python", "numpy"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

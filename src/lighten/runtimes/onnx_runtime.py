@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lighten.errors import RuntimeUnavailable
-from lighten.formats.files import ONNX
+from lighten.formats.files import FLOAT_PRODUCTS, ONNX
 from lighten.model.spec import ModelSpec
 from lighten.runtimes.session import Floats, Ids, Session, Setup
 
@@ -24,29 +24,44 @@ def load(folder: Path, spec: ModelSpec, setup: Setup) -> Session:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = setup.threads, 1
     options.log_severity_level = 3
+    if not setup.dynamic:
+        options.add_session_config_entry(*FLOAT_PRODUCTS)
     session = onnxruntime.InferenceSession(folder / ONNX, options, providers=["CPUExecutionProvider"])
-    return _OnnxSession(session, folder / ONNX)
+    return _OnnxSession(session, folder / ONNX, dynamic=setup.dynamic)
 
 
-def _precision(path: Path) -> str:
-    """`int8` where integer products do the work, by the operators of the graph."""
+def _precision(path: Path, *, dynamic: bool) -> str:
+    """`int8` where integer products do the work, by the operators of the graph; else the width of most products' weights."""
     import onnx
 
-    operators = Counter(node.op_type for node in onnx.load(path, load_external_data=False).graph.node)
-    integer = operators["MatMulInteger"] + operators["DynamicQuantizeMatMul"]
-    return "int8" if integer else "float32"
+    graph = onnx.load(path, load_external_data=False).graph
+    operators = Counter(node.op_type for node in graph.node)
+    if operators["MatMulInteger"] + operators["DynamicQuantizeMatMul"]:
+        return "int8"
+    types = {initializer.name: initializer.data_type for initializer in graph.initializer}
+    expanded = {node.output[0]: types.get(node.input[0]) for node in graph.node if node.op_type == "DequantizeLinear"}
+    products = Counter(expanded.get(node.input[1]) for node in graph.node if node.op_type in ("MatMul", "Gemm"))
+    most = next((kind for kind, _ in products.most_common() if kind is not None), None)
+    if most is None:
+        return "float32"
+    return "int8" if dynamic else f"float32 with {'8' if most in (TENSOR_INT8, TENSOR_UINT8) else '4'}-bit weights"
+
+
+TENSOR_UINT8, TENSOR_INT8 = 2, 3
+"""Numbers of types in onnx.TensorProto.DataType."""
 
 
 class _OnnxSession:
     """See `Session`."""
 
-    def __init__(self, session: Any, path: Path) -> None:
+    def __init__(self, session: Any, path: Path, *, dynamic: bool) -> None:
         self._session = session
         self._path = path
+        self._dynamic = dynamic
 
     @property
     def precision(self) -> str:
-        return _precision(self._path)
+        return _precision(self._path, dynamic=self._dynamic)
 
     def encode(self, input_ids: Ids, attention_mask: Ids) -> Floats:
         output: Floats = self._session.run(None, {"input_ids": input_ids, "attention_mask": attention_mask})[0]
