@@ -18,8 +18,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from lighten import __version__
 from lighten.compress.grid import Weight
 from lighten.compress.journal import Journal, work_folder
@@ -29,7 +27,7 @@ from lighten.compress.walk import CalibrationSource, Checkpoint, Done, LayerRepo
 from lighten.errors import ModelError, OutputError
 from lighten.formats import files
 from lighten.formats.onnx_artifact import write_onnx_artifact
-from lighten.formats.onnx_export import export_onnx, is_exported
+from lighten.formats.onnx_export import dense_weights, export_onnx, is_exported
 from lighten.formats.openvino_ir import Batch, write_openvino
 from lighten.formats.safetensors_folder import copy_side_files, other_loaders_refuse, write_folder
 from lighten.formats.verify import Witness, verify_folder, verify_graph
@@ -37,7 +35,6 @@ from lighten.model import ModelSpec
 from lighten.model.quantized.kv import KVFormat, kv_format_for
 from lighten.model.read import read_config, weight_files
 from lighten.model.runnable import read_runnable
-from lighten.model.spec import Linear
 from lighten.recipe import Recipe, apply_recipe, parse_recipe
 from lighten.recipe.notes import notes
 from lighten.recipe.predict import artifact_bytes, compute_dtype
@@ -319,27 +316,18 @@ def _verify_folder(plan: _Plan, memory: MemoryPlan, folder: Path, witness: Witne
 
 
 def _write_exported(plan: _Plan, weights: Mapping[str, Weight], folder: Path) -> None:
-    transposed = {f"{part.name}.weight" for part in plan.spec.parts if isinstance(part, Linear) and part.transposed}
-    values = {name: _dense(weight, transposed=name in transposed) for name, weight in weights.items()}
     exported = (plan.exports or folder) / f"{fingerprint(plan.source)}.onnx"
     if not is_exported(exported):
         exported.parent.mkdir(parents=True, exist_ok=True)
         export_onnx(plan.source, plan.spec, exported)
     if plan.recipe.runtime == "onnxruntime":
-        write_onnx_artifact(exported, values, plan.predicted, folder)
+        write_onnx_artifact(exported, weights, plan.predicted, folder)
     else:
-        write_openvino(exported, values, plan.predicted, folder, calibration=plan.calibration() if _calibrated(plan.recipe) else None)
+        write_openvino(exported, weights, plan.predicted, folder, calibration=plan.calibration() if _calibrated(plan.recipe) else None)
     for path in folder.glob(f"{exported.stem}*"):
         path.unlink()
     copy_side_files(plan.source, folder)
-    verify_graph(folder, plan.recipe.runtime, plan.source, plan.predicted, values)
-
-
-def _dense(weight: Weight, *, transposed: bool) -> Tensor:
-    """A weight as the checkpoint lays it out."""
-    if isinstance(weight, Tensor):
-        return weight
-    return weight.dequantize().T.contiguous() if transposed else weight.dequantize()
+    verify_graph(folder, plan.recipe.runtime, plan.source, plan.predicted, dense_weights(weights, plan.predicted))
 
 
 def _kv_format(recipe: Recipe, spec: ModelSpec) -> KVFormat | None:
