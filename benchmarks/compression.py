@@ -6,7 +6,8 @@
 Everybody gets the same calibration tokens (windows of 1,024 of the text's calibration part, as many as it has up to `--tokens`), and everybody's
 weights are dequantized and scored by one evaluator in the original's architecture: 20 windows of 1,024 tokens of the test part, perplexity and
 divergence from the original in the same type, bfloat16 for weight-only codes of fewer than 8 bits and float32 else. 8-bit activations are simulated
-alike for all: each token rounded by its own scale.
+alike for all: each token rounded by its own scale. Of an encoder (`--model .models/minilm`) each runtime embeds the test passages itself, and what is
+compared is how many keep their nearest neighbour.
 
 Each peer runs in an environment of its own below `--environments`, made from the peer's `REQUIREMENTS` where it is missing (1.5 to 6 GB each).
 Rows that `--out` has already are not measured again, unless `--rerun NAME` names their peer; a peer that fails leaves a row that says why.
@@ -19,7 +20,8 @@ A row's figures
     peak_rss_bytes  of the process until then;  peak_above_imports_bytes  over what it held once everything was imported
     quiet           whether the machine had nothing else to do: `--quiet` says so, and only then are the seconds worth comparing
 
-The last line on stdout is one JSON object: rows by name. `--picture FILE` draws perplexity over file size as an SVG.
+The last line on stdout is one JSON object: `rows`, and `classes`, where ours is beside the best peer of the same bits and tokens, and of at most
+80 and 60 MB. `--picture FILE` draws perplexity over file size as an SVG.
 """
 
 from __future__ import annotations
@@ -89,6 +91,10 @@ class Row:
     ratio: float | None = None
     ratio_error: float | None = None
     kl: float | None = None
+    neighbours: float | None = None
+    neighbours_error: float | None = None
+    cosine: float | None = None
+    rank: float | None = None
     top1: float | None = None
     evaluated_in: str | None = None
     quantize_s: float | None = None
@@ -124,10 +130,28 @@ CASES: tuple[Case, ...] = (
     Case(peer="nncf", settings=_int("rtn", 4), calibrated=False),
     Case(peer="nncf", settings=_int("awq+scale_estimation", 4)),
     Case(peer="nncf", settings=_int("gptq", 4)),
+    Case(peer="nncf", settings=_int("awq+scale_estimation", 4, all_layers=True)),
     Case(peer="torchao", settings=_int("int4", 4), calibrated=False),
+    *(Case(peer="torchao", settings=_int("intx", *width), calibrated=False) for width in WIDTHS),
     Case(peer="torchao", settings=_int("int8", 8, None), calibrated=False),
     Case(peer="torchao", settings=_int("int8", 8, None, activations="dynamic"), calibrated=False),
 )
+
+ENCODER_CASES: tuple[Case, ...] = (
+    Case(peer="onnxruntime", settings={"method": "dynamic", "bits": 8, "per_channel": True}, calibrated=False),
+    Case(peer="onnxruntime", settings={"method": "dynamic", "bits": 8, "per_channel": False}, calibrated=False),
+    Case(peer="nncf", settings={"method": "ptq", "bits": 8}),
+    Case(peer="torchao", settings=_int("int8", 8, None, activations="dynamic"), calibrated=False),
+    Case(peer="torchao", settings=_int("intx", 4, 64), calibrated=False),
+)
+ENCODER_RECIPES = (
+    "quantize(rtn, bits=8)", "quantize(smoothquant, activations=dynamic, tokens={tokens})",
+    "quantize(smoothquant, activations=static, tokens={tokens})",
+    "quantize(dynamic) @ onnxruntime", "quantize(static) @ openvino", "quantize(rtn, bits=4, group_size=64)",
+    "quantize(gptq, bits=4, group_size=64, tokens={tokens})", "quantize(gptq, bits=4, group_size=64, symmetric=true, tokens={tokens})",
+)  # fmt: skip
+TEXTS, TEXT_LENGTH, CALIBRATION_TEXTS = 1000, 128, 300
+"""Of an encoder: most test texts, tokens of one, and most calibration texts; 300 is NNCF's own number."""
 
 TUNED = "distill(scales, steps=64)"
 RECIPES = (
@@ -209,6 +233,24 @@ class Bench:
 
         return Tokenizer(self.model).windows(getattr(load_text(self.text), part), count=count, length=LENGTH)
 
+    def texts(self) -> dict[str, Any]:
+        """Token ids and masks of an encoder's test texts, and of its calibration texts, padded."""
+        import numpy as np
+
+        from lighten.judge.text import load_text
+        from lighten.judge.tokens import Tokenizer
+
+        text, tokenizer = load_text(self.text), Tokenizer(self.model)
+        arrays = {}
+        for prefix, passages in (("", text.test[:TEXTS]), ("calibration_", text.calibration[:CALIBRATION_TEXTS])):
+            ids, mask = zip(*tokenizer.batches(passages, batch_size=1, length=TEXT_LENGTH), strict=True)
+            arrays |= {f"{prefix}ids": np.concatenate(ids), f"{prefix}mask": np.concatenate(mask)}
+        return arrays
+
+    @property
+    def is_encoder(self) -> bool:
+        return "CausalLM" not in json.loads((self.model / "config.json").read_text())["architectures"][0]
+
     def text_fingerprint(self) -> str:
         from lighten.judge.text import load_text
 
@@ -223,17 +265,19 @@ class Bench:
 
     def measure(self, case: Case, tokens_asked: int | None) -> Row:
         """Run the case and score what it made; a failure is a row too."""
-        ids = self.windows("calibration", -(-(tokens_asked or LENGTH) // LENGTH))
+        import numpy as np
+
+        ids = self.windows("calibration", -(-(tokens_asked or LENGTH) // LENGTH)) if not self.is_encoder else np.zeros(0)
         known: dict[str, Any] = {
             "key": self.key(case, tokens_asked), "peer": case.peer, "name": case.name, "settings": case.settings, "model": self.model.name,
-            "text": self.text_fingerprint(), "tokens_asked": tokens_asked, "tokens": ids.size if tokens_asked else None,
+            "text": self.text_fingerprint(), "tokens_asked": tokens_asked, "tokens": (ids.size or None) if tokens_asked else None,
             "test_windows": self.test_windows, "threads": self.threads, "quiet": self.quiet, "machine": machine(),
         }  # fmt: skip
         self.work.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f"{case.peer}-", dir=self.work))
         try:
             figures = self._run(case, ids, folder)
-            quality = self._score(case, folder, figures)
+            quality = self._embedded(folder) if self.is_encoder else self._score(case, folder, figures)
         except (Failure, OSError, ValueError, subprocess.SubprocessError) as error:
             return Row(**known, failure=str(error))
         finally:
@@ -249,6 +293,9 @@ class Bench:
         np.save(folder / "ids.npy", ids)
         settings = case.settings | ({"text": str(self.text) if self.text else None} if case.peer == "ours" else {})
         job = {name: str(folder / name) for name in ("artifact", "dense")}
+        if self.is_encoder:
+            np.savez(folder / "texts.npz", **self.texts())
+            job["texts"] = str(folder / "texts.npz")
         job |= {"model": str(self.model), "ids": str(folder / "ids.npy"), "report": str(folder / "report.json")}
         (folder / "job.json").write_text(json.dumps(job | {"settings": settings}))
         log = folder / "log.txt"
@@ -262,6 +309,40 @@ class Bench:
             raise Failure(f"exit {ended.returncode}: {last_line(log.read_text(errors='replace'))}")
         figures: dict[str, Any] = json.loads((folder / "report.json").read_text())
         return figures | {"size_bytes": weight_bytes(folder / "artifact"), "threads": self.threads}
+
+    def _embedded(self, folder: Path) -> dict[str, Any]:
+        """An encoder's embeddings beside the original's in float32."""
+        import numpy as np
+
+        from lighten.judge.quality import embedding_fidelity
+
+        scores = embedding_fidelity(np.load(self._original_embeddings()), np.load(folder / "dense" / "embeddings.npy"))
+        share = scores["neighbour_agreement"]
+        return {
+            "neighbours": share.value, "neighbours_error": share.standard_error, "cosine": scores["cosine"].value,
+            "rank": scores["rank_agreement"].value, "evaluated_in": "its own runtime",
+        }  # fmt: skip
+
+    def _original_embeddings(self) -> Path:
+        """The original's embeddings of the test texts, in a file that is kept: text by text, so that nothing is padded."""
+        import numpy as np
+        import torch
+        from transformers import AutoModel
+
+        file = self.work / "reference" / f"embeddings-{self.key(Case(peer='original', settings={}), None)}.npy"
+        if file.exists():
+            return file
+        texts = self.texts()
+        model = AutoModel.from_pretrained(self.model, dtype=torch.float32).eval()
+        rows = []
+        for ids, mask in zip(texts["ids"], texts["mask"], strict=True):
+            count = int(mask.sum())
+            with torch.inference_mode():
+                output = model(input_ids=torch.from_numpy(ids[None, :count]), attention_mask=torch.ones(1, count, dtype=torch.int64))
+            rows.append(output.last_hidden_state[0].mean(0).numpy())
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.save(file, np.stack(rows))
+        return file
 
     def _score(self, case: Case, folder: Path, figures: dict[str, Any]) -> dict[str, Any]:
         import torch
@@ -336,8 +417,8 @@ def write_rows(file: Path, rows: Iterable[Row]) -> None:
 
 
 COLUMNS = (
-    ("peer", 15), ("what", 76), ("tokens", 6), ("bits", 5), ("stored", 6), ("MB", 6), ("ppl", 9), ("ratio", 8), ("KL", 7), ("quant s", 8),
-    ("all s", 7), ("GB", 5), ("+GB", 5), ("quiet", 5),
+    ("peer", 15), ("what", 76), ("tokens", 6), ("bits", 5), ("stored", 6), ("MB", 6), ("ppl", 9), ("ratio", 8), ("KL", 7), ("neighb.", 7),
+    ("quant s", 8),     ("all s", 7), ("GB", 5), ("+GB", 5), ("quiet", 5),
 )  # fmt: skip
 
 
@@ -351,6 +432,7 @@ def table(rows: Iterable[Row]) -> str:
         figures = (
             _shown(row.tokens, "d"), _shown(row.bits, ".2f"), _shown(row.stored_bits, ".2f"), _shown(row.size_bytes, ".1f", 1e6),
             _shown(row.perplexity, ".2f"), _shown(row.ratio, ".4f"), _shown(row.kl, ".4f"),
+            _shown(row.neighbours, ".3f"),
             _shown(row.quantize_s, ".0f"), _shown(row.process_s, ".0f"),
             _shown(row.peak_rss_bytes, ".2f", 1e9), _shown(row.peak_above_imports_bytes, ".2f", 1e9), "yes" if row.quiet else "no",
         )  # fmt: skip
@@ -361,6 +443,38 @@ def table(rows: Iterable[Row]) -> str:
 
 def _shown(value: float | None, form: str, unit: float = 1) -> str:
     return "" if value is None else format(value if unit == 1 else value / unit, form)
+
+
+def classes(rows: Iterable[Row]) -> dict[str, Any]:
+    """Ours beside the best peer, in each class of bits (to the quarter) and tokens, and at or under each limit of file size.
+
+    `loss_share`: (our ratio - 1) / (the best peer's ratio - 1), and `log_share` the same of the logarithms. None where one side is missing.
+    """
+    scored = [row for row in rows if row.ratio is not None and row.bits is not None]
+    groups: dict[str, list[Row]] = {}
+    for row in scored:
+        for tokens in {row.tokens_asked} if row.tokens_asked else {other.tokens_asked for other in scored if other.tokens_asked} or {None}:
+            groups.setdefault(f"{round((row.bits or 0) * 4) / 4:.2f} bits, {tokens} tokens", []).append(row)
+    for limit in SIZE_LIMITS:
+        groups[f"at most {limit // 10**6} MB"] = [row for row in scored if (row.size_bytes or limit + 1) <= limit]
+    return {name: _compared(members) for name, members in sorted(groups.items())}
+
+
+SIZE_LIMITS = (80_000_000, 60_000_000)
+
+
+def _compared(rows: Sequence[Row]) -> dict[str, Any]:
+    from math import log
+
+    ours, theirs = (
+        min((row for row in rows if (row.peer == "ours") == mine), key=lambda row: row.ratio or 0, default=None) for mine in (True, False)
+    )
+    named = {side: row and {"peer": row.peer, "name": row.name, "ratio": row.ratio} for side, row in (("ours", ours), ("best_peer", theirs))}
+    shares: dict[str, float | None] = {"loss_share": None, "log_share": None}
+    if ours and theirs and (theirs.ratio or 0) > 1:
+        mine, best = ours.ratio or 0, theirs.ratio or 0
+        shares = {"loss_share": (mine - 1) / (best - 1), "log_share": log(mine) / log(best)}
+    return named | shares
 
 
 def picture(rows: Iterable[Row], *, width: int = 760, height: int = 460) -> str:
@@ -414,7 +528,7 @@ COLORS = {
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path(".models/smollm2-135m-offgrid"), help="a Hugging Face folder of a causal language model")
+    parser.add_argument("--model", type=Path, default=Path(".models/smollm2-135m-offgrid"), help="a Hugging Face folder; of an encoder: embeddings")
     parser.add_argument("--text", type=Path, help="a .txt or .jsonl file (default: the embedded text)")
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096], help="calibration tokens, in windows of 1,024")
     parser.add_argument("--peers", default="", help=f"any of {','.join(dict.fromkeys(case.peer for case in CASES))}")
@@ -434,15 +548,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def asked_cases(arguments: argparse.Namespace) -> list[tuple[Case, int | None]]:
+def asked_cases(arguments: argparse.Namespace, *, encoder: bool = False) -> list[tuple[Case, int | None]]:
     """The cases of a call with their number of calibration tokens, None where a method reads none."""
     peers = [name for name in arguments.peers.split(",") if name]
-    if unknown := set(peers) - {case.peer for case in CASES}:
-        raise SystemExit(f"unknown peers {', '.join(sorted(unknown))}; known: {', '.join(dict.fromkeys(case.peer for case in CASES))}")
+    cases, recipes = (ENCODER_CASES, ENCODER_RECIPES) if encoder else (CASES, RECIPES)
+    if unknown := set(peers) - {case.peer for case in cases}:
+        raise SystemExit(f"unknown peers {', '.join(sorted(unknown))}; known: {', '.join(dict.fromkeys(case.peer for case in cases))}")
     asked: dict[tuple[str, str, int | None], tuple[Case, int | None]] = {}
     for tokens in arguments.tokens:
-        theirs = [] if arguments.only == "ours" else [case for peer in peers for case in CASES if case.peer == peer]
-        ours = [] if arguments.only == "peers" else our_cases(arguments.recipe or RECIPES, tokens)
+        theirs = [] if arguments.only == "ours" else [case for peer in peers for case in cases if case.peer == peer]
+        ours = [] if arguments.only == "peers" else our_cases(arguments.recipe or recipes, tokens)
         for case in (*theirs, *ours):
             count = tokens if case.calibrated else None
             if arguments.match in case.name:
@@ -457,20 +572,21 @@ def main() -> None:
         threads=arguments.threads, timeout_s=arguments.timeout, quiet=arguments.quiet, keep=arguments.keep,
     )  # fmt: skip
     measured: set[str] = set()
-    for case, tokens in asked_cases(arguments):
+    for case, tokens in asked_cases(arguments, encoder=bench.is_encoder):
         key = bench.key(case, tokens)
         if key not in read_rows(arguments.out) or case.peer in arguments.rerun:
             began = time.perf_counter()
             row = bench.measure(case, tokens)
             write_rows(arguments.out, (read_rows(arguments.out) | {key: row}).values())
-            print(f"{row.peer} {row.name} {tokens}: {row.failure or f'ratio {row.ratio:.4f}'} ({time.perf_counter() - began:.0f} s)", file=sys.stderr)
+            told = f"ratio {row.ratio:.4f}" if row.ratio else f"neighbours {row.neighbours}"
+            print(f"{row.peer} {row.name} {tokens}: {row.failure or told} ({time.perf_counter() - began:.0f} s)", file=sys.stderr)
         measured.add(key)
     text = bench.text_fingerprint()
     rows = [row for row in read_rows(arguments.out).values() if row.model == arguments.model.name and row.text == text]
     print(table(rows))
     if arguments.picture:
         arguments.picture.write_text(picture(rows))
-    print(json.dumps({"rows": [asdict(row) for row in rows]}))
+    print(json.dumps({"classes": classes(rows), "rows": [asdict(row) for row in rows]}))
 
 
 if __name__ == "__main__":

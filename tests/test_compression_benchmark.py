@@ -209,17 +209,18 @@ def test_a_width_is_told_by_the_values_in_a_group() -> None:
 
 
 def test_every_case_has_its_peers_file_with_requirements() -> None:
-    for peer in {case.peer for case in bench.CASES}:
+    for peer in {case.peer for case in (*bench.CASES, *bench.ENCODER_CASES)}:
         assert bench.requirements(bench.script_of(peer)), peer
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_every_peer_file_is_a_program_of_the_protocol(script: Path) -> None:
-    """Each reads the job, times itself, writes dense weights and reports: by its syntax, for most need an environment to be imported."""
+    """Each reads the job, times itself, writes what is scored and reports: by its syntax, for most need an environment to be imported."""
     called = {
         node.func.attr for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
     }
-    assert {"read_job", "Meter", "quantizing", "saved", "write_dense", "report"} <= called
+    assert {"read_job", "Meter", "quantizing", "saved", "report"} <= called
+    assert {"write_dense", "write_embeddings"} & called
 
 
 def test_asked_cases_name_each_row_once() -> None:
@@ -259,6 +260,25 @@ def test_the_table_shows_failures_too() -> None:
     shown = bench.table([row(bits=4.25, ratio=1.1, perplexity=20.0, size_bytes=10**8), row(peer="hqq", failure="exit 1: no path for CPU")])
     assert "1.1000" in shown
     assert "failed: exit 1: no path for CPU" in shown
+
+
+def test_classes_put_ours_beside_the_best_peer_of_the_same_bits_tokens_and_size() -> None:
+    rows = [
+        row(bits=4.25, tokens_asked=4096, ratio=1.1, size_bytes=7 * 10**7),
+        row(peer="gptq", bits=4.3, tokens_asked=4096, ratio=1.4, size_bytes=10**8),
+        row(peer="awq", bits=4.25, tokens_asked=4096, ratio=1.5, size_bytes=10**8), row(peer="rtn", bits=4.25, ratio=1.2, size_bytes=10**8),
+        row(peer="gptq", bits=4.25, tokens_asked=32768, ratio=1.05, size_bytes=10**8), row(peer="small", bits=2.25, ratio=3.0, size_bytes=6 * 10**7),
+        row(peer="broken", failure="no path"),
+    ]  # fmt: skip
+    found = bench.classes(rows)
+    few = found["4.25 bits, 4096 tokens"]
+    assert (few["ours"]["ratio"], few["best_peer"]["peer"]) == (1.1, "rtn")  # one that reads no tokens is in each class
+    assert few["loss_share"] == pytest.approx(0.5)
+    assert few["log_share"] == pytest.approx(math.log(1.1) / math.log(1.2))
+    assert found["4.25 bits, 32768 tokens"]["ours"] is None
+    assert found["4.25 bits, 32768 tokens"]["loss_share"] is None
+    assert (found["at most 80 MB"]["ours"]["ratio"], found["at most 80 MB"]["best_peer"]["peer"]) == (1.1, "small")
+    assert found["at most 60 MB"]["ours"] is None
 
 
 def test_the_picture_has_a_point_for_each_row_with_a_size() -> None:

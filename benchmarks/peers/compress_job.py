@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -33,6 +33,8 @@ class Job:
         dense: where its dequantized weights go, as one safetensors file with the original's tensor names.
         report: where its figures go.
         settings: method, bits, group_size, symmetric, and what else the method takes.
+        texts: of an encoder, in place of windows: a .npz of `ids` and `mask` [texts, length] to be embedded, and `calibration_ids` and
+            `calibration_mask` to calibrate on. Its embeddings go to embeddings.npy in `dense`, by the peer's own runtime.
     """
 
     model: str
@@ -41,6 +43,7 @@ class Job:
     dense: str
     report: str
     settings: dict[str, Any]
+    texts: str | None = None
 
 
 def read_job() -> Job:
@@ -177,6 +180,32 @@ def windows(job: Job) -> Any:
     import torch
 
     return torch.from_numpy(np.load(job.ids))
+
+
+def calibration_texts(job: Job) -> list[dict[str, Any]]:
+    """Of an encoder: inputs of one text each, int64 arrays [1, tokens], without padding."""
+    import numpy as np
+
+    held = np.load(job.texts or "")
+    pairs = zip(held["calibration_ids"], held["calibration_mask"], strict=True)
+    return [{"input_ids": ids[None, : mask.sum()], "attention_mask": mask[None, : mask.sum()]} for ids, mask in pairs]
+
+
+def write_embeddings(job: Job, encode: Callable[[Any, Any], Any], *, batch_size: int = 8) -> None:
+    """Embed the texts: `encode` gives the last hidden states [B, T, D] of ids and mask [B, T]; the mean over a text's tokens is its embedding."""
+    import numpy as np
+
+    held = np.load(job.texts or "")
+    ids, mask = held["ids"], held["mask"]
+    rows = []
+    for start in range(0, len(ids), batch_size):
+        part = slice(start, start + batch_size)
+        longest = int(mask[part].sum(1).max())
+        weights = mask[part, :longest, None].astype(np.float32)
+        hidden = np.asarray(encode(ids[part, :longest], mask[part, :longest]), np.float32)
+        rows.append((hidden * weights).sum(1) / weights.sum(1))
+    Path(job.dense).mkdir(parents=True, exist_ok=True)
+    np.save(Path(job.dense) / "embeddings.npy", np.concatenate(rows))
 
 
 def write_dense(job: Job, tensors: Mapping[str, Any]) -> None:

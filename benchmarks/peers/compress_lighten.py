@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,11 @@ import transformers  # noqa: F401
 
 from lighten import verbs
 from lighten.formats.safetensors_folder import expanded_weights
+from lighten.judge.measure import artifact_target
 from lighten.model import read_spec
 from lighten.model.spec import Linear, ModelSpec, WeightFormat
+from lighten.recipe import parse_recipe
+from lighten.runtimes import MODULES, Setup
 
 
 def code_bits(spec: ModelSpec, linears: dict[str, int]) -> float:
@@ -25,13 +29,28 @@ def code_bits(spec: ModelSpec, linears: dict[str, int]) -> float:
     return sum((widths[name] or 0) * count for name, count in linears.items()) / sum(linears.values())
 
 
+def embed(job: compress_job.Job, artifact: Path) -> None:
+    """The texts' embeddings by the runtime that the recipe names."""
+    target = artifact_target(artifact)
+    runtime = MODULES[target.runtime]
+    read = artifact if any(artifact.glob("*.safetensors")) else Path(job.model)
+    session = runtime.load(artifact, read_spec(read), Setup(dtype=target.dtype, threads=int(os.environ["OMP_NUM_THREADS"]), dynamic=target.dynamic))
+    compress_job.write_embeddings(job, session.encode)
+
+
 def main() -> None:
     job, meter = compress_job.read_job(), compress_job.Meter()
     settings = job.settings
+    reads_text = any(step.calibrated for step in parse_recipe(settings["recipe"]).steps)
+    text = settings["text"] if reads_text else None
     with meter.quantizing():
-        verbs.compress(job.model, settings["recipe"], job.artifact, text=settings["text"], log=lambda line: print(line, file=sys.stderr))
+        verbs.compress(job.model, settings["recipe"], job.artifact, text=text, log=lambda line: print(line, file=sys.stderr))
     meter.saved()
     artifact = Path(job.artifact)
+    if job.texts:
+        embed(job, artifact)
+        meter.report(job, "lighten", {})
+        return
     spec = read_spec(artifact)
     linears = compress_job.linears_of(job.model)
     bits: dict[str, Any] = compress_job.counted_bits(artifact, linears, code_bits=code_bits(spec, linears), symmetric=False)

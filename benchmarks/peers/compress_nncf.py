@@ -10,7 +10,7 @@ import nncf
 import numpy as np
 import openvino as ov
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 REQUIREMENTS = ("torch==2.13.0", "nncf==3.4.0", "openvino==2026.4.1", "transformers==5.23.0")
 BITS = {"u1": 1, "u2": 2, "i2": 2, "u3": 3, "i4": 4, "u4": 4, "i8": 8, "u8": 8, "f16": 16, "bf16": 16, "f32": 32, "i32": 32, "i64": 64}
@@ -34,11 +34,17 @@ def converted(job: compress_job.Job) -> Any:
 
 
 def options(settings: dict[str, Any], dataset: Any) -> dict[str, Any]:
-    """Arguments of `nncf.compress_weights` that the method stands for; embeddings and head stay as they are, as with the others."""
+    """Arguments of `nncf.compress_weights` that the method stands for. Embeddings and head stay as they are, but with `all_layers`."""
     if settings["bits"] != 4:
         raise ValueError(f"NNCF packs 4 and 8 bits, and {settings['bits']} were asked for.")
     mode = nncf.CompressWeightsMode.INT4_SYM if settings["symmetric"] else nncf.CompressWeightsMode.INT4_ASYM
-    shared = {"mode": mode, "ratio": 1.0, "group_size": settings["group_size"], "all_layers": False, "backup_mode": nncf.BackupMode.NONE}
+    shared = {
+        "mode": mode,
+        "ratio": 1.0,
+        "group_size": settings["group_size"],
+        "all_layers": settings.get("all_layers", False),
+        "backup_mode": nncf.BackupMode.NONE,
+    }
     methods: dict[str, dict[str, Any]] = {
         "rtn": {}, "awq+scale_estimation": {"dataset": dataset, "awq": True, "scale_estimation": True}, "gptq": {"dataset": dataset, "gptq": True},
         "gptq+scale_estimation": {"dataset": dataset, "gptq": True, "scale_estimation": True},
@@ -93,6 +99,14 @@ def weights_of(model: Any, linears: dict[str, int]) -> dict[str, Any]:
     return found
 
 
+def embedding_of(model: Any) -> tuple[str, Any]:
+    """The embedding table's module and the node that gives it."""
+    for node in model.get_ordered_ops():
+        if node.get_type_name() == "Gather" and is_weight(node.input_value(0).get_node()) and "embed" in module_of(node):
+            return module_of(node), node.input_value(0).get_node()
+    raise ValueError("no table of an embedding is in the model.")
+
+
 def kept_tensors(node: Any, codes: int) -> dict[str, float]:
     """Bits of a weight's constants by what they are: the largest holds the codes, whole numbers else are zero points, floats are scales."""
     sums = dict.fromkeys(("codes", "scale", "zero"), 0.0)
@@ -115,8 +129,37 @@ def check_outputs(model: Any, dense: dict[str, Any], job: compress_job.Job) -> f
     return float((theirs - ours).norm() / ours.norm())
 
 
+class Hidden(torch.nn.Module):
+    """input_ids, attention_mask → the last hidden states."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+
+
+def encoder(job: compress_job.Job, meter: compress_job.Meter) -> None:
+    """Post-training quantization of an encoder's weights and activations to int8, with the package's settings for Transformers."""
+    plain = AutoModel.from_pretrained(job.model, dtype=torch.float32, attn_implementation="eager")
+    example = {name: torch.ones(1, 16, dtype=torch.int64) for name in ("input_ids", "attention_mask")}
+    model = ov.convert_model(Hidden(plain), example_input=example)
+    with meter.quantizing():
+        model = nncf.quantize(model, nncf.Dataset(compress_job.calibration_texts(job)), model_type=nncf.ModelType.TRANSFORMER)
+    Path(job.artifact).mkdir(parents=True)
+    ov.save_model(model, Path(job.artifact) / "openvino_model.xml")
+    meter.saved()
+    compiled = ov.Core().compile_model(Path(job.artifact) / "openvino_model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compress_job.write_embeddings(job, lambda ids, mask: compiled({"input_ids": ids, "attention_mask": mask})[0])
+    meter.report(job, "nncf", {})
+
+
 def main() -> None:
     job, meter = compress_job.read_job(), compress_job.Meter()
+    if job.texts:
+        encoder(job, meter)
+        return
     rows = compress_job.windows(job).numpy()
     model = converted(job)
     dataset = nncf.Dataset([row[None] for row in rows])
@@ -126,7 +169,8 @@ def main() -> None:
     ov.save_model(model, Path(job.artifact) / "openvino_model.xml", compress_to_fp16=True)
     meter.saved()
     linears = compress_job.linears_of(job.model)
-    nodes = weights_of(ov.Core().read_model(Path(job.artifact) / "openvino_model.xml"), linears)
+    saved = ov.Core().read_model(Path(job.artifact) / "openvino_model.xml")
+    nodes = weights_of(saved, linears)
     sums = [kept_tensors(node, linears[name]) for name, node in nodes.items()]
     total = sum(linears.values())
     stored = {kind: sum(part[kind] for part in sums) / total for kind in ("codes", "scale", "zero")}
@@ -135,6 +179,8 @@ def main() -> None:
     dense: dict[str, Any] = {}
     for file in sorted(Path(job.model).glob("*.safetensors")):
         dense |= load_file(file)
+    if job.settings.get("all_layers"):
+        nodes |= dict([embedding_of(saved)])
     shapes = {name: dense[f"{name}.weight"].shape for name in nodes}
     dense |= {f"{name}.weight": torch.from_numpy(np.ascontiguousarray(evaluate(node))).reshape(shapes[name]) for name, node in nodes.items()}
     if (error := check_outputs(model, dense, job)) > 0.02:

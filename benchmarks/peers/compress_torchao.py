@@ -18,7 +18,7 @@ from torchao.quantization import (
     PerGroup,
     quantize_,
 )
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 REQUIREMENTS = ("torch==2.13.0", "torchao==0.18.0", "transformers==5.23.0")
 FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -49,10 +49,18 @@ def tensors_of(weight: Any, *, symmetric: bool) -> list[tuple[str, str, int]]:
     return [(kinds.get(name, "other"), names[part.dtype], part.numel()) for name, part in parts.items() if torch.is_tensor(part)]
 
 
+def hidden_states(model: Any, ids: Any, mask: Any) -> Any:
+    return model(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask)).last_hidden_state.float().numpy()
+
+
 def main() -> None:
     job, meter = compress_job.read_job(), compress_job.Meter()
     settings = job.settings
-    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.bfloat16)
+    model = (
+        AutoModel.from_pretrained(job.model, dtype=torch.float32)
+        if job.texts
+        else AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.bfloat16)
+    )
     linears = compress_job.linears_of(job.model)
     with meter.quantizing():
         quantize_(model, config_of(settings), filter_fn=lambda part, name: name in linears)
@@ -63,10 +71,13 @@ def main() -> None:
     untouched = [name for name in linears if not hasattr(modules[name].weight, "dequantize") or type(modules[name].weight.data) is torch.Tensor]
     if untouched:
         raise ValueError(f"{len(untouched)} of {len(linears)} linears were skipped, {untouched[0]} for one.")
+    if job.texts:
+        with torch.inference_mode():
+            compress_job.write_embeddings(job, lambda ids, mask: hidden_states(model, ids, mask))
     found = [tensor for name in linears for tensor in tensors_of(modules[name].weight, symmetric=settings["symmetric"])]
-    dense = {name: tensor for name, tensor in model.state_dict().items() if name.removesuffix(".weight") not in linears}
-    dense |= {f"{name}.weight": modules[name].weight.dequantize() for name in linears}
-    compress_job.write_dense(job, dense)
+    if not job.texts:
+        dense = {name: tensor for name, tensor in model.state_dict().items() if name.removesuffix(".weight") not in linears}
+        compress_job.write_dense(job, dense | {f"{name}.weight": modules[name].weight.dequantize() for name in linears})
     bits: dict[str, Any] = compress_job.tensor_bits(found, sum(linears.values()), settings["bits"])
     bits["int8_inputs"] = sorted(linears) if settings.get("activations") else []
     meter.report(job, "torchao", bits)
