@@ -132,6 +132,26 @@ def multiples(values: torch.Tensor, top: int) -> torch.Tensor:
     return ((blocks / unit.clamp(min=1e-20)).round().clamp(0, top) * unit).reshape(values.shape)
 
 
+@pytest.mark.parametrize("name", ["Q4_0", "Q5_0", "Q4_1"])
+def test_the_search_comes_near_to_brute_force(name):
+    """Groups of 32 by themselves: thousands of scales (and offsets), codes rounded to each, beside the grid that was found."""
+    weight, importance = layer(seed=9, rows=8)[7:, :256], torch.rand(256, generator=torch.Generator().manual_seed(5)) ** 3
+    layout, grid = LAYOUTS[name], fit_ggml_grid(weight, name, importance)
+    groups, counts = weight.reshape(-1, 32), importance.reshape(-1, 32)
+    found = ((groups - grid.value(grid.nearest(weight)).reshape(-1, 32)).square() * counts).sum(-1)
+    span = groups.amax(-1) - groups.amin(-1)
+    best = torch.full_like(span, torch.inf)
+    for share in (torch.linspace(0.4, 1.4, 150) if layout.middle is None else torch.linspace(0.4, 2.4, 1500)).tolist():
+        scale = span * share / (layout.levels - 1)
+        offsets = [groups.amin(-1) + span * part for part in torch.linspace(-0.25, 0.35, 80).tolist()]
+        for offset in offsets if layout.middle is None else [-layout.middle * scale, layout.middle * scale]:
+            step = scale if layout.middle is None or float(offset[0]) < 0 else -scale
+            codes = ((groups - offset[:, None]) / step[:, None]).round().clamp(0, layout.levels - 1)
+            error = ((groups - codes * step[:, None] - offset[:, None]).square() * counts).sum(-1)
+            best = torch.minimum(best, error)
+    assert float(found.sum()) < 1.15 * float(best.sum())
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_importance_moves_the_error_to_where_it_counts_less(name):
     weight, importance = layer(seed=3)[7:], torch.rand(COLUMNS, generator=torch.Generator().manual_seed(4)) ** 4
