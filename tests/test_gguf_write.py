@@ -38,6 +38,8 @@ from lighten.formats.gguf_tokenizer import CONTROL, NORMAL, read_tokenizer
 from lighten.model import read_spec
 from lighten.model.ggml_types import GGML_TYPES, RECIPE_TYPES, exact_ggml_type, ggml_fallback, ggml_format
 from lighten.model.spec import PER_CHANNEL, Embedding, Linear, ModelSpec, WeightFormat
+from lighten.runtimes import llama_cpp
+from lighten.runtimes.session import Setup
 
 COLUMNS = 512
 
@@ -469,6 +471,43 @@ def test_a_damaged_file_is_told(tmp_path):
     path.write_bytes(bytes(content))
     with pytest.raises(OutputError, match=r"does not read back as .* was written; the file is damaged, write it again"):
         verify_gguf(path, said)
+
+
+# ---- the runtime ----
+
+
+def test_the_runtime_asks_for_a_gguf_file(tmp_path):
+    said = refused(lambda: llama_cpp.load(tmp_path, read_spec(save(llama_config(), tmp_path / "model")), Setup(dtype="float32", threads=1)))
+    assert "holds no model.gguf; llama.cpp runs GGUF files" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_llama_cpp_computes_what_transformers_does(case, tmp_path):
+    """In one piece, and token by token in two sequences at once. llama.cpp's GELU is a table of float16, which shows in the third digit."""
+    pytest.importorskip(
+        "llama_cpp", reason="llama-cpp-python is built from source and in no environment of the tests; benchmarks/llama_cpp.py has it"
+    )
+    folder = saved(case, tmp_path)
+    written(folder, tmp_path / GGUF)
+    spec, module = read_spec(folder), getattr(transformers, CASES[case][1]).from_pretrained(folder).eval()
+    session = llama_cpp.load(folder, spec, Setup(dtype="float32", threads=1))
+    ids = np.random.default_rng(0).integers(3, 96, (2, 40))
+    with torch.inference_mode():
+        output = module(torch.from_numpy(ids))
+    if not spec.is_decoder:
+        mask = np.ones_like(ids)
+        mask[1, 30:] = 0
+        with torch.inference_mode():
+            expected = module(torch.from_numpy(ids), attention_mask=torch.from_numpy(mask)).last_hidden_state.numpy()
+        found = session.encode(ids, mask)
+        assert np.allclose(found[0], expected[0], atol=1e-2)
+        assert np.allclose(found[1, :30], expected[1, :30], atol=1e-2)
+        return
+    expected = output.logits.float().numpy()
+    assert np.allclose(session.logits(ids), expected, atol=1e-2)
+    steps = [session.prefill(ids[:, :20]), *(session.decode(ids[:, place : place + 1]) for place in range(20, 40))]
+    assert np.allclose(np.stack(steps, 1), expected[:, 19:], atol=1e-2)
 
 
 # ---- refusals ----
