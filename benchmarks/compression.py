@@ -21,7 +21,7 @@ A row's figures
     quiet           whether the machine had nothing else to do: `--quiet` says so, and only then are the seconds worth comparing
 
 The last line on stdout is one JSON object: `rows`, and `classes`, where ours is beside the best peer of the same bits and tokens, and of at most
-80 and 60 MB. `--picture FILE` draws perplexity over file size as an SVG.
+80 and 60 MB; `speeds` has our GPTQ beside llm-compressor's. `--picture FILE` draws perplexity over file size as an SVG.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -91,6 +92,7 @@ class Row:
     ratio: float | None = None
     ratio_error: float | None = None
     kl: float | None = None
+    int8_activations: bool = False
     neighbours: float | None = None
     neighbours_error: float | None = None
     cosine: float | None = None
@@ -154,18 +156,19 @@ TEXTS, TEXT_LENGTH, CALIBRATION_TEXTS = 1000, 128, 300
 """Of an encoder: most test texts, tokens of one, and most calibration texts; 300 is NNCF's own number."""
 
 TUNED = "distill(scales, steps=64)"
+TABLE = "cast(bfloat16)"
 RECIPES = (
-    *(f"quantize(rtn, bits={bits}, group_size={group}, symmetric=true)" for bits, group in WIDTHS[:1]),
-    "quantize(hqq, bits=4, group_size=64)",
-    *(f"quantize(gptq, bits={bits}, group_size={group}, symmetric=true, tokens={{tokens}})" for bits, group in WIDTHS),
-    *(f"quantize(gptq, bits={bits}, group_size={group}, symmetric=true, tokens={{tokens}}) | {TUNED}" for bits, group in WIDTHS),
-    "quantize(awq, bits=4, group_size=64, symmetric=true, tokens={tokens})",
-    "rotate(hadamard) | quantize(gptq, bits=4, group_size=64, symmetric=true, tokens={tokens})",
-    "quantize(smoothquant, tokens={tokens})",
-    f"quantize(auto, size<=80MB, embeddings=true, tokens={{tokens}}) | {TUNED}",
-    f"quantize(auto, size<=60MB, embeddings=true, tokens={{tokens}}) | {TUNED}",
+    f"{TABLE} | quantize(rtn, bits=4, group_size=64, symmetric=true)",
+    f"{TABLE} | quantize(hqq, bits=4, group_size=64)",
+    *(f"{TABLE} | quantize(gptq, bits={bits}, group_size={group}, symmetric=true, tokens={{tokens}})" for bits, group in WIDTHS),
+    *(f"{TABLE} | quantize(gptq, bits={bits}, group_size={group}, symmetric=true, tokens={{tokens}}) | {TUNED}" for bits, group in WIDTHS),
+    f"{TABLE} | quantize(awq, bits=4, group_size=64, symmetric=true, tokens={{tokens}})",
+    f"{TABLE} | rotate(hadamard) | quantize(gptq, bits=4, group_size=64, symmetric=true, tokens={{tokens}})",
+    f"{TABLE} | quantize(smoothquant, activations=dynamic, tokens={{tokens}})",
+    f"quantize(auto, size<=80MB, tokens={{tokens}}) | {TUNED}",
+    f"quantize(auto, size<=60MB, tokens={{tokens}}) | {TUNED}",
 )
-"""Our recipes; `{tokens}` becomes the number of calibration tokens."""
+"""Our recipes; `{tokens}` becomes the number of calibration tokens. The peers load the model in bfloat16, embedding included; so the cast."""
 
 
 def our_cases(recipes: Iterable[str], tokens: int) -> list[Case]:
@@ -308,7 +311,8 @@ class Bench:
         if ended.returncode:
             raise Failure(f"exit {ended.returncode}: {last_line(log.read_text(errors='replace'))}")
         figures: dict[str, Any] = json.loads((folder / "report.json").read_text())
-        return figures | {"size_bytes": weight_bytes(folder / "artifact"), "threads": self.threads}
+        shared = {"size_bytes": weight_bytes(folder / "artifact"), "threads": self.threads, "int8_activations": bool(figures.get("int8_inputs"))}
+        return figures | shared
 
     def _embedded(self, folder: Path) -> dict[str, Any]:
         """An encoder's embeddings beside the original's in float32."""
@@ -454,7 +458,8 @@ def classes(rows: Iterable[Row]) -> dict[str, Any]:
     groups: dict[str, list[Row]] = {}
     for row in scored:
         for tokens in {row.tokens_asked} if row.tokens_asked else {other.tokens_asked for other in scored if other.tokens_asked} or {None}:
-            groups.setdefault(f"{round((row.bits or 0) * 4) / 4:.2f} bits, {tokens} tokens", []).append(row)
+            activations = ", int8 activations" if row.int8_activations else ""
+            groups.setdefault(f"{round((row.bits or 0) * 4) / 4:.2f} bits{activations}, {tokens} tokens", []).append(row)
     for limit in SIZE_LIMITS:
         groups[f"at most {limit // 10**6} MB"] = [row for row in scored if (row.size_bytes or limit + 1) <= limit]
     return {name: _compared(members) for name, members in sorted(groups.items())}
@@ -475,6 +480,22 @@ def _compared(rows: Sequence[Row]) -> dict[str, Any]:
         mine, best = ours.ratio or 0, theirs.ratio or 0
         shares = {"loss_share": (mine - 1) / (best - 1), "log_share": log(mine) / log(best)}
     return named | shares
+
+
+def speeds(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """Our GPTQ alone beside llm-compressor's at the same bits, tokens and threads: its time and ours, and the memory above the imports."""
+    known = list(rows)
+    ours = [row for row in known if row.peer == "ours" and re.fullmatch(r"(cast\(\w+\) \| )?quantize\(gptq, [^|]*\)", row.name) and row.bits]
+    theirs = [row for row in known if row.peer == "llm-compressor" and row.settings["method"] == "gptq" and row.bits]
+    figures = ("quantize_s", "process_s", "peak_above_imports_bytes", "quiet")
+    return [
+        {"bits": mine.bits, "tokens": mine.tokens, "threads": mine.threads}
+        | {name: [getattr(mine, name), getattr(other, name)] for name in figures}
+        | {"quantize_share": (mine.quantize_s or 0) / (other.quantize_s or 1), "process_share": (mine.process_s or 0) / (other.process_s or 1)}
+        for mine in ours
+        for other in theirs
+        if (round(mine.bits or 0, 1), mine.tokens, mine.threads) == (round(other.bits or 0, 1), other.tokens, other.threads)
+    ]
 
 
 def picture(rows: Iterable[Row], *, width: int = 760, height: int = 460) -> str:
@@ -586,7 +607,7 @@ def main() -> None:
     print(table(rows))
     if arguments.picture:
         arguments.picture.write_text(picture(rows))
-    print(json.dumps({"classes": classes(rows), "rows": [asdict(row) for row in rows]}))
+    print(json.dumps({"classes": classes(rows), "speeds": speeds(rows), "rows": [asdict(row) for row in rows]}))
 
 
 if __name__ == "__main__":

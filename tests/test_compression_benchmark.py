@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lighten.judge.quality import score_window
+from lighten.recipe import parse_recipe
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -234,6 +235,15 @@ def test_asked_cases_name_each_row_once() -> None:
         bench.asked_cases(bench.parse(["--peers", "nobody"]))
 
 
+@pytest.mark.parametrize("recipe", [*bench.RECIPES, *bench.ENCODER_RECIPES])
+def test_our_recipes_are_recipes(recipe: str) -> None:
+    """Each is read, and means the same when it is written again."""
+    (case,) = bench.our_cases([recipe], 4096)
+    said = parse_recipe(case.settings["recipe"])
+    assert parse_recipe(str(said)) == said
+    assert any(step.calibrated for step in said.steps) == case.calibrated or "distill" in recipe or "static" in recipe
+
+
 def row(**figures: Any) -> Any:
     known = {
         "key": "k",
@@ -279,6 +289,18 @@ def test_classes_put_ours_beside_the_best_peer_of_the_same_bits_tokens_and_size(
     assert found["4.25 bits, 32768 tokens"]["loss_share"] is None
     assert (found["at most 80 MB"]["ours"]["ratio"], found["at most 80 MB"]["best_peer"]["peer"]) == (1.1, "small")
     assert found["at most 60 MB"]["ours"] is None
+
+
+def test_speeds_compare_gptq_alone_at_the_same_work() -> None:
+    known = {"bits": 4.25, "tokens": 4096, "threads": 2, "peak_above_imports_bytes": 5, "quiet": True}
+    rows = [
+        row(name="cast(bfloat16) | quantize(gptq, bits=4)", quantize_s=10.0, process_s=20.0, **known),
+        row(name="quantize(gptq, bits=4) | distill(scales, steps=64)", quantize_s=99.0, process_s=99.0, **known),
+        row(peer="llm-compressor", settings={"method": "gptq"}, quantize_s=40.0, process_s=50.0, **known),
+        row(peer="llm-compressor", settings={"method": "gptq"}, quantize_s=80.0, process_s=90.0, **(known | {"tokens": 32768})),
+    ]
+    (found,) = bench.speeds(rows)
+    assert (found["quantize_share"], found["process_share"]) == (0.25, 0.4)
 
 
 def test_the_picture_has_a_point_for_each_row_with_a_size() -> None:
