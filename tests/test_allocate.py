@@ -2,9 +2,8 @@
 
 Seeded faults, each caught here (tried by hand):
 1. `_Bound.at` one step too low (steps taken in any order but steepest first): a better choice is cut off: test_no_choice_is_better.
-2. `_undominated` keeps the first of equal bytes without looking at errors: test_no_choice_is_better.
-3. `_greedy` goes on with a weight whose earlier step did not fit: its error is too good to be true, and the best sum is cut off:
-   test_no_choice_is_better.
+2. `_undominated` goes through the sums by error first instead of by size: test_no_choice_is_better.
+3. sums are kept only where their bound is below the greedy choice's error, though that may be the best: test_no_choice_is_better.
 4. a tied head's gradient is squared by itself instead of being summed with its embedding's first: test_a_shared_weight_is_one_weight.
 5. `_drawn` counts padding: test_padding_does_not_count.
 6. the limit leaves out what a size limit holds beside the weights: test_a_size_limit_holds_the_whole_artifact.
@@ -255,12 +254,12 @@ def test_a_size_limit_holds_the_whole_artifact(models):
     for spare in (20_000, 30_000):
         recipe = parse_recipe(f"quantize(auto, size<={least + spare}B, group_size=16)")
         size = artifact_bytes(recipe, apply_recipe(recipe, spec))
-        assert least + spare - 16_384 - 4_000 < size <= least + spare
+        assert least + spare - 4_096 - 6_000 < size <= least + spare
 
 
 def test_what_is_impossible_says_what_would_be_possible(models):
     spec = read_spec(models["llama"])
-    for limit, possible in (("size<=10KB", r"size<=[\d.]+MB"), ("bits<=1", r"bits<=[\d.]+")):
+    for limit, possible in (("size<=10KB", r"size<=[\d.]+KB"), ("bits<=1", r"bits<=[\d.]+")):
         recipe = parse_recipe(f"quantize(auto, {limit}, group_size=16)")
         with pytest.raises(
             RecipeError, match=rf"^quantize\(auto, {limit}\): .* cannot be made so small; the least is {possible} with these widths\.$"

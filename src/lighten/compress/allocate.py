@@ -28,7 +28,7 @@ Doubles: TypeAlias = NDArray[np.float64]
 Wholes: TypeAlias = NDArray[np.int64]
 
 _ROUNDING = 1e-12
-"""Sums of errors are float64; bounds that differ by less than this share are taken as equal."""
+"""Sums of errors are float64: bounds that differ by less than this share of all weights' largest errors are taken as equal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +146,7 @@ def _greedy(items: Sequence[_Item], limit: int) -> float:
 
 def _solve(items: Sequence[_Item], limit: int) -> list[int]:
     """The index of each item's choice."""
-    best = _greedy(items, limit)
+    best = _greedy(items, limit) + _ROUNDING * sum(float(item.errors[0]) for item in items)
     sizes, errors = np.zeros(1, np.int64), np.zeros(1)
     trail: list[tuple[Wholes, Wholes]] = []
     for place, item in enumerate(items):
@@ -155,7 +155,7 @@ def _solve(items: Sequence[_Item], limit: int) -> list[int]:
         all_errors = (errors[:, None] + item.errors).reshape(-1)
         fits = np.flatnonzero(all_sizes + rest.least_bytes <= limit)
         bounds = all_errors[fits] + rest.at(limit - all_sizes[fits])
-        kept = fits[bounds <= best + _ROUNDING * abs(best)]
+        kept = fits[bounds <= best]
         kept = kept[_undominated(all_sizes[kept], all_errors[kept])]
         trail.append((kept // len(item.bytes), kept % len(item.bytes)))
         sizes, errors = all_sizes[kept], all_errors[kept]

@@ -22,9 +22,9 @@ from lighten.units import SIZE_UNITS, parse_quantity
 
 RUNTIME = "torch"
 """Whose container is counted where a step is read outside a recipe."""
-SPARE_BYTES = 16_384
+SPARE_BYTES = 4_096
 SPARE_SHARE = 1e-4
-"""What is kept free under a size limit, for the container's description is known to a few bytes a tensor alone."""
+"""What is kept free under a size limit: what a config says of each distinct format, and the index of several files. Choice: both are less."""
 
 
 def _is_size(value: Any) -> bool:
@@ -97,7 +97,8 @@ class Budget:
         if self.limit.startswith("bits"):
             return f"bits<={_rounded_up(8 * least / self.elements, 2)}"
         needed = (least + self.fixed_bytes + SPARE_BYTES) / (1 - SPARE_SHARE)
-        return f"size<={_rounded_up(needed / 1e6, 1)}MB"
+        unit = "MB" if needed >= SIZE_UNITS["MB"] else "KB"
+        return f"size<={_rounded_up(needed / SIZE_UNITS[unit], 1)}{unit}"
 
 
 def _rounded_up(value: float, digits: int) -> float:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Literal
 
 from lighten.errors import RecipeError
+from lighten.model.quantized.kv import kv_format_for
 from lighten.model.spec import PER_CHANNEL, Attention, Embedding, Linear, ModelSpec, Part, WeightFormat
 from lighten.recipe.automatic import LIMITS, check_auto, predict_auto
 from lighten.recipe.number_formats import (
@@ -110,10 +111,11 @@ def _predict_cache(spec: ModelSpec, arguments: Arguments) -> ModelSpec:
     """The weights stay as they are; `Recipe.kv_dtype` says what a workload's cache is stored in.
 
     Raises:
-        RecipeError: a model without a cache.
+        RecipeError: a model without a cache, or groups that do not divide its heads.
     """
     if not any(isinstance(part, Attention) and part.causal for part in spec.parts):
         raise RecipeError(f"quantize(kv): {spec.name} has no causal attention, and so no cache of keys and values.")
+    kv_format_for(spec, bits=arguments["bits"], group_size=arguments.get("group_size"))
     return spec
 
 

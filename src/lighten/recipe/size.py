@@ -2,32 +2,69 @@
 
 from __future__ import annotations
 
-from lighten.model.quantized import stored_tensors
-from lighten.model.spec import ModelSpec, Part, part_weight_bytes
-from lighten.recipe.targets import RUNTIMES
+import json
+import math
 
-CONTAINER_BYTES = {"torch": 103, "torch-compile": 103, "onnxruntime": 3500, "openvino": 2600, "llama.cpp": 80}
-CONTAINER_BASE_BYTES = {"torch": 0, "torch-compile": 0, "onnxruntime": 25_000, "openvino": 25_000, "llama.cpp": 0}
-"""Bytes of description for each tensor or operator, and once: measured on exports of random models by benchmarks/container_bytes.py;
-GGUF's from its layout: a name of about 25 bytes, 40 of numbers, and 16 on average to the next multiple of 32 (ggml's docs/gguf.md)."""
+from lighten.model.quantized.packed import kind_of, scheme
+from lighten.model.quantized.stored import typed_tensors
+from lighten.model.spec import Embedding, Linear, ModelSpec, Part, Table, part_weight_bytes
+from lighten.recipe.targets import RUNTIMES
+from lighten.units import dtype_bytes
+
+CONTAINER_BYTES = {"onnxruntime": 3500, "openvino": 2600}
+CONTAINER_BASE_BYTES = {"onnxruntime": 25_000, "openvino": 25_000}
+"""Bytes of description for each tensor or operator, and once: measured on exports of random models by benchmarks/container_bytes.py."""
+
+_ENTRY = len('"":{"dtype":"","shape":[],"data_offsets":[,]},')
+"""What the header of a safetensors file says of a tensor beside its name, type, shape and two offsets. Source: the `safetensors` package, README."""
+_TYPE = 4
+"""Letters of a type's name in it: `BF16`, and one less of `F16` or `I32`."""
+_LINE = len('            "",\n')
+"""What a config says of a quantized module beside its name, indented by two spaces a level."""
 
 
 def artifact_size(spec: ModelSpec, runtime: str) -> int:
     """Bytes of all files of an artifact but its manifest.
 
-    The container's description is taken as `CONTAINER_BYTES` a tensor (safetensors; a packed weight's `weight_shape` and its line in the
-    config count as one too) or a tensor or operator (ONNX, OpenVINO IR).
+    Of an exported one (ONNX, OpenVINO IR) the container's description is taken as `CONTAINER_BYTES` a tensor or operator. A folder's is counted:
+    the entries of its header, and what its config says of the weights' formats.
     """
     left_out = ("pooler", "head") if RUNTIMES[runtime].exported and not spec.is_decoder else ()  # an encoder is exported without them
     parts = sum(part_size(part, spec.dtype, runtime) for part in spec.parts if part.component not in left_out)
-    return parts + CONTAINER_BASE_BYTES[runtime] + spec.other_bytes
+    return parts + spec.other_bytes + (CONTAINER_BASE_BYTES[runtime] if RUNTIMES[runtime].exported else _formats_bytes(spec))
 
 
 def part_size(part: Part, dtype: str, runtime: str) -> int:
     """Bytes that one part adds to an artifact; vectors (biases, norms) in `dtype`."""
     if RUNTIMES[runtime].exported:
-        count = len(part.tensors()) or 1
-    else:
-        stored = stored_tensors(part)
-        count = len(stored) + (f"{part.name}.weight_shape" in stored)
-    return part_weight_bytes(part, dtype) + count * CONTAINER_BYTES[runtime]
+        return part_weight_bytes(part, dtype) + (len(part.tensors()) or 1) * CONTAINER_BYTES[runtime]
+    quantized = isinstance(part, Linear | Embedding) and part.weight.bits is not None
+    if quantized and _ggml(part):
+        return part_weight_bytes(part, dtype) + sum(_entry_bytes(name, shape) for name, shape in part.tensors().items())
+    own = part.dtype if isinstance(part, Table) else None
+    whole = part.weight.dtype if isinstance(part, Linear | Embedding) and not quantized else dtype
+    found = 0
+    for name, (shape, stored) in typed_tensors(part).items():
+        found += round(math.prod(shape) * dtype_bytes(stored or own or (whole if len(shape) > 1 else dtype))) + _entry_bytes(name, shape)
+    return found + (sum(len(name) + _LINE for name in part.tensors() if name.endswith(".weight")) if quantized else 0)
+
+
+def _ggml(part: Part) -> bool:
+    return isinstance(part, Linear | Embedding) and part.weight.ggml_type is not None
+
+
+def _entry_bytes(name: str, shape: tuple[int, ...]) -> int:
+    """What a header says of a tensor; its offsets are taken to have ten digits."""
+    return len(name) + _ENTRY + _TYPE + len(",".join(map(str, shape))) + 2 * 10
+
+
+def _formats_bytes(spec: ModelSpec) -> int:
+    """What a config says of each distinct format of quantized weights."""
+    parts = [part for part in spec.parts if isinstance(part, Linear | Embedding) and part.weight.bits is not None and not _ggml(part)]
+    kinds = ((kind_of(part), part.weight) for part in parts if part.tensors())
+    said = {json.dumps({"targets": [], **scheme(kind, weight)}, indent=2) for kind, weight in kinds if kind is not None}
+    return sum(len(text) + 6 * (text.count("\n") + 1) + len('"group_0": ,\n') for text in said) + (_CONFIG if said else 0)
+
+
+_CONFIG = 200
+"""What a config says of quantization as a whole, in letters."""
