@@ -35,6 +35,7 @@ from lighten.compress.minifloat import quantize_float
 from lighten.compress.rtn import quantize_rtn
 from lighten.compress.scale_search import search_scales
 from lighten.compress.statistics import InputStatistics, Moments
+from lighten.errors import ModelError
 from lighten.model.spec import PER_CHANNEL, PER_TENSOR, WeightFormat
 
 FORMATS = {
@@ -313,6 +314,18 @@ def test_a_singular_hessian_is_damped_until_it_can_be_factorized() -> None:
     factor = factorize((1.0, x.T @ x), damping=0.0)
     assert factor.unit.isfinite().all()
     assert (factor.added > 0).all()
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_inputs_that_are_not_finite_are_refused(wrong: float) -> None:
+    hessian = torch.eye(3)
+    hessian[1, 1] = wrong
+    with pytest.raises(ModelError, match="the 3 inputs of a layer hold values that are not finite"):
+        factorize((1.0, hessian), damping=0.1)
+    hessian = torch.eye(3)
+    hessian[0, 1] = hessian[1, 0] = wrong
+    with pytest.raises(ModelError, match="not finite"):
+        factorize((1.0, hessian), damping=0.1)
 
 
 def test_the_residual_is_what_columns_rounded_later_cannot_make_up_for() -> None:

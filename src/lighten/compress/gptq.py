@@ -32,6 +32,7 @@ from lighten.compress.grid import QuantizedTensor
 from lighten.compress.minifloat import decode, encode, nvfp4_global_scale, round_array
 from lighten.compress.scale_search import search_scales
 from lighten.compress.statistics import InputStatistics
+from lighten.errors import ModelError
 from lighten.model.spec import PER_TENSOR, WeightFormat
 
 Floats: TypeAlias = npt.NDArray[np.float32]
@@ -44,6 +45,7 @@ HELD_OUT = 0.25
 """The share of calibration rows that is held out; the block's runner keeps each fourth."""
 
 _LEAST_DAMPING = 1e-4  # share of the mean of H_ii, below which float32's rounding of H would count
+_MORE_DAMPING = tuple(10.0**power for power in range(7))
 _ZERO = np.float32(0)
 _ROUNDS = {2: 3, 3: 2, 4: 1, 6: 1, 8: 1}
 """Rounds of refitting scales and refining codes, by bits: choice, each costs as much as GPTQ itself. Measured on SmolLM2's linears at 3 bits:
@@ -139,14 +141,17 @@ def factorize(*moments: tuple[float, Tensor], damping: float) -> Factor:
     """The factor of H = the sum of share · [I, I]. One [I, I] lives on in it; while it is made, there are two.
 
     Args:
-        damping: what is added to H_ii, as a share of the geometric mean of H_ii and its mean over i. Where float32 cannot factorize the
-            sum, ten times as much is added.
+        damping: what is added to H_ii, as a share of the geometric mean of H_ii and its mean over i, besides 1e-4 of the latter. Where
+            float32 cannot factorize the sum, ten times as much is added, and so on.
+
+    Raises:
+        ModelError: the moments are not finite.
     """
     diagonal = sum((share * moment.diagonal() for share, moment in moments), torch.zeros(len(moments[0][1])))
     mean = diagonal.mean()
     order = diagonal.argsort(stable=True)
-    while True:
-        added = damping * (diagonal * mean).sqrt() + _LEAST_DAMPING * mean
+    for more in _MORE_DAMPING if mean.isfinite() else ():
+        added = (damping * (diagonal * mean).sqrt() + _LEAST_DAMPING * mean) * more
         added = torch.where(diagonal > 0, added, mean if mean > 0 else torch.tensor(1.0))
         unit = sum_of(moments, order).index_select(1, order)
         unit.diagonal().add_(added[order])
@@ -155,7 +160,10 @@ def factorize(*moments: tuple[float, Tensor], damping: float) -> Factor:
             root = unit.diagonal().clone()
             residual = torch.empty_like(root).index_copy_(0, order, root.square())
             return Factor(moments=moments, added=added, order=order, unit=unit.div_(root[:, None]), residual=residual)
-        damping *= 10
+    raise ModelError(
+        f"gptq: over the calibration text, the {len(diagonal)} inputs of a layer hold values that are not finite, or whose squares float32 cannot "
+        "hold; quantize(rtn) needs no inputs, and cast(float32) before this step computes them in a wider type."
+    )
 
 
 def first_factor(statistics: InputStatistics) -> Factor:
