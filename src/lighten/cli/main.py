@@ -13,12 +13,13 @@ from typing import NoReturn
 from lighten import __version__
 from lighten.errors import LightenError
 
-COMMANDS = ("estimate", "advise", "plan", "compare", "devices", "compress", "measure", "choose", "probe", "report")
+COMMANDS = ("estimate", "advise", "plan", "compare", "devices", "compress", "export", "measure", "choose", "probe", "report")
 """Each is a module of its name beside this one, imported when it is asked for: an estimate takes a quarter of a second."""
 
 EXTRAS = {
-    **dict.fromkeys(("torch", "transformers", "safetensors", "tokenizers", "psutil"), "torch"),
+    **dict.fromkeys(("torch", "transformers", "safetensors", "tokenizers", "psutil", "greenlet"), "torch"),
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "onnx"), **dict.fromkeys(("openvino", "nncf"), "openvino"),
+    "gguf": "gguf", "llama_cpp": "llama-cpp",
 }  # fmt: skip
 """Package that a command imports when it is used → the extra that installs it."""
 
