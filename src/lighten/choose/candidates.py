@@ -18,6 +18,7 @@ ENCODER = (
     "quantize(dynamic, embeddings=true) @ openvino(dtype=bfloat16)",
     "quantize(rtn, embeddings=true) @ openvino(dtype=bfloat16)",
     "quantize(rtn, bits=4, group_size={group}) | quantize(rtn, embeddings=true, targets=embedding) @ openvino(dtype=bfloat16)",
+    "quantize(gptq, bits=4, group_size={group}, tokens=8192) | quantize(rtn, embeddings=true, targets=embedding) @ openvino(dtype=bfloat16)",
     "prune(magnitude, sparsity=0.3) | cast(float16) @ openvino(dtype=bfloat16)",
 )
 DECODER = (
@@ -29,6 +30,8 @@ DECODER = (
     "quantize(dynamic, embeddings=true) @ openvino(dtype=bfloat16)",
     "quantize(rtn, embeddings=true) @ torch",
     "quantize(rtn, bits=4, group_size={group}) | quantize(rtn, embeddings=true, targets=embed) @ openvino(dtype=bfloat16)",
+    "quantize(gptq, bits=4, group_size={group}, tokens=8192) | quantize(rtn, embeddings=true, targets=embed) @ openvino(dtype=bfloat16)",
+    "quantize(gptq, bits=4, group_size={group}, tokens=8192) | quantize(rtn, embeddings=true, targets=embed) @ torch",
     'quantize(rtn, bits=4, group_size={group}, targets=self_attn) | quantize(rtn, embeddings=true, targets="mlp|embed") @ openvino(dtype=bfloat16)',
     'quantize(rtn, bits=4, group_size={small_group}, targets="gate_proj|up_proj") | '
     'quantize(rtn, embeddings=true, targets="self_attn|down_proj|embed") @ openvino(dtype=bfloat16)',

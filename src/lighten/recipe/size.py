@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
+from lighten.model.ggml_types import exact_ggml_type
 from lighten.model.quantized.packed import kind_of, scheme
 from lighten.model.quantized.stored import typed_tensors
 from lighten.model.spec import Embedding, Linear, ModelSpec, Part, Table, part_weight_bytes
 from lighten.recipe.targets import RUNTIMES
 from lighten.units import dtype_bytes
 
-CONTAINER_BYTES = {"onnxruntime": 3500, "openvino": 2600}
-CONTAINER_BASE_BYTES = {"onnxruntime": 25_000, "openvino": 25_000}
-"""Bytes of description for each tensor or operator, and once: measured on exports of random models by benchmarks/container_bytes.py."""
+CONTAINER_BYTES = {"onnxruntime": 3500, "openvino": 2600, "llama.cpp": 80}
+CONTAINER_BASE_BYTES = {"onnxruntime": 25_000, "openvino": 25_000, "llama.cpp": 0}
+"""Bytes of description for each tensor or operator, and once: measured on exports of random models by benchmarks/container_bytes.py;
+GGUF's from its layout: a name of about 25 bytes, 40 of numbers, and 16 on average to the next multiple of 32 (ggml's docs/gguf.md)."""
 
 _ENTRY = len('"":{"dtype":"","shape":[],"data_offsets":[,]},')
 """What the header of a safetensors file says of a tensor beside its name, type, shape and two offsets. Source: the `safetensors` package, README."""
@@ -26,21 +29,35 @@ _LINE = len('            "",\n')
 def artifact_size(spec: ModelSpec, runtime: str) -> int:
     """Bytes of all files of an artifact but its manifest.
 
-    Of an exported one (ONNX, OpenVINO IR) the container's description is taken as `CONTAINER_BYTES` a tensor or operator. A folder's is counted:
-    the entries of its header, and what its config says of the weights' formats.
+    A folder's description is counted: the entries of its header, and what its config says of the weights' formats. Of ONNX, OpenVINO IR and GGUF
+    it is taken as `CONTAINER_BYTES` a tensor or operator; the tokenizer in a GGUF file as many bytes as the original's files.
     """
     left_out = ("pooler", "head") if RUNTIMES[runtime].exported and not spec.is_decoder else ()  # an encoder is exported without them
     parts = sum(part_size(part, spec.dtype, runtime) for part in spec.parts if part.component not in left_out)
-    return parts + spec.other_bytes + (CONTAINER_BASE_BYTES[runtime] if RUNTIMES[runtime].exported else _formats_bytes(spec))
+    once = CONTAINER_BASE_BYTES[runtime] if runtime in CONTAINER_BASE_BYTES else _formats_bytes(spec)
+    return parts + spec.other_bytes + once
 
 
 def part_size(part: Part, dtype: str, runtime: str) -> int:
-    """Bytes that one part adds to an artifact; vectors (biases, norms) in `dtype`."""
-    if RUNTIMES[runtime].exported:
-        return part_weight_bytes(part, dtype) + (len(part.tensors()) or 1) * CONTAINER_BYTES[runtime]
+    """Bytes that one part adds to an artifact; vectors (biases, norms) in `dtype`, in GGUF in float32."""
+    return _PARTS[runtime](part, dtype) + (len(part.tensors()) or RUNTIMES[runtime].exported) * CONTAINER_BYTES.get(runtime, 0)
+
+
+def _in_gguf(part: Part, dtype: str) -> int:
+    if not isinstance(part, Linear | Embedding) or part.weight.bits is None or part.weight.ggml_type is not None:
+        return part_weight_bytes(part, "float32")
+    weight = part.weight
+    rows, columns = (part.out_features, part.in_features) if isinstance(part, Linear) else (part.num_embeddings, part.embedding_dim)
+    held = exact_ggml_type(bits=part.weight.bits, symmetric=weight.symmetric, group_size=weight.group_size, columns=columns, element=weight.element)
+    assert held is not None, f"the runtime carries no {rows} × {columns} of this format"
+    return part_weight_bytes(replace(part, weight=replace(weight, ggml_type=held)), "float32")
+
+
+def _in_folder(part: Part, dtype: str) -> int:
+    """Tensors as they are stored, with their entries in the header and the module's line in the config; types of ggml as a GGUF file has them."""
+    if isinstance(part, Linear | Embedding) and part.weight.ggml_type is not None:
+        return part_weight_bytes(part, dtype)
     quantized = isinstance(part, Linear | Embedding) and part.weight.bits is not None
-    if quantized and _ggml(part):
-        return part_weight_bytes(part, dtype) + sum(_entry_bytes(name, shape) for name, shape in part.tensors().items())
     own = part.dtype if isinstance(part, Table) else None
     whole = part.weight.dtype if isinstance(part, Linear | Embedding) and not quantized else dtype
     found = 0
@@ -49,8 +66,7 @@ def part_size(part: Part, dtype: str, runtime: str) -> int:
     return found + (sum(len(name) + _LINE for name in part.tensors() if name.endswith(".weight")) if quantized else 0)
 
 
-def _ggml(part: Part) -> bool:
-    return isinstance(part, Linear | Embedding) and part.weight.ggml_type is not None
+_PARTS = {"torch": _in_folder, "torch-compile": _in_folder, "onnxruntime": part_weight_bytes, "openvino": part_weight_bytes, "llama.cpp": _in_gguf}
 
 
 def _entry_bytes(name: str, shape: tuple[int, ...]) -> int:
@@ -60,8 +76,8 @@ def _entry_bytes(name: str, shape: tuple[int, ...]) -> int:
 
 def _formats_bytes(spec: ModelSpec) -> int:
     """What a config says of each distinct format of quantized weights."""
-    parts = [part for part in spec.parts if isinstance(part, Linear | Embedding) and part.weight.bits is not None and not _ggml(part)]
-    kinds = ((kind_of(part), part.weight) for part in parts if part.tensors())
+    parts = [part for part in spec.parts if isinstance(part, Linear | Embedding) and part.weight.bits is not None]
+    kinds = ((kind_of(part), part.weight) for part in parts if part.tensors() and part.weight.ggml_type is None)
     said = {json.dumps({"targets": [], **scheme(kind, weight)}, indent=2) for kind, weight in kinds if kind is not None}
     return sum(len(text) + 6 * (text.count("\n") + 1) + len('"group_0": ,\n') for text in said) + (_CONFIG if said else 0)
 
