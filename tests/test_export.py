@@ -25,7 +25,7 @@ from lighten.compress.rtn import quantize_rtn
 from lighten.compress.walk import Checkpoint
 from lighten.errors import LightenError
 from lighten.formats import export as module
-from lighten.formats.export import DENSE, GGUF, GRAPHS, PACKED, TARGETS, Exported, export
+from lighten.formats.export import DENSE, GGUF, PACKED, TARGETS, Exported, export
 from lighten.formats.gguf_file import write_gguf
 from lighten.formats.safetensors_folder import expanded_weights, write_folder
 from lighten.model import read_spec
@@ -163,10 +163,14 @@ def test_types_with_scales_of_their_own_go_to_safetensors_alone(tmp_path):
     assert not (tmp_path / "packed").exists()
 
 
-@pytest.mark.parametrize("target", GRAPHS)
-def test_an_encoder_goes_to_graphs(target, tmp_path):
-    folder = save(bert_config(), tmp_path / "model")
-    made = export(folder, target, tmp_path / target)
+@pytest.mark.parametrize(("target", "codes"), [("onnx", None), ("openvino", 4), ("openvino", 3)])
+def test_an_encoder_goes_to_graphs(target, codes, tmp_path):
+    """Its floats, or its codes where the runtime has such."""
+    folder = save(bert_config(num_hidden_layers=1), tmp_path / "model")
+    source = packed(folder, tmp_path / "packed", bits=codes) if codes else folder
+    made = export(source, target, tmp_path / target)
+    assert set(made.types) == {"int4" if codes == 4 else "float32"}
+    assert bool(made.notes) == (codes == 3)
     assert made.output_error is not None
     assert made.output_error < 1e-3
     said = refused(lambda: export(tmp_path / target, DENSE, tmp_path / "back"))

@@ -3,7 +3,7 @@
 | from \\ to | safetensors | compressed-tensors | gguf | onnx, openvino |
 |---|---|---|---|---|
 | dense safetensors | is one | refused: rounds | the same floats | the same floats, or float32 |
-| compressed-tensors | dequantized, float32 | is one | the type that holds the codes | dequantized, float32 |
+| compressed-tensors | dequantized, float32 | is one | the type that holds the codes | the same codes, or float32 where the runtime has none such |
 | gguf | the narrowest float that holds all | Q4_0 and Q8_0 | is one | refused: by way of safetensors |
 
 Every output is loaded back and compared before it is called done.
@@ -32,7 +32,7 @@ from lighten.formats import files
 from lighten.formats.artifact import MANIFEST, folder_bytes
 from lighten.formats.gguf_file import Layout, Slot, lay_out, refuse_gguf, verify_gguf, write_gguf
 from lighten.formats.onnx_artifact import write_onnx_artifact
-from lighten.formats.onnx_export import export_onnx
+from lighten.formats.onnx_export import dense_weights, export_onnx
 from lighten.formats.openvino_ir import write_openvino
 from lighten.formats.safetensors_file import SafetensorsWriter
 from lighten.formats.safetensors_folder import copy_side_files, expanded_weights, read_weights, write_folder
@@ -43,6 +43,7 @@ from lighten.model.gguf_header import GgufHeader, read_gguf_header
 from lighten.model.quantized import refuse_layouts
 from lighten.model.spec import Embedding, Linear, Part, TensorSpec, WeightFormat
 from lighten.recipe import Recipe, apply_recipe
+from lighten.recipe.targets import carries
 
 Weight: TypeAlias = Tensor | Quantized
 DENSE, PACKED, GGUF = "safetensors", "compressed-tensors", "gguf"
@@ -345,20 +346,24 @@ def _to_graph(format_name: str) -> Callable[[Source, Path], Exported]:
     runtime = GRAPHS[format_name]
 
     def write(source: Source, folder: Path) -> Exported:
-        _refuse_activations(source)
-        spec = apply_recipe(Recipe(runtime=runtime), _plain(source.spec, "float32") if source.kind == PACKED else source.spec)
-        values = dict(expanded_weights(source.path, source.spec))
+        kept = source.kind == DENSE or all(carries(runtime, part.weight, decoder=source.spec.is_decoder) for part in _matrices(source.spec))
+        if not kept:
+            _refuse_activations(source)
+        spec = apply_recipe(Recipe(runtime=runtime), source.spec if kept else _plain(source.spec, "float32"))
+        weights = dict(source.weights())
+        values = dense_weights(weights, spec)
         with _beside(folder) as work:
             exported = work / "graph.onnx"
             export_onnx(source.path, source.spec, exported)
             if runtime == "onnxruntime":
-                write_onnx_artifact(exported, values, spec, folder)
+                write_onnx_artifact(exported, weights if kept else values, spec, folder)
             else:
-                write_openvino(exported, values, spec, folder, calibration=None)
+                write_openvino(exported, weights if kept else values, spec, folder, calibration=None)
         copy_side_files(source.path, folder)
         found = verify_graph(folder, runtime, source.path, spec, values)
         return Exported(
             path=folder, source=source.kind, target=format_name, size_bytes=0, types=_stored_types(spec), tensors=0, output_error=found.output_error,
+            notes=() if kept else (f"{runtime} has no such codes: its weights are float32",),
         )  # fmt: skip
 
     return write
