@@ -25,7 +25,7 @@ from lighten.formats.torch_model import load_module
 from lighten.model import read_spec
 from lighten.model.read import SIDE_FILES
 from lighten.model.spec import Embedding, Linear
-from lighten.recipe import apply_recipe, parse_recipe
+from lighten.recipe import apply_recipe, notes, parse_recipe
 from lighten.recipe.predict import artifact_bytes
 from lighten.runtimes import MODULES, Session
 from lighten.runtimes.session import Setup
@@ -279,7 +279,7 @@ def test_the_manifest_says_what_the_artifact_is(recipe, made, tiny_bert):
     assert manifest == {
         "lighten": __version__, "recipe": str(said), "runtime": said.runtime, "dtype": "float32", "original": str(tiny_bert.resolve()),
         "original_fingerprint": fingerprint(tiny_bert), "size_bytes": folder_bytes(artifact.folder),
-        "predicted": {"size_bytes": artifact_bytes(said, apply_recipe(said, spec))},
+        "predicted": {"size_bytes": artifact_bytes(said, apply_recipe(said, spec))}, "notes": notes(said, spec), "run": manifest["run"],
     }  # fmt: skip
     linears = sum(isinstance(part, Linear) for part in spec.parts)
     assert len(layers) == (linears if "rtn" in recipe else 0)

@@ -19,7 +19,7 @@ from lighten.errors import ModelError
 from lighten.formats import files
 from lighten.formats.packing import pack, pack_codes, unpack, unpack_codes
 from lighten.formats.safetensors_file import SafetensorsWriter, split, write_index
-from lighten.model.quantized import FORMAT, METHOD, MXFP4, NVFP4, OWN_METHOD, kind_of, refuse_layouts, scheme, shares_codes, typed_tensors
+from lighten.model.quantized import FORMAT, METHOD, MXFP4, NVFP4, TURNED, kind_of, refuse_layouts, scheme, shares_codes, typed_tensors
 from lighten.model.quantized.kv import KVFormat
 from lighten.model.read import SIDE_FILES, weight_files
 from lighten.model.safetensors_header import read_header
@@ -175,7 +175,7 @@ def quantization_config(spec: ModelSpec, kv_cache: KVFormat | None = None) -> di
         return None
     kinds = {group["format"] for group in groups.values()}
     found: dict[str, Any] = {
-        "quant_method": OWN_METHOD if _read_by_lighten_alone(spec) else METHOD,
+        "quant_method": METHOD,
         "format": kinds.pop() if len(kinds) == 1 else "mixed-precision" if kinds else "dense",
         "quantization_status": "compressed", "ignore": [], "config_groups": groups,
     }  # fmt: skip
@@ -193,6 +193,8 @@ def quantization_groups(spec: ModelSpec) -> dict[str, Any]:
         kind = kind_of(part)
         assert kind is not None, "a recipe's own formats are all written"
         said = scheme(kind, part.weight)
+        if _is_turned(part):
+            said["format"] = TURNED + kind
         names = [name.removesuffix(".weight") for name in part.tensors() if name.endswith(".weight")]
         names += [head.name for head in spec.parts if isinstance(head, Linear) and head.tied_to == part.name and shares_codes(head)]
         targets.setdefault(json.dumps(said, sort_keys=True), (said, []))[1].extend(names)
@@ -221,15 +223,14 @@ def _has_weight(part: Matrix) -> bool:
     return f"{part.name}.weight" in typed_tensors(part)
 
 
-def _read_by_lighten_alone(spec: ModelSpec) -> bool:
-    """Whether another loader would leave a weight as it was drawn at random instead of refusing: it knows no quantized Conv1D."""
-    return any(isinstance(part, Linear) and part.transposed for part in _quantized(spec))
+def _is_turned(part: Matrix) -> bool:
+    return isinstance(part, Linear) and part.transposed
 
 
 def other_loaders_refuse(spec: ModelSpec) -> list[str]:
     """Why `transformers` with `compressed-tensors` (5.23, 0.20) does not load a spec's weights, a sentence each; empty where it does."""
     found = []
-    if _read_by_lighten_alone(spec):
+    if any(_is_turned(part) for part in _quantized(spec)):
         found.append("compressed-tensors has no quantized Conv1D; lighten alone reads these weights.")
     parts = _quantized(spec) if len(quantization_groups(spec)) > 1 else []
     if any(isinstance(part, Embedding) and not _has_weight(part) for part in parts):

@@ -10,8 +10,8 @@ from lighten.model.quantized.packed import (
     METHOD,
     MXFP4,
     NVFP4,
-    OWN_METHOD,
     STRATEGIES,
+    TURNED,
     kind_of,
     packed_shapes,
     scheme,
@@ -21,6 +21,6 @@ from lighten.model.quantized.packed import (
 from lighten.model.quantized.stored import quantization_leftover, refuse_layouts, scale_names, stored_tensors, typed_tensors, with_stored_scales
 
 __all__ = [
-    "FLOAT", "FORMAT", "INT", "METHOD", "METHODS", "MXFP4", "NVFP4", "OWN_METHOD", "STRATEGIES", "kind_of", "packed_shapes", "quantization_leftover",
+    "FLOAT", "FORMAT", "INT", "METHOD", "METHODS", "MXFP4", "NVFP4", "STRATEGIES", "TURNED", "kind_of", "packed_shapes", "quantization_leftover",
     "quantized_parts", "refuse_layouts", "scale_names", "scheme", "shares_codes", "storage", "stored_tensors", "typed_tensors", "with_stored_scales",
 ]  # fmt: skip

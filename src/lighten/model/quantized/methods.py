@@ -20,7 +20,7 @@ from lighten.model.quantized.layouts import (
     RowFp8Layout,
     TernaryLayout,
 )
-from lighten.model.quantized.packed import METHOD, OWN_METHOD, kind_of, weight_format
+from lighten.model.quantized.packed import METHOD, kind_of, weight_format
 from lighten.model.spec import PER_CHANNEL, PER_TENSOR, Embedding, Linear, Part, WeightFormat, block_name
 from lighten.units import dtype_bytes
 
@@ -49,7 +49,7 @@ def quantized_parts(parts: tuple[Part, ...], quantization: Any, source: str, *, 
     if not isinstance(method, str) or method not in METHODS:
         raise ModelError(f"{source}: weights quantized by the method {method!r} cannot be read; these can: {', '.join(METHODS)}.")
     try:
-        if types is not None and method not in (METHOD, OWN_METHOD):
+        if types is not None and method != METHOD:
             choice = METHODS[method]({**quantization, **_EVERYWHERE}, parts)
             return tuple(_as_found(part, choice, types) for part in parts)
         choice = METHODS[method](quantization, parts)
@@ -320,6 +320,5 @@ METHODS: dict[str, Callable[[Config, tuple[Part, ...]], Choice]] = {
     "fbgemm_fp8": _fbgemm_fp8,
     "eetq": _eetq,
     "bitnet": _bitnet,
-    OWN_METHOD: _compressed_tensors,
 }
 """`quant_method` → how its config is read."""

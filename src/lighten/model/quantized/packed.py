@@ -24,8 +24,9 @@ from lighten.model.quantized.layouts import MxPackedLayout, NaiveLayout, Nvfp4La
 from lighten.model.spec import PER_CHANNEL, PER_TENSOR, Embedding, Layout, Linear, WeightFormat
 
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
-OWN_METHOD = "lighten"
-"""The method that a config names where other loaders of `compressed-tensors` would read something else than what is stored."""
+TURNED = "transposed-"
+"""Stands before a group's format where its weights are [out, in] codes of matrices that the model keeps as [in, out] (GPT-2's Conv1D).
+`compressed-tensors` knows no such module and would leave it as it was drawn at random; a format that it does not know it refuses."""
 
 STRATEGIES = {"tensor": PER_TENSOR, "channel": PER_CHANNEL}
 STRATEGY_NAMES = {group_size: name for name, group_size in STRATEGIES.items()}
@@ -114,6 +115,7 @@ def weight_format(kind: str, group: Mapping[str, Any], part: Linear | Embedding)
         ValueError: fields that say nothing that is known.
     """
     weights, inputs = group["weights"], group.get("input_activations")
+    kind = kind.removeprefix(TURNED)
     if kind == "naive-quantized":
         kind = FLOAT if weights.get("type") == "float" else INT
     if kind in (NVFP4, MXFP4):
