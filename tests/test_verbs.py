@@ -32,5 +32,5 @@ def test_a_stage_that_is_called_is_its_verb(tmp_path):
 
 
 def test_an_unknown_verb_names_those_that_exist():
-    with pytest.raises(AttributeError, match="verbs: advise, choose, compare, compress, estimate, measure, plan, probe, summary"):
+    with pytest.raises(AttributeError, match="verbs: advise, choose, compare, compress, estimate, export, measure, plan, probe, summary"):
         lighten.prune  # noqa: B018 - the access is the test

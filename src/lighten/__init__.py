@@ -1,6 +1,6 @@
 """lighten: what a Transformer costs before it is run, how to make it smaller and faster, and which way is best, by experiment.
 
-The verbs of the command line are functions here: `estimate`, `advise`, `plan`, `compare`, `compress`, `measure`, `choose`, `probe`;
+The verbs of the command line are functions here: `estimate`, `advise`, `plan`, `compare`, `compress`, `export`, `measure`, `choose`, `probe`;
 `summary` shows a live module by submodule.
 """
 
@@ -11,10 +11,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lighten.verbs import advise, choose, compare, compress, estimate, measure, plan, probe, summary
+    from lighten.verbs import advise, choose, compare, compress, estimate, export, measure, plan, probe, summary
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "advise", "choose", "compare", "compress", "estimate", "measure", "plan", "probe", "summary"]
+__all__ = ["__version__", "advise", "choose", "compare", "compress", "estimate", "export", "measure", "plan", "probe", "summary"]
 
 
 def __getattr__(name: str) -> Any:

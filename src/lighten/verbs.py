@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lighten.choose.search import Request
     from lighten.device import Profile
     from lighten.formats.artifact import Artifact
+    from lighten.formats.export import Exported
     from lighten.parallel.search import Asked, Found
     from lighten.parallel.search import Goal as PlanGoal
     from lighten.recipe.advise import Advice, Goal
@@ -371,6 +372,23 @@ def compress(  # noqa: PLR0913 - one keyword for each option of the command
     windows = text_windows(source, spec, read, log=log) if read else None
     work = Work(windows=windows, text=read.fingerprint if read else "", memory_bytes=limit, resume=resume, log=log)
     return write_artifact(source, said, Path(out), calibration=lambda: calibration_batches(source, chosen), work=work)
+
+
+def export(source: str | Path, target: str, out: str | Path, *, log: Log = silent) -> Exported:
+    """Write a model or an artifact in another format, where nothing is lost by it; it is read back and compared before this returns.
+
+    Args:
+        source: a folder of safetensors, a .gguf file, or an artifact.
+        target: safetensors, compressed-tensors, gguf, onnx or openvino.
+        out: a new folder, or a new file for a name that ends in .gguf.
+
+    Raises:
+        LightenError: whatever of this cannot be read, written or kept without loss.
+    """
+    from lighten.formats.export import export as write
+
+    log(f"exporting {source} to {target}")
+    return write(source, target, out)
 
 
 def measure(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
+from lighten import verbs
 from lighten.cli.options import add_json, print_json, progress
 from lighten.units import format_bytes
 
@@ -20,10 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from lighten.formats.export import export
-
-    progress(f"exporting {arguments.source} to {arguments.to}")
-    made = export(Path(arguments.source), arguments.to, Path(arguments.output))
+    made = verbs.export(arguments.source, arguments.to, arguments.output, log=progress)
     document = {
         "output": str(made.path), "from": made.source, "to": made.target, "size_bytes": made.size_bytes, "types": dict(made.types),
         "compared": {"tensors": made.tensors, "output_error": made.output_error}, "notes": list(made.notes),
