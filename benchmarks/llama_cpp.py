@@ -288,7 +288,11 @@ def agreement(model: Model, path: Path) -> dict[str, Any]:
 
 def show(name: str, row: dict[str, Any]) -> None:
     same = f"   same tokens {row['same_tokens']:.0%}" if "same_tokens" in row else ""
-    by_torch = f"torch {row['torch_perplexity']:.3f}   max |Δlogit| {row['max_difference']:.1e}" if "torch_perplexity" in row else ""
+    by_torch = (
+        f"torch {row['torch_perplexity']:.3f}   |Δlogit| mean {row['mean_difference']:.1e} max {row['max_difference']:.1e}"
+        if "torch_perplexity" in row
+        else ""
+    )
     print(f"{name:28} {row['bytes'] / 1e6:8.1f} MB   perplexity {row['perplexity']:9.3f}   {by_torch}{same}", flush=True)
 
 

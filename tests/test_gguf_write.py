@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -476,7 +477,9 @@ def test_a_damaged_file_is_told(tmp_path):
 # ---- the runtime ----
 
 
-def test_the_runtime_asks_for_a_gguf_file(tmp_path):
+def test_the_runtime_says_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    assert "llama.cpp is not installed (no llama_cpp); pip install 'lighten[llama-cpp]'" in refused(llama_cpp.version)
     said = refused(lambda: llama_cpp.load(tmp_path, read_spec(save(llama_config(), tmp_path / "model")), Setup(dtype="float32", threads=1)))
     assert "holds no model.gguf; llama.cpp runs GGUF files" in said
 

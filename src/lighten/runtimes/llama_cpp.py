@@ -44,7 +44,15 @@ def load(folder: Path, spec: ModelSpec, setup: Setup) -> Session:
 
 
 def _api() -> Any:
-    return import_module("llama_cpp")
+    """The package.
+
+    Raises:
+        RuntimeUnavailable: it is not installed.
+    """
+    try:
+        return import_module("llama_cpp")
+    except ModuleNotFoundError as error:
+        raise RuntimeUnavailable("runtime llama.cpp is not installed (no llama_cpp); pip install 'lighten[llama-cpp]', built from source.") from error
 
 
 def _quiet(level: int, text: bytes, data: Any) -> None:
