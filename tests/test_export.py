@@ -215,6 +215,17 @@ def test_files_whose_metadata_is_not_translated_whole_are_not_turned_back(tmp_pa
     assert "with scaled positions are not turned back" in refused(lambda: export(tmp_path / "b.gguf", DENSE, tmp_path / "o"))
 
 
+def test_what_a_gguf_file_lacks_is_said(tmp_path):
+    made = export(saved("mistral", tmp_path / "mistral"), GGUF, tmp_path / "a.gguf")
+    assert [note.split(":")[0] for note in made.notes] == [
+        "llama.cpp does not know this architecture's sliding window",
+        "the folder has no tokenizer.json, so the file is without a tokenizer",
+    ]
+    assert "promises 64 positions of 256" in made.notes[0]
+    made = export(save(bert_config(), tmp_path / "bert"), GGUF, tmp_path / "b.gguf")
+    assert made.notes == ("GGUF files of bert have no pooler",)
+
+
 def test_activations_that_a_format_does_not_say_are_refused(llama, tmp_path):
     source = packed(llama, tmp_path / "packed", bits=8, group_size=-1, scale_dtype="float16", activations="dynamic")
     assert "with dynamic 8-bit activations, which only compressed-tensors says" in refused(lambda: export(source, GGUF, tmp_path / "a.gguf"))

@@ -30,7 +30,7 @@ from lighten.compress.grid import Quantized
 from lighten.errors import ModelError, OutputError, RecipeError
 from lighten.formats import files
 from lighten.formats.artifact import MANIFEST, folder_bytes
-from lighten.formats.gguf_file import Layout, Slot, lay_out, refuse_gguf, verify_gguf, write_gguf
+from lighten.formats.gguf_file import Layout, Slot, gguf_notes, lay_out, refuse_gguf, verify_gguf, write_gguf
 from lighten.formats.onnx_artifact import write_onnx_artifact
 from lighten.formats.onnx_export import dense_weights, export_onnx
 from lighten.formats.openvino_ir import write_openvino
@@ -329,7 +329,8 @@ def _write_gguf(source: Source, path: Path) -> Exported:
     refuse_gguf(spec, source.path)
     witness = write_gguf(source.weights(), spec, source.path, path)
     verify_gguf(path, witness)
-    return Exported(path=path, source=source.kind, target=GGUF, size_bytes=0, types=_stored_types(spec), tensors=len(witness))
+    notes = tuple(gguf_notes(spec, source.path))
+    return Exported(path=path, source=source.kind, target=GGUF, size_bytes=0, types=_stored_types(spec), tensors=len(witness), notes=notes)
 
 
 def _to_file(source: Source, path: Path) -> Exported:

@@ -116,6 +116,21 @@ def refuse_gguf(spec: ModelSpec, source: Path) -> None:
     read_tokenizer(source, int(complete(spec.config)["vocab_size"]))
 
 
+def gguf_notes(spec: ModelSpec, source: Path) -> list[str]:
+    """What a file of this model lacks, a sentence each."""
+    found = []
+    promised, longest = metadata(spec)["context_length"], spec.max_positions or 0
+    if int(promised) < longest:
+        found.append(
+            f"llama.cpp does not know this architecture's sliding window: the file promises {promised} positions of {longest}, those within it"
+        )
+    if left_out := ARCHITECTURES[spec.family].left_out:
+        found.append(f"GGUF files of {spec.family} have no {' and no '.join(left_out)}")
+    if not (source / "tokenizer.json").is_file():
+        found.append("the folder has no tokenizer.json, so the file is without a tokenizer: llama.cpp takes tokens, not text")
+    return found
+
+
 def write_gguf(weights: Iterable[tuple[str, Weight]], spec: ModelSpec, source: Path, path: Path) -> Written:
     """Write the file; what `verify_gguf` holds it to.
 
