@@ -163,11 +163,7 @@ def test_a_step_is_done_or_predicted_alone():
     assert not STEPS.keys() & PREDICTED.keys()
 
 
-NEEDED = {("quantize", "auto"): "quantize(auto, bits<=3.5)"}
-"""Steps that cannot be said without an argument."""
-
-
-@pytest.mark.parametrize("text", [NEEDED.get((verb, method), f"{verb}({method})") for verb, method in PREDICTED])
+@pytest.mark.parametrize("text", [f"{verb}({method})" for verb, method in PREDICTED])
 def test_a_predicted_step_is_parsed_and_refused_where_it_would_be_done(text):
     recipe = parse_recipe(f"{text} | cast(bfloat16)")
     assert parse_recipe(str(recipe)) == recipe

@@ -148,8 +148,8 @@ def test_a_file_says_what_its_text_says(tmp_path, suffix):
 # ---- what is refused, in words ----
 
 REFUSED = {
-    "squeeze(rtn)": "step 'squeeze' does not exist; steps: cast, prune, quantize.",
-    "quantize(magic)": "quantize has no method 'magic'; methods: rtn, dynamic, static.",
+    "squeeze(rtn)": "step 'squeeze' does not exist; steps: cast, distill, prune, quantize, rotate.",
+    "quantize(magic)": "quantize has no method 'magic'; methods: rtn, hqq, gptq, awq, smoothquant, auto, kv, dynamic, static.",
     "prune(2)": "prune has no method '2'; methods: magnitude.",
     "quantize(rtn, width=4)":
         "quantize(rtn) has no argument width; arguments: bits, group_size, symmetric, embeddings, targets, format, activations, tokens.",
@@ -173,7 +173,7 @@ REFUSED = {
         "prune(magnitude, sparsity=0.5, pattern=2:4): give exactly one of sparsity, threshold and pattern; given: sparsity, pattern.",
     "prune(magnitude, pattern=2:4, scope=row)":
         "prune(magnitude, pattern=2:4, scope=row): scope=row has no effect with pattern; it says over what a sparsity is counted.",
-    "quantize(rtn) @ tpu": "runtime 'tpu' does not exist; runtimes: torch, torch-compile, onnxruntime, openvino.",
+    "quantize(rtn) @ tpu": "runtime 'tpu' does not exist; runtimes: torch, torch-compile, onnxruntime, openvino, llama.cpp.",
     "quantize(rtn) @": "runtime '' is not of the form name(argument, key=value).",
     "@ torch(threads=2)": "runtime torch: no option threads; options: dtype.",
     "@ torch(bfloat16)": "runtime 'torch(bfloat16)': options are written name=value.",
@@ -293,7 +293,12 @@ def test_every_step_on_every_runtime_is_carried_or_refused(runtime, architecture
     for (verb, method), kind in STEPS.items():
         for options in variants(kind):
             said = refusal(lambda: apply_recipe(Recipe(steps=(make_step(verb, method, options),), runtime=runtime), spec))  # noqa: B023 - called now
-            refusals = rf"runtime {runtime} (cannot carry \S+ as .*; it carries .*|does not run decoders here; these do: .*)\.$"
+            by_runtime = (
+                rf"runtime {runtime} (cannot carry \S+ as .*; it carries .*|does not run decoders here; these do: .*|has a cache of its own; .*)\.$"
+            )
+            refusals = (
+                rf"{by_runtime}|{verb}\({method}\b.*(cannot be made so small|has none; put it after quantize|no causal attention|not divide heads)"
+            )
             assert said is None or re.match(refusals, said)
 
 
@@ -426,7 +431,9 @@ def windows(tokens: int) -> list[dict[str, Any]]:
 def formats(spec: ModelSpec) -> dict[str, WeightFormat]:
     """How each weight is stored. Zeros look like any other number in a file, and codes have no element type."""
     weights = {part.name: replace(part.weight, sparsity=0.0) for part in spec.parts if isinstance(part, Linear | Embedding)}
-    return {name: replace(weight, dtype="") if weight.bits else weight for name, weight in weights.items()}
+    weights = {name: replace(weight, dtype="") if weight.bits else weight for name, weight in weights.items()}
+    # a file's static scales are read as a layout, which counts them
+    return {name: replace(weight, layout=None) if weight.activations == "static" else weight for name, weight in weights.items()}
 
 
 @pytest.mark.parametrize(("model", "step"), BY_TORCH)
@@ -437,7 +444,11 @@ def test_what_a_step_does_is_what_it_predicts(model, step, models, tmp_path):
         assert re.search("runtime torch cannot carry|no causal attention|does not divide heads|cannot be made so small", said), said
         return
     predicted = apply_recipe(made, spec)
-    artifact = write_artifact(models[model], made, tmp_path / "out", calibration=list, work=Work(windows=windows))
+    try:
+        artifact = write_artifact(models[model], made, tmp_path / "out", calibration=list, work=Work(windows=windows))
+    except RecipeError as error:
+        assert (model, step.verb) == ("bert", "rotate"), error  # noqa: PT017 - which is told from the traced graph: tests/test_hadamard.py
+        return
     written = read_spec(artifact.folder)
     if step.method != "auto":  # whose widths are what was measured: tests/test_allocate.py
         assert formats(written) == formats(predicted)

@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 
 from lighten.errors import RecipeError
 from lighten.model.spec import Attention, Elementwise, Embedding, Linear, ModelSpec, Norm, Part, WeightFormat, block_name
-from lighten.recipe.quantize import QUANTIZING
-from lighten.recipe.steps import PENDING, STEPS, is_pattern, parse_pattern
+from lighten.recipe.steps import STEPS, is_pattern, parse_pattern
 from lighten.recipe.words import (
     TARGETS,
     Arguments,
@@ -196,7 +195,6 @@ PREDICTED: dict[tuple[str, str], StepKind] = {
         },
         predict=_predict_structured, calibrated=True,
     ),
-    **{key: kind for key, kind in QUANTIZING.items() if key not in STEPS},
     ("distill", "student"): StepKind(
         parameters={
             "depth": Parameter(accepts=lambda v: is_number(v) and 0 < v < 1, says="the share of blocks that stay, between 0 and 1", default=0.5)
@@ -213,13 +211,10 @@ PREDICTED: dict[tuple[str, str], StepKind] = {
 KINDS: Mapping[tuple[str, str], StepKind] = {**PREDICTED, **STEPS}
 
 
-def require_done(said: str, key: tuple[str, str], arguments: Arguments) -> None:
+def require_done(said: str, key: tuple[str, str]) -> None:
     """Raises:
     RecipeError: a step that is predicted alone.
     """
     if key not in STEPS:
         known = ", ".join(f"{verb}({method})" for verb, method in STEPS)
         raise RecipeError(f"{said} is predicted alone: lighten estimate, advise and compare read it; these steps can be carried out: {known}.")
-    for name, done in PENDING.get(key, {}).items():
-        if arguments[name] != done:
-            raise RecipeError(f"{said} is predicted alone: {key[0]}({key[1]}) is carried out with {name}={done}.")

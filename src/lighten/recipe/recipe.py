@@ -79,7 +79,7 @@ class Recipe:
         RecipeError: a step that is predicted, but that nothing carries out yet.
         """
         for step in self.steps:
-            require_done(str(step), (step.verb, step.method), dict(step.arguments))
+            require_done(str(step), (step.verb, step.method))
 
     @property
     def kv_dtype(self) -> str | None:

@@ -44,12 +44,11 @@ def part_size(part: Part, dtype: str, runtime: str) -> int:
 
 
 def _in_gguf(part: Part, dtype: str) -> int:
+    """Codes in the type of ggml that holds them; those that none holds, which the runtime refuses, as they are."""
     if not isinstance(part, Linear | Embedding) or part.weight.bits is None or part.weight.ggml_type is not None:
         return part_weight_bytes(part, "float32")
-    weight = part.weight
-    rows, columns = (part.out_features, part.in_features) if isinstance(part, Linear) else (part.num_embeddings, part.embedding_dim)
+    weight, columns = part.weight, part.in_features if isinstance(part, Linear) else part.embedding_dim
     held = exact_ggml_type(bits=part.weight.bits, symmetric=weight.symmetric, group_size=weight.group_size, columns=columns, element=weight.element)
-    assert held is not None, f"the runtime carries no {rows} × {columns} of this format"
     return part_weight_bytes(replace(part, weight=replace(weight, ggml_type=held)), "float32")
 
 

@@ -16,7 +16,7 @@ from lighten.recipe.number_formats import group_columns
 from lighten.recipe.quantize import QUANTIZING
 from lighten.recipe.words import TARGETS, Arguments, Parameter, StepKind, change_weights, columns_of, is_number, refuse_quantized, selected_names
 
-__all__ = ["CARRIED_OUT", "PENDING", "STEPS", "Parameter", "StepKind", "group_columns", "is_pattern", "parse_pattern", "selected_names"]
+__all__ = ["STEPS", "Parameter", "StepKind", "group_columns", "is_pattern", "parse_pattern", "selected_names"]
 
 SCOPES = ("row", "layer", "global")
 
@@ -82,12 +82,6 @@ def _predict_magnitude(spec: ModelSpec, arguments: Arguments) -> ModelSpec:
 LARGEST = 3e38
 """A threshold above float32's largest number (3.4e38, IEEE 754) would keep nothing."""
 
-CARRIED_OUT = tuple(QUANTIZING)
-"""Of `QUANTIZING`, what is carried out; the rest is predicted alone."""
-
-PENDING: dict[tuple[str, str], dict[str, Any]] = {}
-"""Arguments of steps that are carried out, which are with this value alone."""
-
 STEPS: dict[tuple[str, str], StepKind] = {
     **{("cast", dtype): StepKind(parameters={}, predict=_predict_cast(dtype)) for dtype in ("float32", "float16", "bfloat16")},
     ("prune", "magnitude"): StepKind(
@@ -101,6 +95,6 @@ STEPS: dict[tuple[str, str], StepKind] = {
         predict=_predict_magnitude,
         check=_check_magnitude,
     ),
-    **{key: QUANTIZING[key] for key in CARRIED_OUT},
+    **QUANTIZING,
 }  # fmt: skip
 """(verb, method) → its kind."""
