@@ -167,7 +167,7 @@ def _walking(spec: ModelSpec, step: Step, rows: int, dtype: str | None) -> dict[
     held = max((round(sum(part.parameters for part in parts) * (wide + 1)) for parts in blocks.values()), default=0)
     inputs = [group for parts in blocks.values() for group in _inputs(parts)]
     columns = max((columns for columns, _ in inputs), default=0)
-    running = _running(spec, rows, computed) + 4 * MOMENTS * columns**2
+    running = _running(spec, step, rows, computed) + 4 * MOMENTS * columns**2
     solving = max((ROW_BYTES * together * columns + 4 * HESSIANS * columns**2 for columns, together in inputs), default=0)
     tables = max((ALONE_BYTES * part.parameters for part in spec.parts if isinstance(part, Embedding) and step["embeddings"]), default=0)
     return {
@@ -183,12 +183,15 @@ def _inputs(parts: list[Part]) -> Iterator[tuple[int, int]]:
         yield columns, sum(part.out_features for part in group)
 
 
-def _running(spec: ModelSpec, rows: int, dtype: str) -> int:
+def _running(spec: ModelSpec, step: Step, rows: int, dtype: str) -> int:
     """Activations of a batch inside the model, by the estimate of a forward pass."""
-    length = min(WINDOW, spec.fixed_len or spec.max_positions or WINDOW)
-    phase = "generate" if spec.is_decoder or spec.is_encoder_decoder else "encode"
+    length = max(2, min(WINDOW, spec.fixed_len or spec.max_positions or WINDOW))
+    rows = max(1, min(rows, -(-(step["tokens"] or 0) // length)))
+    generates = spec.is_decoder or spec.is_encoder_decoder  # the first token of it: a forward with logits at the last position alone
     try:
-        workload = Workload(phase=phase, batch_size=rows, seq_len=max(1, length - 1), new_tokens=int(phase == "generate"), dtype=dtype)  # type: ignore[arg-type]
+        workload = Workload(
+            phase="generate" if generates else "encode", batch_size=rows, seq_len=length - generates, new_tokens=int(generates), dtype=dtype,
+        )  # fmt: skip
         found = workload_memory(spec, workload)
     except WorkloadError:
         return round(rows * length * dtype_bytes(dtype) * 16 * max((part.out_features for part in spec.parts if isinstance(part, Linear)), default=0))
