@@ -298,7 +298,7 @@ class _Recomputed(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         tensors = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in ctx.saved_tensors]
         wanted = [tensor for tensor in tensors if tensor.requires_grad]
         with torch.enable_grad(), ctx.unit.loaded() as parameters:
