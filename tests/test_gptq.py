@@ -22,6 +22,7 @@ from lighten.compress.gptq import (
     Factor,
     Grid,
     choose_factor,
+    corrected,
     factorize,
     first_factor,
     gptq_codes,
@@ -314,6 +315,26 @@ def test_a_singular_hessian_is_damped_until_it_can_be_factorized() -> None:
     factor = factorize((1.0, x.T @ x), damping=0.0)
     assert factor.unit.isfinite().all()
     assert (factor.added > 0).all()
+
+
+def test_a_corrected_weight_is_the_least_squares_answer() -> None:
+    """min over W* of the mean of |W x - W* x̂|² + |W* - W|² in the damping, from the rows themselves."""
+    generator = torch.Generator().manual_seed(3)
+    x = inputs(500, 12, generator=generator)
+    changed = x + 0.3 * torch.randn(500, 12, generator=generator)
+    moments, weight = Moments(12, cross=True), random_weight(5, 12, seed=3)
+    moments.add(changed, original=x)
+    statistics = moments.finish()
+    assert statistics.cross is not None
+    factor = first_factor(statistics)
+    added = factor.added.sqrt().diag() * 500**0.5
+    rows, wanted = torch.cat([changed, added]), torch.cat([x @ weight.T, added @ weight.T])
+    best = torch.linalg.lstsq(rows.double(), wanted.double()).solution.T.float()
+    torch.testing.assert_close(corrected(weight, statistics.cross, factor), best, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(corrected(weight, statistics.hessian, factor), weight)
+    both = [quantize_gptq({"": weight}, s, FORMATS["int8 by channel"])[""] for s in (statistics, replace(statistics, cross=None))]
+    ours, theirs = ((x @ weight.T - changed @ found.dequantize().T).square().sum() for found in both)
+    assert ours < 0.95 * theirs
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])

@@ -92,12 +92,12 @@ def test_the_search_comes_near_the_best_of_all_grids(bits: int, symmetric: bool)
 
 
 def test_codes_are_the_nearest_on_the_stored_grid() -> None:
-    weight = random_weight(6, 32, seed=3)
+    weight = random_weight(512, 64, seed=3)  # many: a scale that was not yet rounded gives another code to one in a thousand
     for symmetric in (True, False):
-        found = search_scales(weight, format=WeightFormat(bits=3, group_size=8, symmetric=symmetric))
-        steps = found.scales().abs().repeat_interleave(8, 1)
-        inside = (found.codes > 0) & (found.codes < 7)
-        assert ((found.dequantize() - weight).abs() <= steps / 2 + 1e-6)[inside].all()
+        found = search_scales(weight, format=WeightFormat(bits=4, group_size=16, symmetric=symmetric))
+        zero = torch.tensor(8.0) if found.zero_point is None else found.zero_point.float()[..., None]
+        nearest = (to_groups(weight, 16) / found.scale.float()[..., None] + zero).round().clamp(0, 15)
+        assert torch.equal(found.codes.float(), nearest.reshape(weight.shape))
 
 
 def test_zero_stays_zero() -> None:

@@ -280,14 +280,36 @@ def _curvature(unscaled: Tensor, hessian: Tensor) -> Tensor:
     return result
 
 
+def corrected(weight: Tensor, cross: Tensor, factor: Factor) -> Tensor:
+    """[O, I] the weight whose outputs on inputs x̂ of the changed model come nearest to those of `weight` on the original ones, x:
+
+        W + W (C - H) (H + damping)⁻¹,   C the mean of x x̂ᵀ
+
+    Source: Li et al. 2025 (arXiv:2504.02692), equation 6, and Zhang et al. 2025 (arXiv:2505.11695), equation 8, damped towards W.
+
+    Args:
+        cross: [I, I] C.
+        factor: of the same rows' H alone.
+    """
+    ((share, hessian),) = factor.moments
+    missing = (weight @ cross).sub_(weight @ hessian, alpha=share)
+    solved = torch.linalg.solve_triangular(factor.unit.T, missing.T[factor.order], upper=False, unitriangular=True)
+    solved /= factor.residual[factor.order, None]
+    solved = torch.linalg.solve_triangular(factor.unit, solved, upper=True, unitriangular=True)
+    return weight + torch.empty_like(solved).index_copy_(0, factor.order, solved).T
+
+
 def quantize_gptq(weights: Mapping[str, Tensor], statistics: InputStatistics, format: WeightFormat) -> dict[str, QuantizedTensor]:
     """All weights that share an input.
 
     Args:
         weights: [O, I] each, finite; the format's group divides I.
+        statistics: where they hold `cross`, the codes are of the weights that make up for what earlier layers' codes changed.
     """
-    shared = nvfp4_global_scale(weights.values()) if format.global_scale else None
     first = first_factor(statistics)
+    if statistics.cross is not None:
+        weights = {name: corrected(weight.float(), statistics.cross, first) for name, weight in weights.items()}
+    shared = nvfp4_global_scale(weights.values()) if format.global_scale else None
     found = {name: search_scales(weight.float(), format=format, importance=first.residual, global_scale=shared) for name, weight in weights.items()}
     sizes = [len(weight) for weight in weights.values()]
     joined = torch.cat([weight.float() for weight in weights.values()])
