@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from lighten.compress.checkpoint import Checkpoint
 from lighten.compress.grid import Quantized, QuantizedTensor
 from lighten.errors import ModelError
 from lighten.formats import files
@@ -251,17 +251,13 @@ def read_weights(folder: Path, spec: ModelSpec) -> Iterator[tuple[str, Tensor | 
     """
     refuse_layouts(spec.parts, str(folder))
     owners = _owners(spec)
-    with ExitStack() as stack:
-        places: dict[str, Any] = {}
-        for file in weight_files(folder):
-            opened = stack.enter_context(safe_open(file, framework="pt"))
-            places |= dict.fromkeys(opened.keys(), opened)
-        pieces = {piece: name for name, part in owners.items() for piece in _pieces_of(name, part)}
-        pieces |= {name: "" for part in spec.parts for name in typed_tensors(part) if part.name and name not in pieces and _is_copy(part, name)}
-        for name in sorted(places.keys() - pieces.keys()):
-            yield name, places[name].get_tensor(name)
-        for name in sorted(owners):
-            yield name, _read_quantized(places, name, owners[name])
+    stored = Checkpoint(folder)  # which maps one tensor at a time, however large the files are
+    pieces = {piece: name for name, part in owners.items() for piece in _pieces_of(name, part)}
+    pieces |= {name: "" for part in spec.parts for name in typed_tensors(part) if part.name and name not in pieces and _is_copy(part, name)}
+    for name in sorted(set(stored.names) - pieces.keys()):
+        yield name, stored.mapped(name)
+    for name in sorted(owners):
+        yield name, _read_quantized(stored, name, owners[name])
 
 
 def _is_copy(part: Part, name: str) -> bool:
@@ -276,10 +272,10 @@ def _pieces_of(name: str, part: Matrix) -> list[str]:
     return [f"{module}.{piece}" for piece in _PIECES if piece in own]
 
 
-def _read_quantized(places: Mapping[str, Any], name: str, part: Matrix) -> QuantizedTensor:
+def _read_quantized(stored: Checkpoint, name: str, part: Matrix) -> QuantizedTensor:
     kind = kind_of(part)
     assert kind is not None, "refused before"
-    found = {piece.rpartition(".")[2]: places[piece].get_tensor(piece) for piece in _pieces_of(name, part) if piece in places}
+    found = {piece.rpartition(".")[2]: stored.mapped(piece) for piece in _pieces_of(name, part) if piece in stored}
     return unpack(found, part.weight, kind)
 
 
