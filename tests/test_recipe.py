@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tiny_models import bert_config, config_of, llama_config, save
 
@@ -84,6 +84,7 @@ def test_doctests():
 # ---- its forms ----
 
 
+@settings(deadline=None)  # speed is never asserted
 @given(recipes())
 def test_text_and_yaml_say_the_same(made):
     assert parse_recipe(str(made)) == made
@@ -91,6 +92,7 @@ def test_text_and_yaml_say_the_same(made):
     assert str(parse_yaml(format_yaml(parse_recipe(str(made))))) == str(made)
 
 
+@settings(deadline=None)
 @given(recipes(), st.data())
 def test_a_spoiled_text_is_refused_or_says_what_it_is_taken_for(made, data):
     """No other exception, and nothing of the text that the recipe does not have."""
