@@ -1,8 +1,9 @@
 """Scales by search against brute force, small floats against torch's and compressed-tensors' own, HQQ against round-to-nearest.
 
-Seeded faults that these tests catch, each tried by hand: a search that rounds its scale after the codes are chosen; that leaves out the
-importance; that tries no zero point beside the centered one; ties of e2m1 rounded away from zero; nvfp4's global scale multiplied instead of
-divided by; an mxfp4 exponent of floor(log2(largest)) - 2 without e2m1's rounding; HQQ's shrinkage without its sign.
+Seeded faults that these tests catch, each tried by hand: a search that rounds its scale after the codes are chosen (caught with bfloat16 only:
+a float16 one ends in a refit); that leaves out the importance; that tries no zero point beside the centered one; ties of e2m1 rounded away
+from zero; nvfp4's global scale multiplied instead of divided by; an mxfp4 exponent of floor(log2(largest)) - 2 without e2m1's rounding;
+HQQ's shrinkage without its sign.
 """
 
 from __future__ import annotations
@@ -91,13 +92,14 @@ def test_the_search_comes_near_the_best_of_all_grids(bits: int, symmetric: bool)
     assert ours.sum() < 1.08 * best.sum()
 
 
-def test_codes_are_the_nearest_on_the_stored_grid() -> None:
-    weight = random_weight(512, 64, seed=3)  # many: a scale that was not yet rounded gives another code to one in a thousand
-    for symmetric in (True, False):
-        found = search_scales(weight, format=WeightFormat(bits=4, group_size=16, symmetric=symmetric))
-        zero = torch.tensor(8.0) if found.zero_point is None else found.zero_point.float()[..., None]
-        nearest = (to_groups(weight, 16) / found.scale.float()[..., None] + zero).round().clamp(0, 15)
-        assert torch.equal(found.codes.float(), nearest.reshape(weight.shape))
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_codes_are_the_nearest_on_the_stored_grid(dtype: str, symmetric: bool) -> None:
+    weight = random_weight(512, 64, seed=3)  # many: a scale that was not yet rounded gives another code to one in some hundred or thousand
+    found = search_scales(weight, format=WeightFormat(bits=4, group_size=16, symmetric=symmetric, scale_dtype=dtype))
+    zero = torch.tensor(8.0) if found.zero_point is None else found.zero_point.float()[..., None]
+    nearest = (to_groups(weight, 16) / found.scale.float()[..., None] + zero).round().clamp(0, 15)
+    assert torch.equal(found.codes.float(), nearest.reshape(weight.shape))
 
 
 def test_zero_stays_zero() -> None:
@@ -265,7 +267,7 @@ def test_hqqs_error_in_its_own_norm_is_no_larger_than_rtns(seed: int, bits: int)
     assert int(found.codes.max()) < 2**bits
 
 
-@pytest.mark.parametrize(("bits", "share"), [(2, 0.9), (3, 0.95), (4, 0.98)])
+@pytest.mark.parametrize(("bits", "share"), [(2, 0.76), (3, 0.915), (4, 0.96)])
 def test_hqq_lowers_it_clearly_where_bits_are_few(bits: int, share: float) -> None:
     weight = random_weight(32, 128, seed=3)
     plain = quantize_rtn(weight, bits=bits, group_size=64, symmetric=False)
