@@ -43,6 +43,10 @@ EXPORT_BYTES = 16
 `formats.verify.verify_graph`."""
 RESULT_BYTES = 5
 """Of each parameter while the artifact is run: its weights in float32, and codes that are being expanded. Counted in `formats.verify`."""
+TRAINED_BYTES = 16
+"""Of each value that is trained: itself, its gradient and Adam's two moments in float32 (Kingma and Ba 2014, arXiv:1412.6980, algorithm 1)."""
+STEP_TOKENS = 1024
+"""Positions of a step of training, as `distill_scales.TuneSettings` has them."""
 RUNNING_BYTES = 96 * 10**6
 """What libraries take when they first work (threads' stacks, products' scratch, modules imported late), measured on SmolLM2-135M and MiniLM."""
 BASE_STEP = 32 * 2**20
@@ -112,8 +116,8 @@ def _limited(plan: MemoryPlan, limit_bytes: int | None) -> MemoryPlan:
 
 def _with_result(plan: MemoryPlan, spec: ModelSpec, recipe: Recipe, base: int) -> MemoryPlan:
     """The same, and the artifact is run where that fits: within the limit, or within half of what the machine has free."""
-    if RUNTIMES[recipe.runtime].exported:
-        return replace(plan, runs_result=True)
+    if recipe.runtime not in ("torch", "torch-compile"):
+        return replace(plan, runs_result=RUNTIMES[recipe.runtime].exported)
     parts = {"imports": base, "libraries at work": RUNNING_BYTES, "the artifact while it is run": RESULT_BYTES * spec.total_parameters}
     free = _available_bytes()
     most = plan.limit_bytes or (None if free is None else base + free // 2)
@@ -131,7 +135,7 @@ def _plan(spec: ModelSpec, recipe: Recipe, base: int, rows: int, dtype: str | No
     moments = [_writing(spec, recipe)]
     for step in recipe.steps:
         if step.calibrated and RUNTIMES[recipe.runtime].exported is False:
-            moments.append(_walking(spec, step, rows, dtype))
+            moments.append((_tuning if step.verb == "distill" else _walking)(spec, step, rows, dtype))
         spec = apply_step(step, spec, recipe.runtime)
     fullest = max(moments, key=lambda parts: sum(parts.values()))
     parts = {"imports": base, "libraries at work": RUNNING_BYTES, **fullest}
@@ -156,14 +160,8 @@ def _walking(spec: ModelSpec, step: Step, rows: int, dtype: str | None) -> dict[
     """A pass over the blocks, at the fuller of two moments: a block runs while second moments are summed, or its weights are solved."""
     computed = dtype or ("bfloat16" if spec.dtype == "bfloat16" else "float32")
     wide = dtype_bytes(computed)
-    blocks: dict[str, list[Part]] = {}
-    outside = 0
-    for part in spec.parts:
-        block = block_name(part)
-        if block is not None:
-            blocks.setdefault(block, []).append(part)
-        elif not (isinstance(part, Linear) and part.component == "head"):
-            outside += round(part.parameters * wide)
+    blocks = _blocks(spec)
+    outside = sum(round(part.parameters * wide) for part in spec.parts if block_name(part) is None and part.component != "head")
     held = max((round(sum(part.parameters for part in parts) * (wide + 1)) for parts in blocks.values()), default=0)
     inputs = [group for parts in blocks.values() for group in _inputs(parts)]
     columns = max((columns for columns, _ in inputs), default=0)
@@ -174,6 +172,34 @@ def _walking(spec: ModelSpec, step: Step, rows: int, dtype: str | None) -> dict[
         "weights outside of the blocks": outside, "a block": held, "activations that wait": _waiting(spec, step, wide),
         "a block at work": max(running, solving, tables - held),
     }  # fmt: skip
+
+
+def _tuning(spec: ModelSpec, step: Step, rows: int, dtype: str | None) -> dict[str, int]:
+    """A pass that trains: codes or what stands for them, one input a block, and a block whose weights are made while it runs and again while its
+    gradients are."""
+    wide = dtype_bytes(dtype or ("bfloat16" if spec.dtype == "bfloat16" else "float32"))
+    blocks = _blocks(spec)
+    inside = [part for parts in blocks.values() for part in parts]
+    matrices = [part for part in inside if isinstance(part, Linear)]
+    scales = sum(part.experts * part.weight.scales(part.out_features, part.in_features) for part in matrices if part.weight.bits is not None)
+    trained = sum(part.parameters for part in matrices) if step.method == "qat" else 0
+    hidden = next((part.embedding_dim for part in spec.parts if isinstance(part, Embedding)), 0)
+    return {
+        "weights outside of the blocks": sum(round(part.parameters * wide) for part in spec.parts if block_name(part) is None),
+        "codes": sum(part.parameters for part in inside), "what is trained": TRAINED_BYTES * (scales + trained),
+        "inputs of the blocks": round(len(blocks) * STEP_TOKENS * hidden * wide),
+        "a block at work": 12 * max((sum(part.parameters for part in parts) for parts in blocks.values()), default=0)
+        + 3 * _running(spec, step, min(rows, 2), dtype or "float32"),
+    }  # fmt: skip
+
+
+def _blocks(spec: ModelSpec) -> dict[str, list[Part]]:
+    """The parts of each numbered block."""
+    found: dict[str, list[Part]] = {}
+    for part in spec.parts:
+        if (block := block_name(part)) is not None:
+            found.setdefault(block, []).append(part)
+    return found
 
 
 def _inputs(parts: list[Part]) -> Iterator[tuple[int, int]]:
