@@ -84,10 +84,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         trials = []
         for number in range(arguments.times):
             folder = Path(work) / f"trial-{number}"
-            folder.mkdir()
-            moments = [rng.uniform(0, seconds) for _ in range(arguments.kills)]
-            trials.append(trial(arguments, folder, moments, expected))
-            print(json.dumps(trials[-1]), flush=True)
+            found: dict[str, Any] = {"kills": []}
+            while not any(kill["killed"] for kill in found["kills"]):  # a run that was over before its moment shows nothing: draw another
+                folder.mkdir(exist_ok=True)
+                found = trial(arguments, folder, [rng.uniform(0, seconds) for _ in range(arguments.kills)], expected)
+                print(json.dumps(found), flush=True)
+            trials.append(found)
         same = sum(not found["different"] and found["exit"] == 0 and not found["left_over"] for found in trials)
         return {
             "model": arguments.model, "recipe": arguments.recipe, "seconds": seconds, "times": arguments.times, "identical": same,
