@@ -9,10 +9,10 @@ taken. That is GPTQ's answer to the digit (Chee et al., theorem 6), and needs on
 
 Source: Frantar et al. 2023 (arXiv:2210.17323), algorithm 1; Chee et al. 2023 (arXiv:2307.13304), section 3, for this form of it.
 Deviations: (1) columns are taken by descending H_ii, while groups stay neighbours and their scales are chosen beforehand, so no column has
-to say its group; (2) the scales come from `search_scales`, weighted by D_i, of which the error is made
-when later columns make up for what they can; (3) of a list of dampings the one is taken that has the least
-error on held-out rows; (4) a column that is always 0 is rounded to the nearest and not set to 0; (5) scales and codes are then refined in turn,
-see `refit_scales` and `refine_codes`.
+to say its group; (2) the scales come from `search_scales`, weighted by D_i, of which the error is made when later columns make up for what
+they can; (3) of a list of dampings the one is taken that has the least error on held-out rows, whose moments then join the others'; (4) a
+column that is always 0 is rounded to the nearest and not set to 0; (5) scales and codes are then refined in turn, see `refit_scales` and
+`refine_codes`.
 
 Shape legend: O rows, I columns, G groups of a row.
 """
@@ -44,8 +44,8 @@ the smallest is best for inputs with many rows, the largest for those with few."
 HELD_OUT = 0.25
 """The share of calibration rows that is held out; the block's runner keeps each fourth."""
 
-_LEAST_DAMPING = 1e-4  # share of the mean of H_ii, below which float32's rounding of H would count
-_MORE_DAMPING = tuple(10.0**power for power in range(7))
+_LEAST_DAMPING = 1e-4  # share of the mean of H_ii: choice, float32's rounding of sums of some thousand rows is some 1e-6 of it
+_MORE_DAMPING = tuple(10.0**power for power in range(7))  # up to a hundred times the mean, where any finite H is positive definite
 _ZERO = np.float32(0)
 _ROUNDS = {2: 3, 3: 2, 4: 1, 6: 1, 8: 1}
 """Rounds of refitting scales and refining codes, by bits: choice, each costs as much as GPTQ itself. Measured on SmolLM2's linears at 3 bits:
@@ -225,7 +225,7 @@ def gptq_codes(weight: Tensor, factor: Factor, grid: Grid) -> Tensor:
 def refine_codes(weight: Tensor, codes: Tensor, factor: Factor, grid: Grid, *, sweeps: int = 1) -> Tensor:
     """Codes whose error under the damped H is no larger: column by column, each takes the code that is best while all others stay.
 
-    Source: Behdin et al. 2023 (arXiv:2309.01885), equations 8 and 9 (QuantEase's coordinate descent).
+    Source: Behdin et al. 2023 (arXiv:2309.01885), QuantEase's coordinate descent.
     """
     columns = _Columns(weight, factor.order, grid)
     error = columns.weight - grid.values(codes).T[factor.order]
@@ -285,7 +285,7 @@ def corrected(weight: Tensor, cross: Tensor, factor: Factor) -> Tensor:
 
         W + W (C - H) (H + damping)⁻¹,   C the mean of x x̂ᵀ
 
-    Source: Li et al. 2025 (arXiv:2504.02692), equation 6, and Zhang et al. 2025 (arXiv:2505.11695), equation 8, damped towards W.
+    Source: Li et al. 2025 (arXiv:2504.02692) and Zhang et al. 2025 (arXiv:2505.11695), for the objective; here it is damped towards W.
 
     Args:
         cross: [I, I] C.

@@ -23,7 +23,7 @@ from lighten.compress.grid import QuantizedTensor, to_groups
 from lighten.compress.rtn import quantize_rtn
 
 NORM, BETA, BETA_GROWTH, ROUNDS = 0.7, 10.0, 1.01, 20
-"""p, the first β, its growth in a round, and rounds. Source: the authors' package, hqq 0.2, `optimize_weights_proximal`."""
+"""p, the first β, its growth in a round, and rounds. Source: the defaults of the authors' package, `optimize_weights_proximal_legacy`."""
 
 
 def quantize_hqq(weight: Tensor, *, bits: int, group_size: int) -> QuantizedTensor:
