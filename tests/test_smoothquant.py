@@ -29,6 +29,7 @@ def test_scales_are_equation_4():
     first = replace(consumer(x), weight=torch.tensor([[0.5, -4.0], [-1.0, 2.0]]))
     second = replace(consumer(x), weight=torch.tensor([[1.0, 1.0]]))
     assert smooth_scales([first, second], 2, alpha=0.5).tolist() == pytest.approx([4.0, 0.5])  # √(16/1), √(1/4)
+    assert smooth_scales([second, first], 2, alpha=0.5).tolist() == pytest.approx([4.0, 0.5])
     assert smooth_scales([second], 2, alpha=0.5).tolist() == pytest.approx([4.0, 1.0])
     assert smooth_scales([first], 2, alpha=0.75).tolist() == pytest.approx([8.0, 4**-0.25])
 

@@ -163,8 +163,7 @@ class _TurnFollower(Follower):
             if axis not in axes and not _varies(kept, axis):
                 kept = kept.narrow(axis, 0, 1)
         index = index.expand(kept.shape) if index.ndim == 0 else index.broadcast_to(kept.shape)
-        pairs = np.unique(np.stack([kept.reshape(-1).numpy(), index.reshape(-1).numpy()]), axis=1)
-        self._events.append(_Event(pairs[0], pairs[1]))
+        self._events.append(_Event(*_distinct(kept.reshape(-1).numpy(), index.reshape(-1).numpy())))
 
     # ---- operators ----
 
@@ -314,14 +313,17 @@ class _TurnFollower(Follower):
         ends = list(self._ends())
         marks = self._marks(ends)
         every = np.flatnonzero(marks)
-        kinds, first, which = np.unique(marks[every], return_index=True, return_inverse=True)
+        _, first, which, counts = np.unique(marks[every], return_index=True, return_inverse=True, return_counts=True)
+        marks[every[counts[which] < 2]] = 0  # a name that nothing can be mixed with
         touched: dict[int, list[tuple[str, int, int | None, Names]]] = {}
         for end in ends:
             for mark in np.unique(marks[end[3]]):
                 touched.setdefault(int(mark), []).append(end)
+        starts = np.cumsum(counts) - counts
+        together = every[np.argsort(which, kind="stable")]
         for kind in np.argsort(first):
-            roots = every[which == kind]
-            if len(roots) > 1 and (turn := self._turn(roots, touched.get(int(kinds[kind]), []))) is not None:
+            roots = together[starts[kind] : starts[kind] + counts[kind]]
+            if len(roots) > 1 and (turn := self._turn(roots, touched.get(int(marks[roots[0]]), []))) is not None:
                 yield turn
 
     def _ends(self) -> Iterator[tuple[str, int, int | None, Names]]:
@@ -340,9 +342,9 @@ class _TurnFollower(Follower):
             marks[np.unique(end[3])] += draw.integers(1, 2**63, dtype=np.uint64)
         for event in self._events:
             roots = self._factors.find(torch.from_numpy(event.names)).numpy()
-            pairs = np.unique(np.stack([roots, event.index]), axis=1)
-            values = draw.integers(1, 2**63, size=int(pairs[1].max()) + 1, dtype=np.uint64)
-            np.add.at(marks, pairs[0], values[pairs[1]])
+            distinct, index = _distinct(roots, event.index)
+            values = draw.integers(1, 2**63, size=int(index.max()) + 1, dtype=np.uint64)
+            np.add.at(marks, distinct, values[index])
         marks[ONE] = 0
         return marks
 
@@ -369,11 +371,17 @@ class _TurnFollower(Follower):
             if positions is None or len(positions) != 1:
                 return None
             norms.append(FoldedNorm(name=name, bias=bias, positions=positions[0], offset=self._offsets.get(name, 0.0)))
-        even = [set(self._factors.find(names).tolist()) for names in self._even]
-        meets = [axis for axis in even if axis & set(roots.tolist())]
-        if len(ends) < 2 or all(end.axis == 0 for end in ends) or any(axis != set(roots.tolist()) for axis in meets):
+        meets = [even for names in self._even if np.isin(roots, even := np.unique(self._factors.find(names).numpy())).any()]
+        if len(ends) < 2 or all(end.axis == 0 for end in ends) or any(not np.array_equal(each, roots) for each in meets):
             return None
         return Turn(size=len(roots), keeps_ones=bool(meets), ends=tuple(ends), norms=tuple(norms), untied=untied)
+
+
+def _distinct(names: Names, index: Names) -> tuple[Names, Names]:
+    """The pairs of a name and its index, each once."""
+    width = int(index.max(initial=0)) + 1
+    pairs = np.unique(names * width + index)
+    return pairs // width, pairs % width
 
 
 def _varies(names: Tensor, axis: int) -> bool:
