@@ -320,12 +320,14 @@ def stopping(monkeypatch: pytest.MonkeyPatch, target: Any, name: str, number: in
     monkeypatch.setattr(target, name, stops)
 
 
-def stopped(model: Path, out: Path, monkeypatch: pytest.MonkeyPatch, target: Any = walk, name: str = "_do_block", number: int = 1) -> None:
+def stopped(
+    model: Path, out: Path, monkeypatch: pytest.MonkeyPatch, target: Any = walk, name: str = "_do_block", number: int = 1, *, recipe: str = GPTQ
+) -> None:
     """Begin a run, and end it at a moment."""
     with monkeypatch.context() as patch:
         stopping(patch, target, name, number, Stop())
         with pytest.raises(Stop):
-            compress(model, out)
+            compress(model, out, recipe=recipe)
 
 
 MOMENTS = {
@@ -344,6 +346,37 @@ def test_a_run_that_is_stopped_goes_on_and_ends_in_the_same_bytes(moment, tiny_l
     found, lines = compress(tiny_llama, tmp_path / "out", resume=True)
     assert found == expected
     assert not any("model.layers.0" in line for line in lines)
+
+
+SEVERAL = (
+    "quantize(awq, bits=4, group_size=16, tokens=256)", "quantize(smoothquant, activations=static, tokens=256)",
+    "rotate(hadamard) | quantize(gptq, bits=4, group_size=16, tokens=256) | quantize(kv)",
+    "quantize(auto, bits<=5, group_size=16, tokens=256)", "quantize(rtn, bits=4, group_size=16) | distill(scales, steps=2, tokens=256)",
+    "quantize(gptq, bits=4, group_size=16, tokens=256) | distill(qat, steps=2, tokens=256)",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", SEVERAL)
+def test_every_kind_of_pass_goes_on(recipe, tiny_llama, tmp_path, monkeypatch):
+    """Stopped after the first block that is journaled, and before the last."""
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+    count = 0
+    with monkeypatch.context() as patch:
+        original = Journal.write
+
+        def counted(*args: Any, **more: Any) -> None:
+            nonlocal count
+            count += 1
+            original(*args, **more)
+
+        patch.setattr(Journal, "write", counted)
+        expected, _ = compress(tiny_llama, tmp_path / "whole" / "out", recipe=recipe)
+    for number in sorted({min(1, count - 1), count - 1}):
+        stopped(tiny_llama, tmp_path / "stopped" / "out", monkeypatch, Journal, "write", number, recipe=recipe)
+        found, _ = compress(tiny_llama, tmp_path / "stopped" / "out", recipe=recipe, resume=True)
+        assert found == expected
+        shutil.rmtree(tmp_path / "stopped" / "out")
 
 
 def test_without_an_interruption_bytes_are_the_same_in_another_process_and_place(tiny_llama, tmp_path, expected):
