@@ -113,9 +113,9 @@ def _hqq(job: Job) -> Change:
     return change
 
 
-def _by_runtime(job: Job) -> Change:
-    """The runtime's own quantizer rounds these weights when the artifact is written, together with its activations."""
-    return lambda name, weight: weight
+def _by_runtime(job: Job) -> tuple[Stage, ModelSpec]:
+    """The runtime's own quantizer rounds these weights when the artifact is written, together with its activations: here none is touched."""
+    return job.stage, job.after
 
 
 # block by block
@@ -264,8 +264,8 @@ METHODS: dict[tuple[str, str], Method] = {
     ("quantize", "smoothquant"): _smoothquant,
     ("quantize", "auto"): allocate_then(each_subset(_solve_gptq)),
     ("quantize", "kv"): lambda job: (job.stage, job.after),
-    ("quantize", "dynamic"): by_weight(_by_runtime),
-    ("quantize", "static"): by_weight(_by_runtime),
+    ("quantize", "dynamic"): _by_runtime,
+    ("quantize", "static"): _by_runtime,
     ("rotate", "hadamard"): _hadamard,
     ("distill", "scales"): tune,
     ("distill", "qat"): tune,
