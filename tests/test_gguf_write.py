@@ -12,6 +12,7 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import gguf
@@ -24,6 +25,7 @@ from gguf import GGMLQuantizationType as Type
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import bert_config, llama_config, save
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig
 
 from lighten.compress.ggml import LAYOUTS, GgmlTensor, as_ggml, fit_ggml_grid, from_ggml, pack, quantize_ggml, quantize_ggml_together, unpack
@@ -35,7 +37,7 @@ from lighten.errors import LightenError, OutputError, RecipeError
 from lighten.formats.files import GGUF
 from lighten.formats.gguf_families import ARCHITECTURES, halves_interleaved, rope_factors
 from lighten.formats.gguf_file import lay_out, refuse_gguf, stored_type, verify_gguf, write_gguf
-from lighten.formats.gguf_tokenizer import CONTROL, NORMAL, read_tokenizer
+from lighten.formats.gguf_tokenizer import CONTROL, NORMAL, PATTERNS, read_tokenizer
 from lighten.model import read_spec
 from lighten.model.ggml_types import GGML_TYPES, RECIPE_TYPES, exact_ggml_type, ggml_fallback, ggml_format
 from lighten.model.spec import PER_CHANNEL, Embedding, Linear, ModelSpec, WeightFormat
@@ -639,6 +641,69 @@ def tokenizer_file(said: dict[str, Any]) -> dict[str, Any]:
     }
     marks = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     return whole | said | {"added_tokens": [token | marks for token in said["added_tokens"]]}
+
+
+PRE: dict[str, Any] = {
+    "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]),
+    **{
+        name: pre_tokenizers.Sequence([
+            pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        ])
+        for pattern, name in PATTERNS.items()
+    },
+    "sentencepiece": None,
+}  # fmt: skip
+"""llama.cpp's name of a way to split a text → the pre-tokenizer of a tokenizer.json; the last is a normalizer's, with bytes for what is not known."""
+
+
+def trained(name: str, folder: Path) -> Tokenizer:
+    """A Llama's folder whose tokenizer splits a text in that way; the tokenizer."""
+    save(llama_config(vocab_size=900), folder)
+    pairs = name == "sentencepiece"
+    tokenizer = Tokenizer(models.BPE(byte_fallback=pairs, unk_token="<unk>" if pairs else None, fuse_unk=pairs, ignore_merges=name == "llama-bpe"))
+    if pairs:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    else:
+        tokenizer.pre_tokenizer = PRE[name]
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))] if pairs else ["<s>", "</s>"]
+    alphabet = [] if pairs else pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=special, initial_alphabet=alphabet, show_progress=False, max_token_length=12)
+    tokenizer.train_from_iterator([" ".join(topics[topic].split()) for topic in list(topics)[:8]] + ["I'm you'Ll CamelCaseHTML 1999"] * 30, trainer)
+    said = json.loads(tokenizer.to_str())
+    said["added_tokens"] = said["added_tokens"][: 3 if pairs else 2]
+    (folder / "tokenizer.json").write_text(json.dumps(said))
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("name", PRE)
+def test_each_way_to_split_a_text_is_told_by_its_pattern(name, tmp_path):
+    trained(name, tmp_path)
+    found = read_tokenizer(tmp_path, 900)
+    assert found is not None
+    assert (found.model, found.pre) == (("llama", "default") if name == "sentencepiece" else ("gpt2", name))
+
+
+TEXTS = [
+    *(piece for topic in list(topics)[8:40] for piece in topics[topic].split("\n\n")[:4] if 20 < len(piece) < 600),
+    "Döner 🚀 tabs\tand  two   spaces\n\n\n  x", "I'M you'Ll 1234567 12 3.14 CamelCaseHTMLParser ПриветМир नमस्ते", "a/b//c \r\n\r\n x  ", "'s'S 'RE",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PRE)
+def test_llama_cpp_makes_the_same_tokens(name, tmp_path):
+    library: Any = pytest.importorskip("llama_cpp", reason="llama-cpp-python is built from source and in no environment of the tests")
+    tokenizer = trained(name, tmp_path)
+    written(tmp_path, tmp_path / GGUF)
+    parameters = library.llama_model_default_params()
+    parameters.vocab_only = True
+    vocabulary = library.llama_model_get_vocab(library.llama_model_load_from_file(str(tmp_path / GGUF).encode(), parameters))
+    for text in TEXTS:
+        raw = text.encode()
+        tokens = (library.llama_token * (len(raw) + 8))()
+        count = library.llama_tokenize(vocabulary, raw, len(raw), tokens, len(tokens), True, False)
+        assert list(tokens[:count]) == tokenizer.encode(text).ids, text
 
 
 def test_tokenizers_that_llama_cpp_does_not_have_are_refused(tmp_path):
