@@ -16,7 +16,7 @@ import pytest
 import torch
 from tiny_models import llama_config, save
 
-from lighten.compress.memory_plan import BASE_STEP, BATCH_ROWS, keeping_limit, peak_rss_bytes, plan_memory, reset_peak, rss_bytes
+from lighten.compress.memory_plan import BASE_STEP, BATCH_ROWS, HESSIANS, ROW_BYTES, keeping_limit, peak_rss_bytes, plan_memory, reset_peak, rss_bytes
 from lighten.errors import ConstraintError
 from lighten.model import ModelSpec, read_spec
 from lighten.model.read import config_spec
@@ -95,7 +95,7 @@ def test_weights_that_are_looked_at_alone_take_one_of_them(recipe, spec):
 def test_the_larger_the_model_the_more_of_it_is_predicted(spec, tmp_path):
     wide = read_spec(save(llama_config(hidden_size=64, intermediate_size=3000, num_hidden_layers=1), tmp_path / "wide"))
     slim = read_spec(save(llama_config(hidden_size=64, intermediate_size=300, num_hidden_layers=1), tmp_path / "slim"))
-    assert plan_memory(wide, GPTQ, base_bytes=0).peak_bytes > plan_memory(slim, GPTQ, base_bytes=0).peak_bytes + 6 * 4 * 3000**2 - 6 * 4 * 300**2
+    assert plan_memory(wide, GPTQ, base_bytes=0).peak_bytes > plan_memory(slim, GPTQ, base_bytes=0).peak_bytes + HESSIANS * 4 * (3000**2 - 300**2)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the system tells and limits memory on Linux")
@@ -125,6 +125,44 @@ def test_the_peak_is_counted_from_where_it_is_asked_for():
     tensor = torch.ones(60 * 10**6)
     assert peak_rss_bytes() - low > 200 * 10**6
     assert len(tensor) == 60 * 10**6
+
+
+SOLVED = """
+import ctypes, json, sys
+import torch
+from lighten.compress.gptq import quantize_gptq
+from lighten.compress.memory_plan import M_MMAP_THRESHOLD, peak_rss_bytes, reset_peak, rss_bytes
+from lighten.compress.statistics import InputStatistics
+from lighten.model.spec import WeightFormat
+ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
+def peak(rows, columns):
+    torch.manual_seed(0)
+    base = rss_bytes()
+    x = torch.randn(columns + 64, columns)
+    hessian = x.T @ x / len(x)
+    del x
+    seen = InputStatistics(
+        hessian=hessian, held_out=hessian + 0.01 * torch.eye(columns), cross=None, mean_abs=torch.ones(columns), abs_max=torch.ones(columns), rows=64
+    )
+    weights = {"a": torch.randn(rows, columns)}
+    before = weights["a"].clone()
+    reset_peak()
+    quantize_gptq(weights, seen, WeightFormat(bits=4, group_size=128, symmetric=False))
+    return peak_rss_bytes() - base
+peak(64, 256)
+print(json.dumps([peak(*shape) for shape in json.loads(sys.argv[1])]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system tells the peak on Linux")
+def test_what_a_solver_holds_is_what_is_planned():
+    """A shape where moments weigh most, and one where rows do."""
+    shapes = [(256, 2048), (3072, 768)]
+    done = subprocess.run([sys.executable, "-c", SOLVED, json.dumps(shapes)], capture_output=True, text=True, check=False, timeout=280)
+    assert done.returncode == 0, done.stderr
+    for (rows, columns), peak in zip(shapes, json.loads(done.stdout), strict=True):
+        planned = ROW_BYTES * rows * columns + 4 * HESSIANS * columns**2
+        assert 0.6 * planned < peak < 1.1 * planned
 
 
 PROGRAM = """
