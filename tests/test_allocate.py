@@ -4,7 +4,7 @@ Seeded faults, each caught here (tried by hand):
 1. `_Bound.at` one step too low (steps taken in any order but steepest first): a better choice is cut off: test_no_choice_is_better.
 2. `_undominated` goes through the sums by error first instead of by size: test_no_choice_is_better.
 3. sums are kept only where their bound is below the greedy choice's error, though that may be the best: test_no_choice_is_better.
-4. a tied head's gradient is squared by itself instead of being summed with its embedding's first: test_a_shared_weight_is_one_weight.
+4. a tied head's gradient is squared by itself instead of being summed with its embedding's first: test_block_by_block_is_what_the_whole_model_gives.
 5. `_drawn` counts padding: test_padding_does_not_count.
 6. the limit leaves out what a size limit holds beside the weights: test_a_size_limit_holds_the_whole_artifact.
 """
@@ -173,13 +173,34 @@ def test_the_predicted_divergence_is_the_measured_one(model, models):
     assert 0.6 < torch.tensor(list(ratios.values())).log().mean().exp() < 1.6, ratios
 
 
-def test_a_shared_weight_is_one_weight(models):
-    """A tied table is met as input and as head; untied, with the same values, the two errors are its own and the head's."""
-    _, found, *_ = measured(models["llama"])
-    assert set(found) == {f"{part.name}.weight" for part in read_spec(models["llama"]).parts if part.tensors() and "norm" not in part.name}
-    table = found["model.embed_tokens.weight"]
-    assert table.importance.shape == (32,)
-    assert table.probe_error > 0
+@pytest.mark.parametrize("model", ["llama", "untied", "bert"])
+def test_block_by_block_is_what_the_whole_model_gives(model, models):
+    """The oracle: one autograd graph of the whole model, the same answers drawn. A tied table is met twice, and is one weight."""
+    import transformers
+
+    _, found, checkpoint, _, batches, probes = measured(models[model], count=2)
+    spec = read_spec(models[model])
+    module = getattr(transformers, spec.architecture).from_pretrained(models[model], dtype=torch.float32).eval()
+    own = dict(module.named_parameters()) | {f"model.{name}": value for name, value in module.named_parameters()}
+    generator, gradients, positions = torch.Generator().manual_seed(0), [], 0
+    for batch in batches:
+        module.zero_grad()
+        output = module(**batch)
+        answer, is_logits = (output.logits, True) if spec.is_decoder else (output.last_hidden_state, False)
+        slope, count = _drawn(answer.detach(), None, generator, is_logits=is_logits)
+        answer.backward(slope)
+        gradients.append({name: own[name].grad.clone() for name in found if own[name].grad is not None})
+        positions += count
+    for name, seen in found.items():
+        slopes = [each[name] for each in gradients if name in each]
+        if not slopes:
+            assert seen.probe_error == 0, name  # a pooler, which the hidden states do not need
+            continue
+        weight = checkpoint[name]
+        error = weight - quantize_rtn(weight, bits=probes[name].bits, group_size=16, symmetric=True).dequantize()
+        assert seen.importance.tolist() == pytest.approx(torch.cat(slopes).square().mean(0).tolist(), rel=1e-3, abs=1e-6), name
+        each = sum(0.5 * float((error * slope).sum(1).square().sum()) for slope in slopes)
+        assert seen.probe_error == pytest.approx(each / positions, rel=1e-3), name
 
 
 def test_the_same_seed_gives_the_same(models):

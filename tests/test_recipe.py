@@ -13,19 +13,22 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tiny_models import bert_config, config_of, llama_config, save
 
 from lighten.compress.methods import METHODS
 from lighten.compress.walk import Checkpoint, compress_weights
-from lighten.errors import RecipeError
+from lighten.cost.workload import Workload
+from lighten.errors import RecipeError, WorkloadError
 from lighten.formats.artifact import Work, write_artifact
 from lighten.model import ModelSpec, read_spec
 from lighten.model.families import describe
 from lighten.model.spec import PER_CHANNEL, PER_TENSOR, Embedding, Linear, WeightFormat
 from lighten.recipe import RUNTIMES, STEPS, Recipe, Step, apply_recipe, parse_recipe, read_recipe, recipe, size
-from lighten.recipe.number_formats import FORMATS
+from lighten.recipe.estimate import estimate
+from lighten.recipe.notes import notes
+from lighten.recipe.number_formats import FORMATS, dividing_group
 from lighten.recipe.predict import CONTAINER_BYTES, artifact_bytes, compute_dtype
 from lighten.recipe.predicted import KINDS
 from lighten.recipe.recipe import format_yaml, make_recipe, make_step, parse_yaml
@@ -84,7 +87,11 @@ def test_doctests():
 # ---- its forms ----
 
 
-@settings(deadline=None)  # speed is never asserted
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+"""Speed is never asserted."""
+
+
+@UNHURRIED
 @given(recipes())
 def test_text_and_yaml_say_the_same(made):
     assert parse_recipe(str(made)) == made
@@ -92,7 +99,7 @@ def test_text_and_yaml_say_the_same(made):
     assert str(parse_yaml(format_yaml(parse_recipe(str(made))))) == str(made)
 
 
-@settings(deadline=None)
+@UNHURRIED
 @given(recipes(), st.data())
 def test_a_spoiled_text_is_refused_or_says_what_it_is_taken_for(made, data):
     """No other exception, and nothing of the text that the recipe does not have."""
@@ -175,6 +182,23 @@ REFUSED = {
         "prune(magnitude, sparsity=0.5, pattern=2:4): give exactly one of sparsity, threshold and pattern; given: sparsity, pattern.",
     "prune(magnitude, pattern=2:4, scope=row)":
         "prune(magnitude, pattern=2:4, scope=row): scope=row has no effect with pattern; it says over what a sparsity is counted.",
+    "quantize(gptq, bits=4, format=fp8)": "quantize(gptq): bits=4 does not go with format=fp8, which has bits=8; leave it out.",
+    "quantize(rtn, symmetric=false, format=nvfp4)":
+        "quantize(rtn): symmetric=False does not go with format=nvfp4, which has symmetric=true; leave it out.",
+    "quantize(gptq, group_size=64, activations=dynamic)":
+        "quantize(gptq): group_size=64 does not go with activations=dynamic, which has group_size=channel; leave it out.",
+    "quantize(awq, format=mxfp4, activations=dynamic)":
+        "quantize(awq, format=mxfp4, activations=dynamic): activations=dynamic go with 8-bit weights; use format=int or format=fp8.",
+    "quantize(rtn, tokens=64)":
+        "quantize(rtn, tokens=64): tokens=64 has no effect; rounding to nearest needs calibration for activations=static alone.",
+    "quantize(auto)": "quantize(auto): give exactly one of size<= and bits<=; given: none.",
+    "quantize(auto, size<=1MB, bits<=3)": "quantize(auto, size<=1MB, bits<=3): give exactly one of size<= and bits<=; given: size, bits.",
+    "quantize(auto, size=70MB)": "quantize(auto): size is written size<=value.",
+    "quantize(auto, size<=70)": "quantize(auto): size=70 is not possible; size is a size such as 70MB, written size<=70MB.",
+    "quantize(rtn, bits<=4)": "quantize(rtn): bits is written bits=value.",
+    'quantize(auto, bits<=3, widths="3,5")': "quantize(auto): widths='3,5' is not possible; widths is widths to choose from, of 8, 6, 4, 3, 2.",
+    "quantize(smoothquant, alpha=2)": "quantize(smoothquant): alpha=2 is not possible; alpha is a number from 0 to 1, or auto.",
+    "distill(scales, steps=0)": "distill(scales): steps=0 is not possible; steps is a number of steps.",
     "quantize(rtn) @ tpu": "runtime 'tpu' does not exist; runtimes: torch, torch-compile, onnxruntime, openvino, llama.cpp.",
     "quantize(rtn) @": "runtime '' is not of the form name(argument, key=value).",
     "@ torch(threads=2)": "runtime torch: no option threads; options: dtype.",
@@ -242,6 +266,12 @@ IMPOSSIBLE = {
         f"prune(magnitude): {LAYER} is already quantized to 8 bits; put this step before quantize, or narrow its targets.",
     "quantize(rtn) | cast(float16)":
         f"cast(float16): {LAYER} is already quantized to 8 bits; put this step before quantize, or narrow its targets.",
+    "quantize(kv)": "quantize(kv): BertModel has no causal attention, and so no cache of keys and values.",
+    "distill(scales)": "distill(scales) tunes quantized weights and BertModel has none; put it after quantize.",
+    "quantize(rtn) | rotate(hadamard)":
+        f"rotate(hadamard): {LAYER} is already quantized to 8 bits; put this step before quantize, or narrow its targets.",
+    "quantize(gptq, format=q4_k) @ torch": f"runtime torch cannot carry {LAYER} as ggml's Q5_0; it carries ",
+    "quantize(gptq, format=nvfp4) @ openvino": f"runtime openvino cannot carry {LAYER} as 4-bit floats (e2m1) by groups of 16; it carries ",
     "prune(magnitude, pattern=2:5)":
         f"pattern=2:5: 5 does not divide the 32 columns of {LAYER}.",
     "quantize(rtn, targets=nothing)":
@@ -493,6 +523,61 @@ def test_several_steps_are_done_in_their_order(models, tmp_path):
     reports = [report for _, _, report in compress_weights(Checkpoint(models["llama"]), spec, made) if report and report.bits]
     assert len(reports) == 2 * 7
     assert all(report.sparsity >= 0.5 for report in reports), "zeros stay zeros through the cast and on the grid"
+
+
+@given(st.integers(1, 400), st.integers(1, 300))
+def test_a_group_that_does_not_divide_gives_way_to_the_best_that_does(columns, wanted):
+    found = dividing_group(columns, wanted)
+    smaller = [size for size in range(1, min(columns, wanted) + 1) if columns % size == 0]
+    assert found in smaller
+    assert found == wanted or columns % wanted
+    if found != wanted:
+        rank = {size: next(multiple for multiple in (32, 16, 8, 1) if size % multiple == 0) for size in smaller}
+        assert (rank[found], found) == max((rank[size], size) for size in smaller)
+
+
+def test_what_is_not_done_to_the_letter_is_said():
+    spec, plain = spec_of("LlamaForCausalLM"), "model.layers.0.self_attn.q_proj"
+    assert notes(parse_recipe("quantize(gptq, group_size=16)"), spec) == []
+    assert notes(parse_recipe("quantize(gptq, targets=q_proj)"), spec) == [
+        f"group_size=128 does not divide the 32 columns of {plain} and 1 other, which get groups of 32."
+    ]
+    assert notes(parse_recipe("quantize(rtn, format=q4_k, targets=layers.0.self_attn.q_proj) @ llama.cpp"), spec) == [
+        f"blocks of 256 of format=q4_k do not divide the 32 columns of {plain}, which gets ggml's Q5_0."
+    ]
+    (widths,) = notes(parse_recipe("quantize(auto, bits<=4, group_size=16)"), spec)
+    assert widths.startswith("quantize(auto, bits<=4, group_size=16): which weight gets which width is measured")
+    (untied,) = notes(parse_recipe("rotate(hadamard)"), spec)
+    assert untied == "rotate(hadamard): lm_head becomes a weight of its own, for the last norm's weight is folded into it alone."
+
+
+def test_a_rotated_model_stores_its_head():
+    spec = spec_of("LlamaForCausalLM")
+    rotated = apply_recipe(parse_recipe("rotate(hadamard)"), spec)
+    assert rotated.total_parameters - spec.total_parameters == 320 * 32, "vocabulary × width of tiny_models"
+
+
+def test_a_cache_of_codes_is_what_the_workload_keeps():
+    assert parse_recipe("quantize(kv, bits=4)").kv_dtype == "int4"
+    assert parse_recipe("quantize(rtn)").kv_dtype is None
+    spec, workload = spec_of("LlamaForCausalLM"), Workload(phase="decode", batch_size=1, seq_len=64, new_tokens=8)
+    whole = estimate(spec, workload).memory.kv_cache
+    assert estimate(spec, workload, recipe=parse_recipe("quantize(kv)")).memory.kv_cache * 4 == whole, "int8 of float32"
+    with pytest.raises(WorkloadError, match=r"^kv_dtype=float16 and the recipe's int8 are two types of one cache; leave kv_dtype out\.$"):
+        estimate(spec, replace(workload, kv_dtype="float16"), recipe=parse_recipe("quantize(kv)"))
+
+
+@pytest.mark.parametrize("word", FORMATS[1:])
+def test_a_format_fixes_width_group_and_symmetry(word):
+    step = parse_recipe(f"quantize(rtn, format={word})").steps[0]
+    said = {name: step[name] for name in ("bits", "group_size", "symmetric")}
+    assert make_step("quantize", "rtn", {"format": word, **said}) == step, "saying the same is no contradiction"
+    assert str(step) == f"quantize(rtn, format={word})"
+
+
+def test_static_activations_need_calibration_whatever_the_method():
+    assert [parse_recipe(f"quantize(rtn, activations={how})").steps[0].calibrated for how in ("none", "dynamic", "static")] == [False, False, True]
+    assert parse_recipe("quantize(gptq)").steps[0].calibrated
 
 
 def test_words_of_a_step_are_read_as_they_are_said():

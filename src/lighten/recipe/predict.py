@@ -69,8 +69,12 @@ def format_text(part: Linear | Embedding) -> str:
     weight = part.weight
     if weight.bits is None:
         return weight.dtype
+    if weight.ggml_type is not None:
+        return f"ggml's {weight.ggml_type}"
+    codes = "codes" if weight.element == "int" else f"floats ({weight.element})"
     group = {-1: "by channel", 0: "by tensor"}.get(weight.group_size, f"by groups of {weight.group_size}")
-    return f"{weight.bits}-bit codes {group}" + (f" with {weight.activations} int8 activations" if weight.activations else "")
+    inputs = "int8" if weight.element == "int" else "fp8"
+    return f"{weight.bits}-bit {codes} {group}" + (f" with {weight.activations} {inputs} activations" if weight.activations else "")
 
 
 def compute_dtype(recipe: Recipe, spec: ModelSpec) -> str:

@@ -205,10 +205,10 @@ def make_step(verb: str, method: str, given: Mapping[str, Any]) -> Step:
     if unknown := set(given) - set(kind.parameters):
         known = ", ".join(kind.parameters) or "none"
         raise RecipeError(f"{verb}({method}) has no argument {', '.join(sorted(unknown))}; arguments: {known}.")
+    implied = kind.implied({name: value for name, value in given.items() if kind.parameters[name].accepts(value)})
     for name, value in given.items():
-        if not kind.parameters[name].accepts(value):
+        if not kind.parameters[name].accepts(value) and (name not in implied or value != implied[name]):
             raise RecipeError(f"{verb}({method}): {name}={value!r} is not possible; {name} is {kind.parameters[name].says}.")
-    implied = kind.implied(given)
     for name, value in implied.items():
         if given.get(name, value) != value:
             why = ", ".join(f"{each}={given[each]}" for each in ("format", "activations") if each in given)
