@@ -206,8 +206,10 @@ class Journal:
     def discard(self) -> None:
         """Remove the folder: the artifact is in its place, or there is nothing worth going on from. `journal.json` goes last but for the lock."""
         for path in self.folder.iterdir():
-            if path.name not in (FILE, LOCK):
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name not in (FILE, LOCK):
+                path.unlink(missing_ok=True)
         (self.folder / FILE).unlink(missing_ok=True)
         (self.folder / LOCK).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
