@@ -125,7 +125,7 @@ def weight_format(kind: str, group: Mapping[str, Any], part: Linear | Embedding)
     elif kind in (INT, FLOAT):
         found = _byte_format(kind, weights, inputs)
     else:
-        raise ValueError(f"format {kind!r} is not known; known: {', '.join((FORMAT, INT, FLOAT, 'naive-quantized', NVFP4, MXFP4))}")
+        raise ValueError(f"format {kind!r} is not known; known: {', '.join((FORMAT, FLOAT, INT, 'naive-quantized', NVFP4, MXFP4))}")
     if found.layout is None and storage(replace(part, weight=found)) != kind:
         return replace(found, layout=layout_of(kind, found))
     return found
