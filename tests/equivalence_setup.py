@@ -34,6 +34,12 @@ VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "int
 MAMBA = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 DISTIL = {"vocab_size": 64, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 40, "max_position_embeddings": 64}
 
+DEEPSEEK = BASE | {
+    "num_key_value_heads": 4, "n_routed_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1,
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8, "first_k_dense_replace": 1,
+    "n_shared_experts": 1,
+}  # fmt: skip
+
 LLAMA_LIKE = [
     "input_layernorm > q_proj k_proj v_proj", "v_proj > o_proj", "post_attention_layernorm > gate_proj up_proj", "up_proj > down_proj",
 ]  # fmt: skip
@@ -63,6 +69,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "mixtral": (
         "MixtralForCausalLM", GROUPED | MOE,
         [*LLAMA_LIKE[:2], "post_attention_layernorm > gate gate_up_proj gate_up_proj gate_up_proj", "gate_up_proj > down_proj", "norm > lm_head"],
+    ),
+    "deepseek_v3": (
+        "DeepseekV3ForCausalLM", DEEPSEEK,
+        [
+            "input_layernorm > q_a_proj kv_a_proj_with_mqa", "q_a_layernorm > q_b_proj", "kv_a_layernorm > kv_b_proj", "kv_b_proj > o_proj",
+            "post_attention_layernorm > gate_proj up_proj", "up_proj > down_proj", "gate_up_proj > down_proj", "norm > lm_head",
+            "post_attention_layernorm > gate gate_up_proj gate_up_proj gate_up_proj gate_proj up_proj",
+        ],
     ),
     "mamba": ("MambaForCausalLM", MAMBA, ["norm > in_proj", "x_proj > dt_proj", "x_proj D > out_proj"]),
     "bert": ("BertModel", BASE, ["self.value > output.dense"]),

@@ -25,7 +25,7 @@ from lighten.compress.skeleton import find_places
 from lighten.compress.turns import TurnedEnd, find_turns
 from lighten.errors import RecipeError
 
-TURNED = {"llama", "llama tied", "qwen2", "qwen3", "mistral", "phi", "phi3", "gpt2", "gpt2 relu", "gpt_neox", "mixtral", "mamba"}
+TURNED = {"llama", "llama tied", "qwen2", "qwen3", "mistral", "phi", "phi3", "gpt2", "gpt2 relu", "gpt_neox", "mixtral", "deepseek_v3", "mamba"}
 """Families whose stream can be turned. The others add a norm's output to it (BERT's and BART's kin, Gemma's norms after each layer), give an
 encoder's normalized stream out (T5, Whisper), or write to it by a convolution (ViT, Whisper)."""
 
