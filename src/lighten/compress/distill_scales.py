@@ -11,7 +11,6 @@ sample is held out, and where its distance did not fall, all stays as it was.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,14 +32,15 @@ class TuneSettings:
 
     Attributes:
         steps: optimizer steps.
-        learning_rate: share of its size that a scale or norm may move in a step; falls linearly to 0.
+        learning_rate: share of its size that a norm, or a scale of 4-bit codes, moves in a step; scales of 2-bit codes move four times as
+            much (`student.scale_factor`). Rises over the first tenth of the steps and falls linearly to 0.
         step_tokens: positions of a step, about.
         window: positions of a row that longer rows of plain tokens are cut to.
         seed: order of the samples.
     """
 
     steps: int
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     step_tokens: int = 1024
     window: int = 512
     seed: int = 0
@@ -102,10 +102,11 @@ def start_latents(task: Task, trained: Trained) -> dict[str, Latent]:
 def descend(
     task: Task, latents: Mapping[str, Latent], settings: TuneSettings, *, before_step: Callable[[float], None] = lambda left: None
 ) -> dict[str, Weight]:
-    """Move the latents; what they are in the end, or nothing where the held-out samples are no nearer to the original.
+    """Move the latents; what they are in the end, or nothing where the held-out samples are no nearer to the original (all samples,
+    where there are too few to hold any out).
 
     Args:
-        before_step: is told the share of the learning rate that is left for the step.
+        before_step: is told the share of the learning rate that the step has.
     """
     samples = list(cut(task.batches, step_tokens=settings.step_tokens, window=settings.window))
     with (
@@ -113,12 +114,13 @@ def descend(
         Student(task.skeleton, _now(task), latents, task.transposed) as student,
     ):
         training, held_out = split(len(samples))
-        before = _mean(student, teacher, held_out)
-        task.log(f"distance from the original on held-out samples: {before:.4f}")
+        judged, label = (held_out, "held-out samples") if held_out else (training, "all samples")
+        before = _mean(student, teacher, judged)
+        task.log(f"distance from the original on {label}: {before:.4f}")
         _train(student, teacher, order(training, steps=settings.steps, seed=settings.seed), settings, before_step, task.log)
-        behind = _mean(student, teacher, held_out)
-        task.log(f"distance from the original on held-out samples: {behind:.4f}")
-    if held_out and not behind < before:
+        behind = _mean(student, teacher, judged)
+        task.log(f"distance from the original on {label}: {behind:.4f}")
+    if not behind < before:
         task.log("that is not less than before: all stays as it was")
         return {}
     return {name: latent.finish() for name, latent in latents.items() if latent.leaves()}
@@ -130,8 +132,9 @@ def _train(
 ) -> None:  # fmt: skip
     leaves = [leaf for latent in student.latents.values() for leaf in latent.leaves()]
     optimizer = torch.optim.Adam(leaves, lr=settings.learning_rate, betas=(0.9, 0.95))
+    warm_up = max(1, settings.steps // 10)  # choice: the first steps of Adam are the signs of one sample's gradient
     for step, index in enumerate(indices):
-        left = 1 - step / settings.steps
+        left = min(1, (step + 1) / warm_up) * (1 - step / settings.steps)
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * left
         before_step(left)
@@ -171,7 +174,7 @@ def order(indices: Sequence[int], *, steps: int, seed: int) -> Iterator[int]:
 
 def _mean(student: Student, teacher: Teacher, indices: Sequence[int]) -> float:
     with student.ready():
-        return sum(teacher.distance(index) for index in indices) / len(indices) if indices else math.nan
+        return sum(teacher.distance(index) for index in indices) / len(indices)
 
 
 def _now(task: Task) -> Source:

@@ -54,8 +54,17 @@ class Fixed:
         return self._weight
 
 
+def scale_factor(leaf: Tensor, *, bits: int) -> Tensor:
+    """What a leaf makes of a scale: 1 + 2**(4 - bits) · leaf, at least 1/2.
+
+    A code's distance from its weight is a share of about 2**-bits of the largest weight, and so is what a scale can be off without harm: one
+    learning rate serves all widths. Measured on SmolLM2-135M: steps of 0.2 % help at 4 bits and steps of 0.4 % harm, at 2 bits 0.5 % help.
+    """
+    return (1 + 2.0 ** (4 - bits) * leaf).clamp(min=0.5)
+
+
 class Scales:
-    """Codes that stay under scales that move: scale · (1 + leaf). Signs stay, and no scale loses more than half of its size."""
+    """Codes that stay under scales that move. Signs stay, and no scale loses more than half of its size."""
 
     def __init__(self, weight: QuantizedTensor, *, dtype: torch.dtype) -> None:
         self._weight, self._dtype = weight, dtype
@@ -73,7 +82,7 @@ class Scales:
         return with_scales(self._weight, self._moved().detach())
 
     def _moved(self) -> Tensor:
-        return self._scale * (1 + self._leaf.clamp(min=-0.5))
+        return self._scale * scale_factor(self._leaf, bits=self._weight.bits)
 
 
 class Offset:
