@@ -18,7 +18,7 @@ from lighten.device.device import Device
 from lighten.device.find import THIS_MACHINE, find_device, find_place
 from lighten.errors import DeviceError, ModelError, RecipeError, TextError, UnsupportedFamily, WorkloadError
 from lighten.model import ModelSpec
-from lighten.model.runnable import read_runnable
+from lighten.model.runnable import read_for, read_runnable
 from lighten.parallel.plan import Plan
 from lighten.recipe import Recipe, apply_recipe, read_recipe
 from lighten.recipe.estimate import Estimate
@@ -345,7 +345,7 @@ def compress(  # noqa: PLR0913 - one keyword for each option of the command
     a kill; `Artifact.made` says how long it took and how much memory.
 
     Args:
-        text: to calibrate by, where a step of the recipe looks at text.
+        text: to calibrate by, where a step of the recipe looks at text: .txt or .jsonl; an .npz of arrays for models of images or sound.
         memory: the most that the process may hold, in bytes or as text such as "4GB".
         resume: go on with an unfinished run that was begun with the same.
 
@@ -353,23 +353,28 @@ def compress(  # noqa: PLR0913 - one keyword for each option of the command
         LightenError: whatever of this cannot be read or done.
     """
     from lighten.formats.artifact import Work, write_artifact
+    from lighten.judge.arrays import Inputs, load_inputs
     from lighten.judge.calibration import text_windows
     from lighten.judge.text import load_text
     from lighten.judge.worker import calibration_batches
+    from lighten.recipe.targets import RUNTIMES
     from lighten.runtimes import require_runtime
 
     said, source = read_recipe(recipe), _folder(model)
     limit = round(parse_quantity(memory, SIZE_UNITS, "memory")) if isinstance(memory, str) else memory
-    spec = read_runnable(source)
+    spec = read_for(source, exported=RUNTIMES[said.runtime].exported)
     apply_recipe(said, spec)
     require_runtime(said.runtime)
     calibrated = any(step.calibrated for step in said.steps)
     chosen = Path(text) if text else None
-    read = load_text(chosen) if chosen or calibrated else None  # a mistake in it is said before any work
+    arrays = chosen is not None and chosen.suffix == ".npz"
+    read = (
+        (load_inputs(chosen, spec) if chosen and arrays else load_text(chosen)) if chosen or calibrated else None
+    )  # a mistake is said before any work
     if chosen and not calibrated:
         raise TextError(f"text {chosen} has no effect: no step of {said} looks at calibration text.")
     log(f"compressing {source}: {said}")
-    windows = text_windows(source, spec, read, log=log) if read else None
+    windows = None if read is None else read.windows() if isinstance(read, Inputs) else text_windows(source, spec, read, log=log)
     work = Work(windows=windows, text=read.fingerprint if read else "", memory_bytes=limit, resume=resume, log=log)
     return write_artifact(source, said, Path(out), calibration=lambda: calibration_batches(source, chosen), work=work)
 

@@ -15,7 +15,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a folder in Hugging Face format")
     parser.add_argument("--recipe", required=True, metavar="TEXT|FILE", help="steps and runtime, as text or in a .yaml file")
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="a new folder for the artifact")
-    parser.add_argument("--text", metavar="FILE", help="calibration text: .txt or .jsonl (default: the embedded text)")
+    parser.add_argument(
+        "--text",
+        metavar="FILE",
+        help="calibration text: .txt or .jsonl (default: the embedded text); .npz of arrays for a model of images or sound",
+    )
     parser.add_argument("--memory", metavar="SIZE", help="the most that the process may hold, such as 4GB; refused at once where it does not do")
     parser.add_argument("--resume", action="store_true", help="go on with an unfinished run, which lies beside DIR")
     add_json(parser)

@@ -192,6 +192,14 @@ def build_module(folder: Path, *, dtype: torch.dtype, untied: bool = False) -> A
     return module.eval()
 
 
+def main_input(architecture: str | None) -> str | None:
+    """Name of the first input of a class of `transformers`, `input_ids` where it reads text; None: no such class."""
+    import transformers
+
+    kind = getattr(transformers, architecture or "", None)
+    return str(kind.main_input_name) if kind is not None else None
+
+
 def find_units(module: nn.Module) -> Iterator[Unit]:
     """The blocks, which are the items of the outermost lists of modules that hold matrices, and every other module with a matrix of its own
     that is no embedding, such as a head or a pooler."""

@@ -23,8 +23,9 @@ from lighten.compress.grid import Weight
 from lighten.compress.journal import Journal, work_folder
 from lighten.compress.memory_plan import MemoryPlan, import_class, keeping_limit, peak_rss_bytes, plan_memory, reset_peak, rss_bytes
 from lighten.compress.run_identity import digest, run_identity
+from lighten.compress.skeleton import main_input
 from lighten.compress.walk import CalibrationSource, Checkpoint, Done, LayerReport, do_recipe
-from lighten.errors import ModelError, OutputError
+from lighten.errors import ConstraintError, ModelError, OutputError
 from lighten.formats import files
 from lighten.formats.onnx_artifact import write_onnx_artifact
 from lighten.formats.onnx_export import dense_weights, export_onnx, is_exported
@@ -34,7 +35,7 @@ from lighten.formats.verify import Witness, verify_folder, verify_graph
 from lighten.model import ModelSpec
 from lighten.model.quantized.kv import KVFormat, kv_format_for
 from lighten.model.read import read_config, weight_files
-from lighten.model.runnable import read_runnable
+from lighten.model.runnable import read_for
 from lighten.recipe import Recipe, apply_recipe, parse_recipe
 from lighten.recipe.notes import notes
 from lighten.recipe.predict import artifact_bytes, compute_dtype
@@ -112,7 +113,7 @@ def write_artifact(
     """
     start = time.perf_counter()
     work = work or Work()
-    spec = read_runnable(source)
+    spec = read_for(source, exported=RUNTIMES[recipe.runtime].exported)
     plan = _Plan(
         source=source, spec=spec, predicted=apply_recipe(recipe, spec), recipe=recipe, calibration=calibration, exports=exports, work=work,
     )  # fmt: skip
@@ -243,8 +244,8 @@ def _working(folder: Path, identity: Mapping[str, str], work: Work) -> Iterator[
                 journal.discard()
             if (why := _refused(error)) is not None:
                 raise OutputError(f"{folder} cannot be written: {why}. {kept}".strip()) from error
-            if isinstance(error, OutputError) and kept and "--resume" not in str(error):
-                raise OutputError(f"{error} {kept}") from error
+            if isinstance(error, OutputError | ConstraintError) and kept and "--resume" not in str(error):
+                raise type(error)(f"{error} {kept}") from error
             if kept:
                 work.log(kept)
             raise
@@ -307,9 +308,10 @@ def _write(plan: _Plan, memory: MemoryPlan, journal: Journal, folder: Path) -> l
 
 def _verify_folder(plan: _Plan, memory: MemoryPlan, folder: Path, witness: Witness) -> None:
     """Read an artifact of safetensors back, and run it where memory allows and a text is what it takes."""
-    reads_text = plan.spec.fixed_len is None and "vocab_size" in plan.spec.config
+    reads_text = main_input(plan.spec.architecture) == "input_ids"
     if not (memory.runs_result and reads_text):
-        plan.work.log("reading the artifact back, tensor by tensor; it is not run, which takes its weights in float32")
+        why = "its weights in float32 take more memory than there is" if reads_text else "a text is not what it takes"
+        plan.work.log(f"reading the artifact back, tensor by tensor; it is not run: {why}")
     verified = verify_folder(folder, witness, compare_output=memory.runs_result and reads_text)
     if verified.output_error is not None:
         plan.work.log(f"read back: {verified.tensors} tensors are those that were written; its output differs by {verified.output_error:.1e}")

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from lighten.compress.memory_plan import WINDOW
+from lighten.compress.skeleton import main_input
 from lighten.compress.walk import Batch, CalibrationSource
 from lighten.errors import RecipeError, TextError
 from lighten.judge.text import Text
@@ -29,9 +30,9 @@ def text_windows(source: Path, spec: ModelSpec, text: Text, *, log: Callable[[st
     """
 
     def windows(tokens: int) -> Sequence[Batch]:
-        if spec.fixed_len is not None or "vocab_size" not in {**spec.config, **dict(spec.config.get("text_config") or {})}:
+        if (main := main_input(spec.architecture)) != "input_ids":
             said = f"{spec.name} ({spec.architecture}) does not read text, which this recipe calibrates on"
-            raise RecipeError(f"{said}; use quantize(rtn) or quantize(hqq), which look at the weights alone.")
+            raise RecipeError(f"{said}; give --text an .npz with its {main}, or use quantize(rtn) or quantize(hqq), which look at the weights alone.")
         positions = spec.max_positions or WINDOW
         reads_on = spec.is_decoder
         rows = _running(source, text, tokens, min(WINDOW, positions)) if reads_on else _passages(source, text, tokens, min(ENCODER_LEN, positions))

@@ -38,3 +38,13 @@ def read_compressible(model: str | Path) -> ModelSpec:
     if spec.tensors is None:
         raise UnsupportedFamily(f"{spec.source}: no *.safetensors beside the config; a model without weights can be estimated alone.")
     return spec
+
+
+def read_for(model: str | Path, *, exported: bool) -> ModelSpec:
+    """The spec of a model whose weights are to be changed, of any family; of those with a graph where the artifact is one.
+
+    Raises:
+        ModelError: it cannot be read.
+        UnsupportedFamily: it has no weights, or no graph is made of its kind.
+    """
+    return read_runnable(model) if exported else read_compressible(model)

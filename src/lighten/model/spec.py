@@ -59,7 +59,8 @@ class WeightFormat:
         element: what a code is: a whole number, or a float of 8 (`e4m3`) or 4 bits (`e2m1`; Rouhani et al. 2023, arXiv:2310.10537).
         scale_dtype: element type of the scales; `uint8` is the exponent of a power of two (mxfp4).
         global_scale: one more float32 scale for the whole matrix, as nvfp4 has.
-        activations: activations of 8 bits (int8; fp8 with `e4m3`) computed with it, their scale taken from each input ("dynamic") or from calibration ("static").
+        activations: activations of 8 bits (int8; fp8 with `e4m3`) computed with it, their scale taken from each input ("dynamic") or from
+            calibration ("static").
         sparsity: the share of zeros that pruning left. A dense layout stores them like any other weight.
         ggml_type: the quantized type of ggml that it is stored in, such as `Q4_K`, which then says its bytes; `bits` is the width of its codes.
         layout: the tensors of another method's checkpoint, which then say its bytes; None: codes without gaps, scales and zero points.

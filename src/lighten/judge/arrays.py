@@ -1,0 +1,80 @@
+"""Calibration inputs from a file of arrays, for models that read images or sound: what a forward takes, by its names."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lighten.compress.skeleton import main_input
+from lighten.compress.walk import Batch, CalibrationSource
+from lighten.errors import TextError
+from lighten.model import ModelSpec
+
+Arrays = Mapping[str, np.ndarray[Any, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """Samples of a model's inputs.
+
+    Attributes:
+        arrays: [samples, ...] each, by the names that the model's forward has for them.
+        fingerprint: sha256 of all of it.
+    """
+
+    arrays: Arrays
+    fingerprint: str
+
+    def windows(self) -> CalibrationSource:
+        """All samples, however many tokens are asked for: what counts as one is the model's concern."""
+        batch: Batch = dict(self.arrays)
+        return lambda tokens: [batch]
+
+
+def load_inputs(path: Path, spec: ModelSpec) -> Inputs:
+    """The arrays of an .npz file.
+
+    Raises:
+        TextError: not readable, arrays that disagree, are empty or hold values that are not finite, or not what the model takes.
+    """
+    try:
+        with path.open("rb") as file, zipfile.ZipFile(file):
+            pass  # an archive at all; what numpy opens that is none stays open
+        with np.load(path, allow_pickle=False) as opened:
+            arrays = {name: opened[name] for name in opened.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise TextError(f"{path} cannot be read as arrays (.npz): {str(error).splitlines()[0]}.") from error
+    taken, main = _forward(spec)
+    if unknown := sorted(set(arrays) - set(taken)):
+        raise TextError(f"{path} holds {', '.join(unknown)}, which {spec.architecture} does not take; it takes {', '.join(taken)}.")
+    if main not in arrays:
+        raise TextError(f"{path} lacks {main}, the input of {spec.architecture}; it holds {', '.join(arrays) or 'nothing'}.")
+    samples = {name: value.shape[0] if value.ndim else 0 for name, value in arrays.items()}
+    if len(set(samples.values())) > 1 or not samples[main]:
+        said = ", ".join(f"{name} {count}" for name, count in samples.items())
+        raise TextError(f"{path}: each array needs the same number of samples along its first axis, at least 1; they have {said}.")
+    for name, value in arrays.items():
+        if value.dtype.kind not in "fiu" or (value.dtype.kind == "f" and not np.isfinite(value).all()):
+            raise TextError(f"{path}: {name} holds values that are not finite numbers.")
+    digest = hashlib.sha256()
+    for name, value in sorted(arrays.items()):
+        digest.update(f"{name}{value.dtype}{value.shape}".encode() + np.ascontiguousarray(value).tobytes())
+    return Inputs(arrays=arrays, fingerprint=digest.hexdigest())
+
+
+def _forward(spec: ModelSpec) -> tuple[list[str], str]:
+    """Names that the model's forward takes, and its main one."""
+    import transformers
+
+    main = main_input(spec.architecture)
+    if main is None:
+        raise TextError(f"transformers has no class {spec.architecture}; its inputs are not known.")
+    taken = inspect.signature(getattr(transformers, str(spec.architecture)).forward).parameters
+    return [name for name in taken if name not in ("self", "kwargs")], main
