@@ -194,7 +194,8 @@ def test_block_by_block_is_what_the_whole_model_gives(model, models):
     for name, seen in found.items():
         slopes = [each[name] for each in gradients if name in each]
         if not slopes:
-            assert seen.probe_error == 0, name  # a pooler, which the hidden states do not need
+            assert (model, name) == ("bert", "pooler.dense.weight"), "the hidden states do not need it"
+            assert seen.probe_error > 0, "yet it may be needed elsewhere"
             continue
         weight = checkpoint[name]
         error = weight - quantize_rtn(weight, bits=probes[name].bits, group_size=16, symmetric=True).dequantize()

@@ -87,7 +87,7 @@ def measure_sensitivity(
                 answer.backward(gradient)  # type: ignore[no-untyped-call]
             seen.finish_batch()
             positions += count
-    return {name: seen.of(name, positions) for name in probes}
+    return seen.found(positions)
 
 
 def option_errors(
@@ -186,15 +186,25 @@ class _Seen:
         self._squares[name] = squares
         self._rows[name] += len(weight)
 
-    def of(self, name: str, positions: int) -> Sensitivity:
-        """What was seen of a tensor; an expert that no token met has no error, and all its columns weigh the same."""
-        if name not in self._importance:
-            columns = self._matrix(name, self._source(name)).shape[1]
-            return Sensitivity(importance=torch.ones(columns), probe_error=0.0, probe_square=1.0)
-        importance = self._importance[name] / self._rows[name]
-        return Sensitivity(
-            importance=importance, probe_error=self._errors[name] / positions, probe_square=float((self._squares[name] * importance).double().sum())
-        )
+    def found(self, positions: int) -> dict[str, Sensitivity]:
+        """What was seen of each tensor. One that no gradient reached, such as a pooler or an expert that no token met, is not therefore worth
+        nothing: it is taken to matter as much as the others do on average, for the same squared error."""
+        met = {
+            name: Sensitivity(
+                importance=(importance := self._importance[name] / self._rows[name]), probe_error=self._errors[name] / positions,
+                probe_square=float((self._squares[name] * importance).double().sum()),
+            )
+            for name in self._probes if name in self._importance
+        }  # fmt: skip
+        squares = sum(float(self._squares[name].double().sum()) for name in met)
+        usual = sum(each.probe_error for each in met.values()) / max(squares, 1e-300)
+        return {name: met.get(name) or self._unmet(name, usual) for name in self._probes}
+
+    def _unmet(self, name: str, usual: float) -> Sensitivity:
+        weight = self._matrix(name, self._source(name))
+        square = sum(float((weight[rows].float() - _rounded(weight[rows].float(), self._probes[name])).double().square().sum())
+                     for rows in _pieces(weight, self._probes[name]))  # fmt: skip
+        return Sensitivity(importance=torch.ones(weight.shape[1]), probe_error=usual * square, probe_square=square)
 
 
 _PIECE_ELEMENTS = 2**21  # choice: 8 MB of float32 a copy
