@@ -199,8 +199,8 @@ QUANTIZING: dict[tuple[str, str], StepKind] = {
         parameters={"bits": one_of(8, default=8)}, predict=predict_by_runtime("static", embeddings=True), calibrated=True
     ),
     ("rotate", "hadamard"): StepKind(parameters={}, predict=_predict_rotated),
-    ("distill", "scales"): _tuning("scales", steps=50, learning_rate=0.002),
-    ("distill", "qat"): _tuning("qat", steps=100, learning_rate=0.002),
+    ("distill", "scales"): _tuning("scales", steps=50, learning_rate=0.001),
+    ("distill", "qat"): _tuning("qat", steps=100, learning_rate=0.001),
 }  # fmt: skip
 """(verb, method) → its kind. Names are the papers' or the field's: rtn is round-to-nearest; hqq Badri & Shaji 2023; gptq arXiv:2210.17323; awq
 arXiv:2306.00978; smoothquant arXiv:2211.10438; dynamic and static say how int8 activations get their scale, as ONNX Runtime and NNCF say it."""
