@@ -12,6 +12,7 @@ Shape legend: T rows (tokens), O rows of a weight, I columns, C channels of a ma
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -25,8 +26,8 @@ ALPHAS = tuple(step / 20 for step in range(20))
 """What "auto" tries, beside no smoothing at all."""
 LEAST = 1e-5
 """Maxima below it count as this much. Source: the published code's `smooth.py`."""
-ROWS = 256
-"""Rows of a simulation."""
+ROWS, OUTPUTS = 256, 256
+"""Tokens, and at most so many outputs of a consumer, of a simulation: choice."""
 DAMPING = 1e-4
 """Share of each second moment that is added to it, so that moments of few rows, summed in float32, have a root: choice."""
 LEVELS = 127
@@ -42,7 +43,7 @@ def smooth_scales(
     Args:
         alpha: how much of the difficulty moves from the activations to the weights, 0 to 1.
         activations: how "auto" rounds activations: with a scale for each row, or one for all.
-        rows: [T, I] inputs of the first consumer to simulate on; None: drawn from a normal distribution with the second moments seen.
+        rows: [T, I] inputs of the consumers, all the same, to simulate on; None: drawn from a normal distribution with the second moments seen.
     """
     if alpha != "auto":
         return _scales(consumers, channels, alpha)
@@ -50,9 +51,12 @@ def smooth_scales(
     for consumer in consumers:
         if id(consumer.judge) not in drawn:
             drawn[id(consumer.judge)] = _rows(consumer.judge) if rows is None else rows
+    steps = [-(-len(consumer.weight) // OUTPUTS) for consumer in consumers]
+    sampled = [replace(consumer, weight=consumer.weight[::step]) for consumer, step in zip(consumers, steps, strict=True)]
 
     def error(scales: Tensor) -> float:
-        return sum(simulated_error(consumer, scales, drawn[id(consumer.judge)], activations=activations) for consumer in consumers)
+        errors = [simulated_error(consumer, scales, drawn[id(consumer.judge)], activations=activations) for consumer in sampled]
+        return sum(step * each for step, each in zip(steps, errors, strict=True))
 
     return min(_tried(consumers, channels), key=error)
 
