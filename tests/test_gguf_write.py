@@ -146,9 +146,9 @@ def test_the_search_comes_near_to_brute_force(name):
     found = ((groups - grid.value(grid.nearest(weight)).reshape(-1, 32)).square() * counts).sum(-1)
     span = groups.amax(-1) - groups.amin(-1)
     best = torch.full_like(span, torch.inf)
-    for share in (torch.linspace(0.4, 1.4, 150) if layout.middle is None else torch.linspace(0.4, 2.4, 1500)).tolist():
+    for share in (torch.linspace(0.4, 1.4, 100) if layout.middle is None else torch.linspace(0.4, 2.4, 500)).tolist():
         scale = span * share / (layout.levels - 1)
-        offsets = [groups.amin(-1) + span * part for part in torch.linspace(-0.25, 0.35, 80).tolist()]
+        offsets = [groups.amin(-1) + span * part for part in torch.linspace(-0.25, 0.35, 50).tolist()]
         for offset in offsets if layout.middle is None else [-layout.middle * scale, layout.middle * scale]:
             step = scale if layout.middle is None or float(offset[0]) < 0 else -scale
             codes = ((groups - offset[:, None]) / step[:, None]).round().clamp(0, layout.levels - 1)
