@@ -60,10 +60,18 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }  # fmt: skip
 """The issue's list: name → config class, model class, sizes."""
 
+FUSED: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama4": (
+        "Llama4TextConfig", "Llama4ForCausalLM",
+        GQA | {"num_local_experts": 2, "intermediate_size_mlp": 64, "head_dim": 16, "pad_token_id": 0},
+    ),
+}  # fmt: skip
+"""Experts of a layer in one tensor."""
+
 
 def save_architecture(name: str, folder: Path, *, seed: int = 0, **changes: Any) -> Path:
     """A model folder of random weights, spread widely enough that tokens differ."""
-    config_class, model_class, sizes = ARCHITECTURES[name]
+    config_class, model_class, sizes = (ARCHITECTURES | FUSED)[name]
     config = getattr(transformers, config_class)(architectures=[model_class], **(sizes | changes))
     config.initializer_range = 0.15
     torch.manual_seed(seed)

@@ -21,7 +21,7 @@ from lighten.compress.journal import Journal
 from lighten.compress.methods import METHODS
 from lighten.compress.skeleton import Skeleton
 from lighten.compress.walk import Done, LayerReport, do_recipe, inputs_of
-from lighten.errors import LightenError, RecipeError
+from lighten.errors import LightenError, RecipeError, UnsupportedFamily
 from lighten.model.source import read_spec
 from lighten.model.spec import Linear
 from lighten.recipe import STEPS, parse_recipe
@@ -150,6 +150,13 @@ def test_what_no_row_reaches_is_rounded_by_itself_and_said(folders: Folders, tmp
     assert unreached  # two of four experts are met by one token
     assert all(".experts." in name for name in unreached)
     assert all(any(name in line for line in said) for name in unreached)
+
+
+def test_experts_in_one_tensor_are_refused_before_any_work(tmp_path: Path) -> None:
+    folder = save_architecture("llama4", tmp_path / "model")
+    said = r"keeps the experts of a layer in one tensor .* which no step changes yet"
+    with Journal.open(tmp_path / "work", {}, resume=False) as journal, pytest.raises(UnsupportedFamily, match=said):
+        do_recipe(Checkpoint(folder), read_spec(folder), parse_recipe("quantize(rtn)"), folder, journal)
 
 
 def test_a_recipe_that_looks_at_text_is_refused_without_any(folders: Folders, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from lighten.compress import awq, smoothquant
 from lighten.compress.awq import Rounder
 from lighten.compress.block import Block, Subset
-from lighten.compress.ggml import quantize_ggml
+from lighten.compress.ggml import quantize_ggml, quantize_ggml_together
 from lighten.compress.gptq import layer_error, quantize_gptq
 from lighten.compress.grid import QuantizedTensor, Weight
 from lighten.compress.hadamard import plan_rotation
@@ -27,7 +27,8 @@ from lighten.compress.stage import Change, Renewed, Stage
 from lighten.compress.statistics import InputStatistics
 from lighten.compress.walk import DoBlock, Job, Method, Run, change_weights, walk_blocks
 from lighten.compress.whole import allocate_then, tune
-from lighten.model.spec import ModelSpec, WeightFormat
+from lighten.errors import UnsupportedFamily
+from lighten.model.spec import Linear, ModelSpec, WeightFormat
 from lighten.recipe import Recipe
 from lighten.recipe.steps import parse_pattern
 
@@ -158,12 +159,12 @@ def _solve_gptq(job: Job, block: Block, subset: Subset, statistics: InputStatist
         weights = {name: block.weight(name) for name in names}
         if format.bits is None:
             found |= {name: _as_float(block.tensor(name), format) for name in names}
-        elif format.ggml_type is not None:
-            found |= {name: quantize_ggml(weight, format.ggml_type, statistics) for name, weight in weights.items()}
-        elif statistics.rows:
-            found |= quantize_gptq(weights, statistics, format)
-        else:
+        elif not statistics.rows:
             found |= {name: round_alone(weight, format) for name, weight in weights.items()}
+        elif format.ggml_type is not None:
+            found |= quantize_ggml_together(weights, format.ggml_type, statistics)
+        else:
+            found |= quantize_gptq(weights, statistics, format)
     return found
 
 
@@ -242,11 +243,18 @@ def _hadamard(job: Job) -> tuple[Stage, ModelSpec]:
     return Renewed(before=job.stage, renewal=rotation), job.after
 
 
-def require_possible(run: Run, recipe: Recipe) -> None:
+def require_possible(run: Run, spec: ModelSpec, recipe: Recipe) -> None:
     """Raises, before any work:
+    UnsupportedFamily: experts in one tensor of three dimensions, which nothing here takes apart.
     TraceError: a step follows the model's graph, and its code cannot be followed without values.
     RecipeError: a rotation that does not pass through the model.
     """
+    fused = [name for part in spec.parts if isinstance(part, Linear) for name, shape in part.tensors().items() if len(shape) == 3]
+    if fused and any(step.verb != "cast" for step in recipe.steps):
+        raise UnsupportedFamily(
+            f"{spec.name} ({spec.architecture}) keeps the experts of a layer in one tensor ({fused[0]} and {len(fused) - 1} others), which no step "
+            "changes yet; cast can be done, and what a step would give can be estimated."
+        )
     for step in recipe.steps:
         if step.method in ("awq", "smoothquant", "hadamard"):
             graph = run.graph

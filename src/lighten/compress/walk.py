@@ -230,7 +230,7 @@ def do_recipe(  # noqa: PLR0913 - one keyword for each thing that a run may be g
         buffer_bytes=buffer_bytes, compute_dtype=compute_dtype, runtime=recipe.runtime,
         tied={f"{part.name}.weight": f"{part.tied_to}.weight" for part in spec.parts if isinstance(part, Linear) and part.tied_to},
     )  # fmt: skip
-    require_possible(run, recipe)
+    require_possible(run, spec, recipe)
     stage: Stage = run.original
     for number, step in enumerate(recipe.steps):
         after = step.kind.predict(spec, {**dict(step.arguments), "runtime": recipe.runtime})
