@@ -62,6 +62,12 @@ WEIGHTS = {
     "static": QuantizedTensor(
         codes=torch.zeros(2, 4, dtype=torch.uint8), scale=torch.ones(2, 1), zero_point=None, bits=8, group_size=-1, input_scale=torch.tensor([0.1]),
     ),
+    "3 bits, odd": QuantizedTensor(
+        codes=torch.randint(0, 8, (3, 5), dtype=torch.uint8), scale=torch.ones(3, 1).half(), zero_point=None, bits=3, group_size=-1,
+    ),
+    "6 bits": QuantizedTensor(
+        codes=torch.randint(0, 64, (3, 4), dtype=torch.uint8), scale=torch.ones(3, 1).half(), zero_point=None, bits=6, group_size=-1,
+    ),
     "ggml": GgmlTensor(type="Q4_0", blocks=torch.randint(0, 256, (2, 18), dtype=torch.uint8)),
 }  # fmt: skip
 REPORTS = [{"name": "a", "relative_error": 0.1 + 0.2, "bits": None}, {"name": "b", "sparsity": 1e-300}]
@@ -98,6 +104,15 @@ def test_any_name_is_a_file_of_its_own_in_the_pass(name, tmp_path):
         assert (journal.has(0, name), journal.has(0, name + "z"), float(journal.read(0, name).weights["w"])) == (True, False, 1.0)
         assert journal.blocks(0) == sorted([name, "x" * 399])
         assert len(list((tmp_path / "work" / "pass-00").iterdir())) == 2
+
+
+def test_codes_of_four_bits_take_half_a_byte(tmp_path):
+    with begin(tmp_path / "work") as journal:
+        codes = torch.randint(0, 16, (64, 64), dtype=torch.uint8)
+        weight = QuantizedTensor(codes=codes, scale=torch.ones(64, 1).half(), zero_point=None, bits=4, group_size=-1)
+        journal.write(0, "b", {"w": weight})
+        assert journal.kept_bytes() < 64 * 64 / 2 + 64 * 2 + 800
+        assert journal.read(0, "b").weights["w"].codes.equal(codes)
 
 
 def test_the_same_block_is_the_same_bytes(tmp_path):

@@ -7,7 +7,8 @@
         scratch/                 of the running process; emptied when the next begins
         artifact/                the artifact while it is assembled; renamed to NAME at the end
 
-A block file: 8 bytes, the header's length as a little-endian integer; the header, JSON; the tensors' bytes; the sha256 of all that.
+A block file: 8 bytes, the header's length as a little-endian integer; the header, JSON; the tensors' bytes; the sha256 of all that. Codes of up to
+4 bits lie in it two a byte.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import fcntl
 import hashlib
 import importlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +32,7 @@ import torch
 from torch import Tensor
 
 from lighten.compress.checkpoint import map_tensor
-from lighten.compress.grid import Weight
+from lighten.compress.grid import QuantizedTensor, Weight
 from lighten.errors import OutputError
 
 FILE, LOCK, SCRATCH, ARTIFACT = "journal.json", "lock", "scratch", "artifact"
@@ -39,6 +41,7 @@ ALIGNMENT = 64
 """Tensors begin at multiples of it (choice: a cache line; any element size divides it)."""
 CHUNK_BYTES = 2**24
 """Bytes that are written, or read to check them, at once (choice)."""
+NIBBLE_BITS = 4
 LONGEST_NAME = 150
 """Of a file for a block: file systems take 255 bytes (POSIX NAME_MAX on Linux); longer names end in a digest."""
 
@@ -48,13 +51,14 @@ _KINDS = {"QuantizedTensor": "lighten.compress.grid", "GgmlTensor": "lighten.com
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """What a pass made of a block. The tensors are mapped from the file, privately.
+    """What a pass made of a block.
 
     Attributes:
+        weights: each read when it is asked for; tensors are mapped from the file, privately.
         reports: what was said of it, as JSON holds it.
     """
 
-    weights: dict[str, Weight]
+    weights: Mapping[str, Weight]
     reports: list[dict[str, Any]]
 
 
@@ -177,8 +181,7 @@ class Journal:
         if path not in self._whole:
             _check(path)
             self._whole.add(path)
-        weights = {name: _weight(path, start, said) for name, said in header["weights"].items()}
-        return Finished(weights=weights, reports=header["reports"])
+        return Finished(weights=_Weights(path, start, header["weights"]), reports=header["reports"])
 
     def drop(self, pass_index: int) -> None:
         """Remove a pass's blocks, where no later pass reads them."""
@@ -361,9 +364,12 @@ def _describe(block: str, weights: Mapping[str, Weight], reports: Sequence[Mappi
         tensors.append(tensor)
         return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape), "offset": start}
 
-    said = {
-        name: {"kind": _kind(weight)} | {key: _field(value, placed) for key, value in _values(weight).items()} for name, weight in weights.items()
-    }
+    def described(weight: Weight) -> dict[str, Any]:
+        narrow = isinstance(weight, QuantizedTensor) and weight.bits <= NIBBLE_BITS
+        values = {key: _field(value, placed, narrow=narrow and key == "codes") for key, value in _values(weight).items()}
+        return {"kind": _kind(weight)} | values
+
+    said = {name: described(weight) for name, weight in weights.items()}
     header = json.dumps({"version": VERSION, "block": block, "weights": said, "reports": [dict(report) for report in reports]}).encode()
     return header + b" " * (-(8 + len(header)) % ALIGNMENT), tensors
 
@@ -378,8 +384,26 @@ def _values(weight: Any) -> dict[str, Any]:
     return {"tensor": weight} if isinstance(weight, Tensor) else {field.name: getattr(weight, field.name) for field in fields(weight)}
 
 
-def _field(value: Any, placed: Callable[[Tensor], dict[str, Any]]) -> dict[str, Any]:
-    return {"tensor": placed(value)} if isinstance(value, Tensor) else {"value": value}
+def _field(value: Any, placed: Callable[[Tensor], dict[str, Any]], *, narrow: bool) -> dict[str, Any]:
+    if not isinstance(value, Tensor):
+        return {"value": value}
+    return {"tensor": placed(_in_pairs(value)), "codes": list(value.shape)} if narrow else {"tensor": placed(value)}
+
+
+def _in_pairs(codes: Tensor) -> Tensor:
+    """Codes of up to 4 bits, two a byte, the first in the low bits."""
+    flat = codes.reshape(-1)
+    pairs = flat[::2].clone()
+    pairs[: len(flat) // 2] |= flat[1::2] << NIBBLE_BITS
+    return pairs
+
+
+def _one_by_one(pairs: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The inverse of `_in_pairs`."""
+    flat = torch.empty(2 * len(pairs), dtype=torch.uint8)
+    flat[::2] = pairs & (2**NIBBLE_BITS - 1)
+    flat[1::2] = pairs >> NIBBLE_BITS
+    return flat[: math.prod(shape)].reshape(shape)
 
 
 def _write_block(file: BinaryIO, header: bytes, tensors: Sequence[Tensor]) -> None:
@@ -434,6 +458,22 @@ def _damaged(path: Path) -> OutputError:
     return OutputError(f"{path} is damaged: its checksum does not fit; delete this file and run again with --resume, which makes the block anew.")
 
 
+class _Weights(Mapping[str, Weight]):
+    """The weights of a block file."""
+
+    def __init__(self, path: Path, start: int, said: Mapping[str, Mapping[str, Any]]) -> None:
+        self._path, self._start, self._said = path, start, said
+
+    def __getitem__(self, name: str) -> Weight:
+        return _weight(self._path, self._start, self._said[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._said)
+
+    def __len__(self) -> int:
+        return len(self._said)
+
+
 def _weight(path: Path, start: int, said: Mapping[str, Any]) -> Weight:
     """One weight, mapped from its block file."""
     values = {key: _value(path, start, value) for key, value in said.items() if key != "kind"}
@@ -449,4 +489,5 @@ def _value(path: Path, start: int, said: Mapping[str, Any]) -> Any:
     if "value" in said:
         return said["value"]
     place = said["tensor"]
-    return map_tensor(path, start + place["offset"], tuple(place["shape"]), getattr(torch, place["dtype"]))
+    found = map_tensor(path, start + place["offset"], tuple(place["shape"]), getattr(torch, place["dtype"]))
+    return _one_by_one(found, tuple(said["codes"])) if "codes" in said else found
