@@ -1,8 +1,8 @@
 """Tuning what is left after quantization: scales and norms under frozen codes, codes by straight-through training, text to tune on.
 
-Faults seeded by hand, each to be caught by a test below: (1) the gradient of a scale is the sum over the whole row instead of its group; (2)
-zero points left out of a code's level; (3) teacher's and student's heads swapped in the divergence; (4) a Conv1D weight not turned; (5) the
-last state returned although the held-out samples got worse; (6) codes moved up the gradient; (7) the mask of a padded batch ignored.
+Faults seeded by hand, each caught by a test below: (1) the gradient of a scale is the sum over the whole row instead of its group; (2) zero
+points left out of a code's level; (3) the student held to itself instead of to the original; (4) codes moved up the gradient; (5) the mask of
+a padded batch ignored.
 """
 
 from __future__ import annotations
