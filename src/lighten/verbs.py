@@ -364,7 +364,7 @@ def compress(  # noqa: PLR0913 - one keyword for each option of the command
     limit = round(parse_quantity(memory, SIZE_UNITS, "memory")) if isinstance(memory, str) else memory
     spec = read_for(source, exported=RUNTIMES[said.runtime].exported)
     apply_recipe(said, spec)
-    require_runtime(said.runtime)
+    require_runtime(said.runtime, running=False)
     calibrated = any(step.calibrated for step in said.steps)
     chosen = Path(text) if text else None
     arrays = chosen is not None and chosen.suffix == ".npz"

@@ -27,8 +27,9 @@ from lighten.recipe.number_formats import dividing_group
 
 PROBE_BITS, PROBE_GROUP = 4, 64
 """How each weight is rounded to measure what its rounding costs; other widths follow from it. Choice: the commonest format."""
-SENSITIVITY_TOKENS, SENSITIVITY_WINDOW = 8192, 512
-"""Tokens of the backward passes, and of one: measured on SmolLM2-135M, benchmarks/LOG.md."""
+SENSITIVITY_TOKENS, SENSITIVITY_WINDOW = 2048, 512
+"""Tokens of the backward passes, and of one. Two passes differ from eight by 16 % of a weight's sensitivity, where a bit more or less changes it by
+a factor of four: SmolLM2-135M, benchmarks/LOG.md."""
 
 ALL = "all"
 

@@ -25,7 +25,7 @@ from lighten.compress.memory_plan import MemoryPlan, import_class, keeping_limit
 from lighten.compress.run_identity import digest, run_identity
 from lighten.compress.skeleton import main_input
 from lighten.compress.walk import CalibrationSource, Checkpoint, Done, LayerReport, do_recipe
-from lighten.errors import ConstraintError, ModelError, OutputError
+from lighten.errors import ConstraintError, ModelError, OutputError, RecipeError
 from lighten.formats import files
 from lighten.formats.onnx_artifact import write_onnx_artifact
 from lighten.formats.onnx_export import dense_weights, export_onnx, is_exported
@@ -119,6 +119,7 @@ def write_artifact(
     )  # fmt: skip
     if not work.resume:
         _refuse_occupied(folder)
+    _refuse(plan)
     for note in _notes(plan):
         work.log(note)
     reset_peak()
@@ -178,8 +179,24 @@ def _assemble(plan: _Plan, memory: MemoryPlan, journal: Journal, identity: Mappi
 
 def _notes(plan: _Plan) -> list[str]:
     """What is done otherwise than the recipe says, and which loaders refuse the result."""
-    refused = [] if RUNTIMES[plan.recipe.runtime].exported or plan.recipe.runtime == "llama.cpp" else other_loaders_refuse(plan.predicted)
-    return [*notes(plan.recipe, plan.spec), *refused]
+    found = notes(plan.recipe, plan.spec)
+    if plan.recipe.runtime == "llama.cpp":
+        from lighten.formats.gguf_file import gguf_notes
+
+        return [*found, *gguf_notes(plan.predicted, plan.source)]
+    return found if RUNTIMES[plan.recipe.runtime].exported else [*found, *other_loaders_refuse(plan.predicted)]
+
+
+def _refuse(plan: _Plan) -> None:
+    """Raises:
+    RecipeError: what its runtime's format cannot hold of this model.
+    """
+    if plan.recipe.runtime == "llama.cpp":
+        from lighten.formats.gguf_file import refuse_gguf
+
+        refuse_gguf(plan.predicted, plan.source)
+    if RUNTIMES[plan.recipe.runtime].exported and any(step.verb == "rotate" for step in plan.recipe.steps):
+        raise RecipeError(f"rotate unties the head, and the graph of {plan.recipe.runtime} keeps it tied; rotate for torch or llama.cpp.")
 
 
 def _sync(path: Path) -> None:
@@ -294,9 +311,9 @@ def _write(plan: _Plan, memory: MemoryPlan, journal: Journal, folder: Path) -> l
     )  # fmt: skip
     weights = _reported(done, layers)
     if plan.recipe.runtime == "llama.cpp":
-        from lighten.formats.gguf_file import write_gguf
+        from lighten.formats.gguf_file import verify_gguf, write_gguf
 
-        write_gguf(weights, done.spec, plan.source, folder / files.GGUF)
+        verify_gguf(folder / files.GGUF, write_gguf(weights, done.spec, plan.source, folder / files.GGUF))
     elif not RUNTIMES[plan.recipe.runtime].exported:
         witness = Witness(done.spec, plan.source)
         write_folder(witness.watch(weights), done.spec, plan.source, folder, kv_cache=_kv_format(plan.recipe, done.spec))

@@ -211,7 +211,7 @@ def model_bytes(folder: Path) -> int:
 def artifact_target(folder: Path) -> Target:
     """The target that an artifact folder is."""
     made = read_artifact(folder)
-    dynamic = any((step.verb, step.method) == ("quantize", "dynamic") for step in made.recipe.steps)
+    dynamic = any((step.verb, step.method) == ("quantize", "dynamic") or step["activations"] == "dynamic" for step in made.recipe.steps)
     return Target(folder=folder, runtime=made.recipe.runtime, dtype=made.dtype, size_bytes=folder_bytes(folder), dynamic=dynamic)
 
 

@@ -425,7 +425,8 @@ def _tensor_bytes(part: Part, dtype: str) -> int:
         if isinstance(part, Linear) and part.weight.layout is not None and part.is_weight(shape):
             total += math.prod(shape[:-2]) * part.weight.stored_bytes(part.out_features, part.in_features)
         elif len(shape) == 2 and isinstance(part, Linear | Embedding) and part.weight.layout is None:
-            total += part.weight.stored_bytes(*shape)
+            transposed = isinstance(part, Linear) and part.transposed  # groups run along the input features, however the weight lies
+            total += part.weight.stored_bytes(*(reversed(shape) if transposed else shape))
         else:
             total += round(math.prod(shape) * dtype_bytes(dtype))
     return total

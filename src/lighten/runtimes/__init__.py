@@ -21,23 +21,31 @@ BUILD_PACKAGES = {
     "torch-compile": ("torch", "transformers", "safetensors"),
     "onnxruntime": ("torch", "transformers", "onnx", "onnxscript", "onnxruntime"),
     "openvino": ("torch", "transformers", "onnx", "onnxscript", "openvino", "nncf"),
-    "llama.cpp": ("torch", "gguf", "llama_cpp"),
+    "llama.cpp": ("torch", "gguf"),
 }
-"""Runtime → the packages that building and running its artifacts takes."""
+"""Runtime → the packages that building its artifacts takes."""
+
+RUN_PACKAGES = {"llama.cpp": ("llama_cpp",)}
+"""Runtime → what running them takes beside that."""
 
 
-def missing_packages(runtime: str) -> list[str]:
-    """Packages that a runtime needs and that are not installed; none is imported to find out."""
-    return [name for name in BUILD_PACKAGES[runtime] if find_spec(name) is None]
+def missing_packages(runtime: str, *, running: bool = True) -> list[str]:
+    """Packages that a runtime needs and that are not installed; none is imported to find out.
+
+    Args:
+        running: to run its artifacts, not to build them alone.
+    """
+    wanted = BUILD_PACKAGES[runtime] + (RUN_PACKAGES.get(runtime, ()) if running else ())
+    return [name for name in wanted if find_spec(name) is None]
 
 
-def require_runtime(runtime: str) -> None:
+def require_runtime(runtime: str, *, running: bool = True) -> None:
     """Raises:
     RuntimeUnavailable: no such runtime, or not installed, with the extra that installs it.
     """
     if runtime not in MODULES:
         raise RuntimeUnavailable(f"runtime {runtime!r} does not exist; runtimes: {', '.join(MODULES)}.")
-    if missing := missing_packages(runtime):
+    if missing := missing_packages(runtime, running=running):
         extra = RUNTIMES[runtime].extra
         raise RuntimeUnavailable(f"runtime {runtime} is not installed (no {', '.join(missing)}); pip install 'lighten[{extra}]'.")
 
