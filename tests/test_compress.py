@@ -279,6 +279,12 @@ def folder_of(text: str, source: Path, out: Path) -> Path:
     return write_artifact(source, parse_recipe(text), out, calibration=list).folder
 
 
+@pytest.mark.parametrize("rest", ["", " | quantize(rtn, bits=4, group_size=16)", " | quantize(rtn, bits=4, group_size=16, embeddings=true)"])
+def test_vectors_are_stored_in_the_type_that_a_cast_says_whatever_is_quantized_after_it(rest, tiny_llama, tmp_path):
+    stored = load_file(folder_of(f"cast(bfloat16){rest}", tiny_llama, tmp_path / "out") / "model.safetensors")
+    assert {tensor.dtype for name, tensor in stored.items() if "norm" in name} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize(
     "text",
     [

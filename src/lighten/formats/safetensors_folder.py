@@ -128,7 +128,8 @@ def stored_specs(spec: ModelSpec, source: Path) -> list[list[TensorSpec]]:
     """
     types = {tensor.name: tensor.dtype for file in weight_files(source) for tensor in read_header(file)}
     own = {name: dtype for part in spec.parts for name, dtype in _dense(part).items()}
-    cast = any(types.get(name, dtype) != dtype for name, dtype in own.items())
+    matrices = {name: dtype for part in spec.parts for name, dtype in _matrices(part).items()}
+    cast = any(types.get(name, dtype) != dtype for name, dtype in matrices.items())
     groups: dict[str, dict[str, TensorSpec]] = {}
     for part in spec.parts:
         for name, (shape, dtype) in typed_tensors(part).items():
@@ -139,7 +140,12 @@ def stored_specs(spec: ModelSpec, source: Path) -> list[list[TensorSpec]]:
 
 def _dense(part: Part) -> dict[str, str]:
     """A part's matrices that are not quantized, with their types."""
-    if not isinstance(part, Linear | Embedding) or part.weight.bits is not None:
+    return {} if isinstance(part, Linear | Embedding) and part.weight.bits is not None else _matrices(part)
+
+
+def _matrices(part: Part) -> dict[str, str]:
+    """A part's matrices with the types that their values have, or had before they were quantized."""
+    if not isinstance(part, Linear | Embedding):
         return {}
     return {name: part.weight.dtype for name, shape in part.tensors().items() if len(shape) >= 2}
 

@@ -23,8 +23,8 @@ from lighten.units import SIZE_UNITS, parse_quantity
 RUNTIME = "torch"
 """Whose container is counted where a step is read outside a recipe."""
 SPARE_BYTES = 4_096
-SPARE_SHARE = 2e-3
-"""What is kept free under a size limit: what a config says of formats, and the index of several files. SmolLM2 in 60 MB took 0.1 % more."""
+SPARE_SHARE = 1e-4
+"""What is kept free under a size limit: what a config says of each distinct format, and the index of several files. Choice: both are less."""
 
 
 def _is_size(value: Any) -> bool:
