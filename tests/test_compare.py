@@ -133,7 +133,11 @@ def test_a_price_is_of_the_device(compared):
     ("models", "options", "says"),
     [
         ("large", ["--device", "no-such-gpu"], "no device is called 'no-such-gpu'"),
-        ("large", ["--recipe", "quantize(magic)"], "quantize has no method 'magic'; methods: rtn, dynamic, static."),
+        (
+            "large",
+            ["--recipe", "quantize(magic)"],
+            "quantize has no method 'magic'; methods: rtn, hqq, gptq, awq, smoothquant, auto, kv, dynamic, static.",
+        ),
         ("large", ["--price", "2/h"], "--price=2/h goes with one --device; here are 0."),
         ("large", ["--device", "l4", "--device", "t4", "--price", "2/h"], "--price=2/h goes with one --device; here are 2."),
         ("large", ["--html", "page.pdf"], "--html page.pdf: write a file that ends in .html."),
