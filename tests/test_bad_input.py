@@ -182,13 +182,13 @@ def test_weights_that_are_not_finite(refused, model, tmp_path, value):
 @pytest.mark.parametrize(
     ("recipe", "says"),
     [
-        ("quantize(magic)", "methods: rtn, dynamic, static"),
-        ("squash(rtn)", "steps: cast, prune, quantize"),
-        ("quantize(rtn, bits=5)", "bits is one of 8, 4, 3, 2"),
+        ("quantize(magic)", "methods: rtn, hqq, gptq, awq, smoothquant, auto, kv, dynamic, static"),
+        ("squash(rtn)", "steps: cast, distill, prune, quantize, rotate"),
+        ("quantize(rtn, bits=5)", "bits is one of 8, 6, 4, 3, 2"),
         ("quantize(rtn, bites=4)", "arguments: bits"),
         ("quantize(rtn) @ tpu", "runtimes: torch, torch-compile, onnxruntime, openvino"),
         ("quantize(rtn, bits=2) @ openvino", "runtime openvino cannot carry"),
-        ("quantize(rtn, group_size=7)", "does not divide"),
+        ("quantize(rtn, group_size=0)", "group_size is a number of columns, channel or tensor"),
         ("quantize(rtn", "not of the form"),
     ],
 )
