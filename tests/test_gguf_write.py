@@ -374,7 +374,7 @@ def test_every_architecture_has_a_case():
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_written_file_reads_back_as_its_model(case, tmp_path):
-    """The spec's parts, and each value as the `gguf` package reads it; whether llama.cpp computes the same is benchmarks/llama_cpp.py's."""
+    """The spec's parts, and each value as the `gguf` package reads it; whether llama.cpp computes the same is benchmarks/gguf_llama_cpp.py's."""
     folder = saved(case, tmp_path / "model")
     path = written(folder, tmp_path / GGUF)
     spec, back, checkpoint = read_spec(folder), read_spec(path), Checkpoint(folder)
@@ -491,7 +491,7 @@ def test_the_runtime_says_what_is_missing(tmp_path, monkeypatch):
 def test_llama_cpp_computes_what_transformers_does(case, tmp_path):
     """In one piece, and token by token in two sequences at once. llama.cpp's GELU is a table of float16, which shows in the third digit."""
     pytest.importorskip(
-        "llama_cpp", reason="llama-cpp-python is built from source and in no environment of the tests; benchmarks/llama_cpp.py has it"
+        "llama_cpp", reason="llama-cpp-python is built from source and in no environment of the tests; benchmarks/gguf_llama_cpp.py has it"
     )
     folder = saved(case, tmp_path)
     written(folder, tmp_path / GGUF)

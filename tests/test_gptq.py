@@ -110,7 +110,8 @@ def test_the_second_column_starts_from_the_exact_least_squares_answer(seed: int)
     rounded = quantize_on(weight, grid)
     torch.testing.assert_close(values[:, first], rounded[:, first])
     moved = weight.clone()
-    moved[:, second] += hessian[first, second] / hessian[second, second] * (weight - rounded)[:, first]
+    damped = hessian[second, second] + factor.added[second]
+    moved[:, second] += hessian[first, second] / damped * (weight - rounded)[:, first]
     step = grid.scale[:, second]
     assert ((values - moved)[:, second].abs() <= (quantize_on(moved, grid) - moved)[:, second].abs() + 1e-3 * step).all()
 

@@ -28,6 +28,7 @@ def apply_recipe(recipe: Recipe, spec: ModelSpec) -> ModelSpec:
     kind = RUNTIMES[recipe.runtime]
     if kind.exported:
         spec = _widened(spec, kind.stored)
+    given = {part.name: part.weight for part in spec.parts if isinstance(part, Linear | Embedding)} if not kind.exported else {}
     for step in recipe.steps:
         spec = apply_step(step, spec, recipe.runtime)
     if spec.is_decoder and not kind.decoders:
@@ -36,7 +37,9 @@ def apply_recipe(recipe: Recipe, spec: ModelSpec) -> ModelSpec:
     if recipe.kv_dtype is not None and recipe.runtime not in CACHES_CODES:
         raise RecipeError(f"runtime {recipe.runtime} has a cache of its own; quantize(kv) is for {', '.join(CACHES_CODES)}.")
     for part in spec.parts:
-        if isinstance(part, Linear | Embedding) and not carries(recipe.runtime, part.weight, decoder=spec.is_decoder):
+        if not isinstance(part, Linear | Embedding) or part.weight == given.get(part.name):
+            continue  # as the checkpoint has it, which is no artifact of ours
+        if not carries(recipe.runtime, part.weight, decoder=spec.is_decoder):
             raise RecipeError(
                 f"runtime {recipe.runtime} cannot carry {part.name} as {format_text(part)}; "
                 f"it carries {' and '.join(kind.stored)} weights, and {kind.formats}."

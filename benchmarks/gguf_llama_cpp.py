@@ -1,7 +1,7 @@
 """Our GGUF files in llama.cpp: agreement with our own evaluation, and perplexity beside llama.cpp's own quantizer at the same size.
 
-    python benchmarks/llama_cpp.py --model .models/smollm2-135m-offgrid --types q8_0 q4_k q4_0 q3_k
-    python benchmarks/llama_cpp.py --architectures          # every architecture that is written, on tiny random models
+    python benchmarks/gguf_llama_cpp.py --model .models/smollm2-135m-offgrid --types q8_0 q4_k q4_0 q3_k
+    python benchmarks/gguf_llama_cpp.py --architectures          # every architecture that is written, on tiny random models
 
 Three parts, each by its own option or all:
 
