@@ -165,7 +165,7 @@ class Journal:
         with writing(self._out):
             if not path.parent.is_dir():
                 path.parent.mkdir()
-                _sync(self.folder)
+                sync(self.folder)
             with _replacing(path) as file:
                 _write_block(file, header, tensors)
         self._whole.discard(path)
@@ -334,16 +334,16 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-        _sync(path.parent)
+        sync(path.parent)
     except BaseException:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
         raise
 
 
-def _sync(folder: Path) -> None:
-    """Make what a folder lists outlive a loss of power."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make a file's content, or what a folder lists, outlive a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -8,8 +8,8 @@ Shape legend: O rows (output features), I columns (input features), G scales of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, TypeGuard
 
 import torch
@@ -217,19 +217,9 @@ class Student:
         module.forward = forward
         self._wrapped.append(module)
 
-    @contextmanager
-    def _swapped(self, keys: Iterable[str]) -> Iterator[None]:
-        before: list[tuple[nn.Module, str, Any]] = []
-        for key in keys:
-            value = self._value(key)
-            for module, name in self._owners[key]:
-                before.append((module, name, module._parameters[name]))
-                module._parameters[name] = value  # type: ignore[assignment]
-        try:
-            yield
-        finally:
-            for module, name, parameter in before:
-                module._parameters[name] = parameter
+    def _swapped(self, keys: Iterable[str]) -> AbstractContextManager[None]:
+        values = {key: self._value(key) for key in keys}
+        return with_tensors([(module, name, value) for key, value in values.items() for module, name in self._owners[key]])
 
     def _value(self, key: str) -> Tensor:
         names = self._members[key]
@@ -257,6 +247,19 @@ class Student:
             return torch.zeros((), dtype=self._skeleton.dtype).expand(place.of(self._skeleton.value(place.key)).shape)
 
         return read
+
+
+@contextmanager
+def with_tensors(tensors: Sequence[tuple[nn.Module, str, Tensor]]) -> Iterator[None]:
+    """Other parameters for a moment."""
+    before = [(module, name, module._parameters[name]) for module, name, _ in tensors]
+    for module, name, value in tensors:
+        module._parameters[name] = value  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module, name, parameter in before:
+            module._parameters[name] = parameter
 
 
 def _owners(module: nn.Module, parameter: Tensor) -> Iterator[tuple[nn.Module, str]]:

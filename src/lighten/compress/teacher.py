@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lighten.compress.skeleton import Skeleton, Source
+from lighten.compress.student import with_tensors
 
 Sample = Mapping[str, Tensor]
 
@@ -115,7 +116,7 @@ class Teacher:
         piece = 16
         while first < len(ours):
             part = slice(first, first + piece)
-            with _with_tensors(self._head.tensors):  # type: ignore[union-attr]
+            with with_tensors(self._head.tensors):  # type: ignore[union-attr]
                 target = torch.log_softmax(self._logits(theirs[part]).float(), -1)
             with torch.enable_grad():
                 leaf = ours[part].detach().requires_grad_()
@@ -197,19 +198,6 @@ def _instead(base: nn.Module, answer: Any) -> Iterator[None]:
             del base.__dict__["forward"]
         else:
             base.forward = own
-
-
-@contextmanager
-def _with_tensors(tensors: Sequence[tuple[nn.Module, str, Tensor]]) -> Iterator[None]:
-    """Other parameters for a moment."""
-    before = [(module, name, module._parameters[name]) for module, name, _ in tensors]
-    for module, name, value in tensors:
-        module._parameters[name] = value  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for module, name, parameter in before:
-            module._parameters[name] = parameter
 
 
 @contextmanager

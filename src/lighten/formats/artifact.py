@@ -20,7 +20,7 @@ from typing import Any
 
 from lighten import __version__
 from lighten.compress.grid import Weight
-from lighten.compress.journal import Journal, work_folder
+from lighten.compress.journal import Journal, sync, work_folder
 from lighten.compress.memory_plan import MemoryPlan, import_class, keeping_limit, peak_rss_bytes, plan_memory, reset_peak, rss_bytes
 from lighten.compress.run_identity import digest, run_identity
 from lighten.compress.skeleton import main_input
@@ -173,8 +173,8 @@ def _assemble(plan: _Plan, memory: MemoryPlan, journal: Journal, identity: Mappi
     }  # fmt: skip
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     for path in folder.rglob("*"):
-        _sync(path)
-    _sync(folder)
+        sync(path)
+    sync(folder)
 
 
 def _notes(plan: _Plan) -> list[str]:
@@ -199,21 +199,13 @@ def _refuse(plan: _Plan) -> None:
         raise RecipeError(f"rotate unties the head, and the graph of {plan.recipe.runtime} keeps it tied; rotate for torch or llama.cpp.")
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _move(journal: Journal, folder: Path) -> None:
     """Give the artifact its name. A run that was killed in the middle of this finds the artifact there, and only tidies up."""
     if journal.artifact.is_dir():
         if folder.is_dir():
             folder.rmdir()
         os.replace(journal.artifact, folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     journal.discard()
 
 
