@@ -1,7 +1,7 @@
 """AWQ's scales and clipping.
 
-Seeded faults, each caught: the error is judged on the calibration rows though others were held out; the channel of a grouped value is
-scaled for its first query head alone; scales are not divided out of the rounded weight; clipping judges a group by another group's moments.
+Seeded faults, each caught: the error is judged on the calibration rows though others were held out; scales are not divided
+out of the rounded weight; clipping judges a group by another group's moments.
 """
 
 from __future__ import annotations

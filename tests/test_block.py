@@ -1,8 +1,8 @@
 """Blocks under calibration: the streamed, suspended model is the model; what is gathered is what its layers are given.
 
-Faults that these tests caught when they were put in by hand: a forward that goes on with the weights of the block before; a subset that
-takes the input after the norm for that before it; second moments divided by all rows instead of those that were seen; a buffer that gives
-back the tensors of another batch.
+Faults put in by hand, each caught: second moments divided by the judging rows too; a trial of another batch; weights that share an input told
+by its shape alone; what is put not written into the module; a forward that goes on while its tensors are parked (the process dies); a trial that
+runs on the input itself; the halves of an expert's fused tensor exchanged.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from lighten.compress.activations import SpillBuffer
 from lighten.compress.block import Block
 from lighten.compress.checkpoint import Checkpoint
-from lighten.compress.skeleton import Skeleton
+from lighten.compress.skeleton import Skeleton, Unit
 from lighten.compress.suspend import Forwards
 from lighten.compress.walk import inputs_of
 
@@ -156,6 +156,20 @@ def test_an_expert_is_given_the_rows_that_are_routed_to_it(folders: Folders) -> 
         rows = [statistics.rows for _, statistics in block.statistics(levels[0])]
         assert sum(rows) == 3 * 2 * 16 * 2  # batches, sequences, tokens, experts per token
         assert rows == [statistics.rows for _, statistics in block.statistics(levels[1])]
+
+
+def test_a_trial_leaves_the_input_of_a_unit_that_writes_into_it() -> None:
+    class Adding(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.add_(1)
+
+    module = torch.nn.ModuleDict({"unit": Adding()})
+    module.forward = lambda x: module["unit"](x)  # type: ignore[method-assign]
+    with tempfile.TemporaryDirectory() as work, SpillBuffer(Path(work), limit_bytes=None) as buffer:
+        units = [Unit(name="unit", module=module["unit"])]
+        forwards = Forwards(module=module, units=units, batches=[{"x": torch.zeros(2, 3)}], buffer=buffer)
+        with forwards.running():
+            assert [float(forwards.trial(0).sum()) for _ in range(2)] == [6.0, 6.0]
 
 
 def test_a_block_runs_on_with_what_was_put(folders: Folders) -> None:

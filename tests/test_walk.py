@@ -1,7 +1,7 @@
 """Every method that changes weights on sixteen architectures: it keeps what the model computes, or refuses before any work.
 
-Faults that these tests caught when they were put in by hand: codes of a Conv1D written untransposed; an expert's scales on its neighbour; a
-table left out of the allocation's formats; a rotation that forgot a final norm's bias.
+Faults put in by hand, each caught: codes of a Conv1D taken untransposed; tables left out of the formats of an allocation; a block whose forwards go
+on with its old weights; AWQ's scales not folded into the producer.
 """
 
 from __future__ import annotations
