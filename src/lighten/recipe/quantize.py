@@ -39,8 +39,8 @@ from lighten.recipe.words import (
 )
 
 TOKENS = 32_768
-"""Calibration tokens by default: with the scale search, 4,096 give SmolLM2-135M a perplexity of 46.7 and 32,768 of 45.4 (4 bits, groups of 64;
-benchmarks/LOG.md)."""
+"""Calibration tokens by default: choice, an eighth of what GPTQ's paper takes (arXiv:2210.17323, section 4: 128 sequences of 2,048). A text that has
+fewer gives all that it has, and the log says how many."""
 CALIBRATION = {"tokens": Parameter(accepts=is_positive, says="a number of calibration tokens", default=TOKENS)}
 _WHERE = {**EMBEDDINGS, **TARGETS}
 
