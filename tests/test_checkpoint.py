@@ -111,9 +111,10 @@ def test_elements_that_lie_at_odd_bytes(tmp_path):
 
 
 PROGRAM = """
-import resource, sys
+import resource, sys, torch
 from pathlib import Path
 from lighten.compress.checkpoint import Checkpoint
+torch.set_num_threads(1)  # each thread reserves address space of its own
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[2]), -1))
 checkpoint = Checkpoint(Path(sys.argv[1]))

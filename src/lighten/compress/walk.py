@@ -25,6 +25,7 @@ from lighten.compress.checkpoint import Checkpoint, check_finite
 from lighten.compress.graph import Graph, record_graph
 from lighten.compress.grid import Weight
 from lighten.compress.journal import Journal
+from lighten.compress.memory_plan import release_free
 from lighten.compress.skeleton import Skeleton, Unit
 from lighten.compress.stage import Change, Changed, Journaled, Original, Stage
 from lighten.compress.suspend import Forwards
@@ -307,6 +308,7 @@ def _run_blocks(job: Job, skeleton: Skeleton, do: DoBlock, wanted: Mapping[str, 
                 if pending:
                     forwards.go_on()
                 skeleton.drop(unit.module)
+                release_free()
     for name in sorted(pending):  # no forward comes there: a pooler that the output does not need
         unit = next(unit for unit in skeleton.units if unit.name == name)
         _do_unreached(job, unit, wanted[name])

@@ -319,7 +319,7 @@ def _verify_folder(plan: _Plan, memory: MemoryPlan, folder: Path, witness: Witne
     """Read an artifact of safetensors back, and run it where memory allows and a text is what it takes."""
     reads_text = main_input(plan.spec.architecture) == "input_ids"
     if not (memory.runs_result and reads_text):
-        why = "its weights in float32 take more memory than there is" if reads_text else "a text is not what it takes"
+        why = "its weights take more memory than there is" if reads_text else "a text is not what it takes"
         plan.work.log(f"reading the artifact back, tensor by tensor; it is not run: {why}")
     verified = verify_folder(folder, witness, compare_output=memory.runs_result and reads_text)
     if verified.output_error is not None:

@@ -30,7 +30,7 @@ SHARD_BYTES = 5_000_000_000
 """Largest file of weights that is written; Hugging Face's `save_pretrained` cut at 5 GB until its version 5."""
 
 __all__ = [
-    "SHARD_BYTES", "copy_side_files", "expanded_weights", "other_loaders_refuse", "pack", "pack_codes", "quantization_config", "read_weights",
+    "SHARD_BYTES", "StoredWeights", "copy_side_files", "expanded_weights", "other_loaders_refuse", "pack", "pack_codes", "quantization_config", "read_weights",
     "stored_specs", "unpack", "unpack_codes", "write_folder",
 ]  # fmt: skip
 
@@ -249,21 +249,45 @@ def other_loaders_refuse(spec: ModelSpec) -> list[str]:
 # reading
 
 
+class StoredWeights:
+    """Every weight of a folder by its checkpoint name, read when it is asked for.
+
+    Attributes:
+        names: dense tensors, then quantized ones.
+
+    Raises:
+        ModelError: its weights are codes of a format that is not read.
+    """
+
+    def __init__(self, folder: Path, spec: ModelSpec) -> None:
+        refuse_layouts(spec.parts, str(folder))
+        self._owners = _owners(spec)
+        self._stored = Checkpoint(folder)  # which maps one tensor at a time, however large the files are
+        pieces = {piece for name, part in self._owners.items() for piece in _pieces_of(name, part)}
+        pieces |= {name for part in spec.parts for name in typed_tensors(part) if part.name and name not in pieces and _is_copy(part, name)}
+        self.names = [*sorted(set(self._stored.names) - pieces), *sorted(self._owners)]
+
+    def __getitem__(self, name: str) -> Tensor | QuantizedTensor:
+        """The weight as it is stored."""
+        return _read_quantized(self._stored, name, self._owners[name]) if name in self._owners else self._stored.mapped(name)
+
+    def expanded(self, name: str) -> Tensor:
+        """The tensor in its checkpoint layout; a quantized one dequantized to float32."""
+        weight = self[name]
+        if isinstance(weight, Tensor):
+            return weight
+        part = self._owners[name]
+        return weight.dequantize().T.contiguous() if isinstance(part, Linear) and part.transposed else weight.dequantize()
+
+
 def read_weights(folder: Path, spec: ModelSpec) -> Iterator[tuple[str, Tensor | QuantizedTensor]]:
     """Every weight of a folder under its checkpoint name, as it is stored; one at a time.
 
     Raises:
         ModelError: its weights are codes of a format that is not read.
     """
-    refuse_layouts(spec.parts, str(folder))
-    owners = _owners(spec)
-    stored = Checkpoint(folder)  # which maps one tensor at a time, however large the files are
-    pieces = {piece: name for name, part in owners.items() for piece in _pieces_of(name, part)}
-    pieces |= {name: "" for part in spec.parts for name in typed_tensors(part) if part.name and name not in pieces and _is_copy(part, name)}
-    for name in sorted(set(stored.names) - pieces.keys()):
-        yield name, stored.mapped(name)
-    for name in sorted(owners):
-        yield name, _read_quantized(stored, name, owners[name])
+    stored = StoredWeights(folder, spec)
+    return ((name, stored[name]) for name in stored.names)
 
 
 def _is_copy(part: Part, name: str) -> bool:
@@ -291,9 +315,5 @@ def expanded_weights(folder: Path, spec: ModelSpec) -> Iterator[tuple[str, Tenso
     Raises:
         ModelError: its weights are codes of a format that is not read.
     """
-    turned = {name for name, part in _owners(spec).items() if isinstance(part, Linear) and part.transposed}
-    for name, weight in read_weights(folder, spec):
-        if isinstance(weight, Tensor):
-            yield name, weight
-        else:
-            yield name, weight.dequantize().T.contiguous() if name in turned else weight.dequantize()
+    stored = StoredWeights(folder, spec)
+    return ((name, stored.expanded(name)) for name in stored.names)

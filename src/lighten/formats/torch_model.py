@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lighten.errors import ModelError, UnsupportedFamily
 from lighten.formats.fake_quant import simulate_activations
-from lighten.formats.safetensors_folder import expanded_weights
+from lighten.formats.safetensors_folder import StoredWeights
 from lighten.model.read import weight_files
 from lighten.model.spec import Linear, ModelSpec
 
@@ -72,12 +72,23 @@ def _load(folder: Path, spec: ModelSpec, kind: Any, *, dtype: str, attention: st
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     del config.quantization_config
     config.dtype = torch_dtype
-    weights = {name: tensor.to(torch_dtype) for name, tensor in expanded_weights(folder, spec) if not name.endswith(".input_scale")}
+    stored = StoredWeights(folder, spec)
+    weights = {name: _Unread(stored, name) for name in stored.names if not name.endswith(".input_scale")}
     with torch.device("meta"):
         model_class = type(kind.from_config(config)) if hasattr(kind, "from_config") else kind
     module = model_class.from_pretrained(None, config=config, state_dict=weights, dtype=torch_dtype, attn_implementation=attention).eval()
     simulate_activations(module, spec, input_scales(folder, spec))
     return module
+
+
+class _Unread:
+    """A weight that is expanded when `transformers` takes it by `[...]`, as it takes the slices of a safetensors file: one copy of it is held."""
+
+    def __init__(self, stored: StoredWeights, name: str) -> None:
+        self._stored, self._name = stored, name
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._stored.expanded(self._name)[index]
 
 
 def input_scales(folder: Path, spec: ModelSpec) -> dict[str, Tensor]:
