@@ -24,12 +24,12 @@ from compressed_tensors.quantization import QuantizationScheme
 from safetensors.torch import load_file, save_file
 from tiny_models import build, llama_config, save
 
+from lighten.compress.fake_quant import dynamic_grid, dynamic_scale, round_dynamic
 from lighten.compress.grid import QuantizedTensor
 from lighten.compress.minifloat import quantize_float
 from lighten.compress.rtn import quantize_rtn
 from lighten.compress.walk import Checkpoint
 from lighten.errors import ModelError, OutputError, RecipeError
-from lighten.formats.fake_quant import dynamic_scale, fake_quantize
 from lighten.formats.packing import pack, unpack
 from lighten.formats.quantized_cache import encode
 from lighten.formats.safetensors_file import SafetensorsWriter, header_of, split
@@ -53,6 +53,7 @@ INTS = [
 FORMATS = [
     *INTS, FP8, replace(FP8, group_size=PER_TENSOR), MXFP4, NVFP4,
     *(replace(weight, activations=kind) for weight in (FP8, WeightFormat(bits=8)) for kind in ("dynamic", "static")),
+    WeightFormat(bits=8, activations="dynamic", activation_zero_points=True),
 ]  # fmt: skip
 LINEAR = Linear(name="linear", component="mlp", in_features=64, out_features=40)
 TABLE = Embedding(name="table", component="embedding", num_embeddings=40, embedding_dim=64)
@@ -214,6 +215,7 @@ SAME: dict[str, tuple[Choice, float]] = {
                                                 replace(INT4, bits=3 if "attn" in p.name else 2), 0),
     "4 bit, tied 8-bit table": (everything(INT4, INT8), 0), "8 bit with zero points, table too": (everything(replace(INT8, symmetric=False)), 0),
     "fp8, table too": (everything(FP8), 0), "mxfp4": (linears(MXFP4), 0), "int8 activations": (linears(replace(INT8, activations="dynamic")), 0),
+    "int8 activations with zero points": (linears(replace(INT8, activations="dynamic", activation_zero_points=True)), 0),
     "static int8 activations": (linears(replace(INT8, activations="static")), 0),
     "fp8 activations": (linears(replace(FP8, activations="dynamic")), 0),
     "static fp8 activations": (linears(replace(FP8, activations="static")), 0),
@@ -357,20 +359,32 @@ def test_an_artifact_that_reads_back_otherwise_is_refused_and_removed(llama, tmp
 # ---- activations and cache ----
 
 
-@pytest.mark.parametrize("element", ["int", "e4m3"])
+@pytest.mark.parametrize(("element", "zero_points"), [("int", False), ("int", True), ("e4m3", False)])
 @pytest.mark.parametrize("shape", [(2, 5, 16), (3, 16), (2, 3, 4, 8)])
-def test_activations_are_rounded_as_compressed_tensors_does(element, shape):
+def test_activations_are_rounded_as_compressed_tensors_does(element, zero_points, shape):
     from compressed_tensors.quantization import QuantizationArgs
     from compressed_tensors.quantization.lifecycle.forward import fake_quantize as expected
     from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 3
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 3 + 2
     x.view(-1)[0] = 0
-    arguments = QuantizationArgs(num_bits=8, type="int" if element == "int" else "float", strategy="token", dynamic=True, symmetric=True)
+    kind = "int" if element == "int" else "float"
+    arguments = QuantizationArgs(num_bits=8, type=kind, strategy="token", dynamic=True, symmetric=not zero_points)
     scale, zero = compute_dynamic_scales_and_zp(x, arguments, torch.nn.Linear(1, 1))
-    assert torch.equal(dynamic_scale(x, element=element), scale)
-    assert torch.equal(fake_quantize(x, dynamic_scale(x, element=element), element=element), expected(x, scale, zero, arguments))
-    assert torch.isfinite(dynamic_scale(torch.zeros(shape), element=element)).all()
+    if zero_points:
+        assert [found.equal(wanted.to(found.dtype)) for found, wanted in zip(dynamic_grid(x), (scale, zero), strict=True)] == [True, True]
+    else:
+        assert torch.equal(dynamic_scale(x, element=element), scale)
+    assert torch.equal(round_dynamic(x, element=element, zero_points=zero_points), expected(x, scale, zero, arguments))
+    assert torch.equal(round_dynamic(torch.zeros(shape), element=element, zero_points=zero_points), torch.zeros(shape))
+
+
+@pytest.mark.parametrize("zero_points", [False, True])
+def test_the_gradient_of_rounded_activations_is_that_of_the_values(zero_points):
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    weights = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1))
+    (round_dynamic(x, element="int", zero_points=zero_points) * weights).sum().backward()
+    torch.testing.assert_close(x.grad, weights)
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -161,7 +161,8 @@ REFUSED = {
     "quantize(magic)": "quantize has no method 'magic'; methods: rtn, hqq, gptq, awq, smoothquant, auto, kv, dynamic, static.",
     "prune(2)": "prune has no method '2'; methods: magnitude.",
     "quantize(rtn, width=4)":
-        "quantize(rtn) has no argument width; arguments: bits, group_size, symmetric, embeddings, targets, format, activations, tokens.",
+        "quantize(rtn) has no argument width; arguments: bits, group_size, symmetric, embeddings, targets, format, activations, "
+        "symmetric_activations, tokens.",
     "cast(float16, bits=4)": "cast(float16) has no argument bits; arguments: none.",
     "quantize(rtn, bits=5)": "quantize(rtn): bits=5 is not possible; bits is one of 8, 6, 4, 3, 2.",
     "quantize(rtn, bits=4.0)": "quantize(rtn): bits=4.0 is not possible; bits is one of 8, 6, 4, 3, 2.",
@@ -187,6 +188,11 @@ REFUSED = {
         "quantize(rtn): symmetric=False does not go with format=nvfp4, which has symmetric=true; leave it out.",
     "quantize(gptq, group_size=64, activations=dynamic)":
         "quantize(gptq): group_size=64 does not go with activations=dynamic, which has group_size=channel; leave it out.",
+    "quantize(rtn, symmetric_activations=true)":
+        "quantize(rtn, symmetric_activations=true): symmetric_activations is said of int8 activations=dynamic; all others are symmetric.",
+    "quantize(smoothquant, activations=static, symmetric_activations=false)":
+        "quantize(smoothquant, activations=static, symmetric_activations=false): symmetric_activations is said of int8 activations=dynamic; "
+        "all others are symmetric.",
     "quantize(awq, format=mxfp4, activations=dynamic)":
         "quantize(awq, format=mxfp4, activations=dynamic): activations=dynamic go with 8-bit weights; use format=int or format=fp8.",
     "quantize(rtn, tokens=64)":
@@ -361,7 +367,8 @@ def test_the_computing_type_is_what_is_said_or_the_weights_or_the_runtimes_own()
 FEW: dict[str, tuple[Any, ...]] = {
     "sparsity": (0.25, 0.5), "threshold": (0.1,), "pattern": ("2:4", "3:8"), "scope": ("row", "layer", "global"),
     "bits": (8, 6, 4, 3, 2), "group_size": (16, "channel", "tensor"), "symmetric": (False, True), "embeddings": (False, True),
-    "targets": ("query|q_proj",), "format": FORMATS[1:], "activations": ("dynamic", "static"), "tokens": (4096,), "alpha": (0.25, "auto"),
+    "targets": ("query|q_proj",), "format": FORMATS[1:], "activations": ("dynamic", "static"), "tokens": (4096,),
+    "symmetric_activations": (True, False), "alpha": (0.25, "auto"),
     "size": ("1MB", 64), "widths": ("3,4,8",), "steps": (3,), "learning_rate": (0.01,), "depth": (0.5,),
 }  # fmt: skip
 """A few values of each parameter of the registry."""

@@ -12,6 +12,7 @@ sample is held out, and where its distance did not fall, all stays as it was.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +58,7 @@ class Task:
         transposed: names of weights that the checkpoint stores as [I, O].
         batches: inputs that the original is asked on.
         folder: where its answers wait meanwhile, one hidden state a position.
+        rounding: while it is entered, the module rounds the activations that the quantized model rounds.
         log: is told how it goes on.
     """
 
@@ -66,6 +68,7 @@ class Task:
     transposed: frozenset[str] = frozenset()
     batches: Sequence[Sample]
     folder: Path
+    rounding: Callable[[], AbstractContextManager[None]] = nullcontext
     log: Callable[[str], None] = lambda line: None
 
 
@@ -112,6 +115,7 @@ def descend(
     with (
         Teacher(task.skeleton, task.source, samples, task.folder) as teacher,
         Student(task.skeleton, _now(task), latents, task.transposed) as student,
+        task.rounding(),
     ):
         training, held_out = split(len(samples))
         judged, label = (held_out, "held-out samples") if held_out else (training, "all samples")

@@ -13,6 +13,7 @@ from torch import Tensor
 from lighten.compress import awq, smoothquant
 from lighten.compress.awq import Rounder
 from lighten.compress.block import Block, Subset
+from lighten.compress.fake_quant import STATIC_LARGEST
 from lighten.compress.ggml import quantize_ggml, quantize_ggml_together
 from lighten.compress.gptq import layer_error, quantize_gptq
 from lighten.compress.grid import QuantizedTensor, Weight
@@ -31,11 +32,6 @@ from lighten.errors import UnsupportedFamily
 from lighten.model.spec import Linear, ModelSpec, WeightFormat
 from lighten.recipe import Recipe
 from lighten.recipe.steps import parse_pattern
-
-INT8_LARGEST = 127
-"""A static scale maps the largest magnitude that was seen here: symmetric int8 (Nagel et al. 2021, arXiv:2106.08295, section 2.2)."""
-E4M3_LARGEST = 448
-"""The largest number of fp8 e4m3 (Micikevicius et al. 2022, arXiv:2209.05433, table 1)."""
 
 
 def do_alone(job: Job, names: Iterable[str]) -> tuple[dict[str, Weight], list[dict[str, Any]]]:
@@ -196,20 +192,20 @@ def _awq(job: Job) -> tuple[Stage, ModelSpec]:
 
 
 def _smoothquant(job: Job) -> tuple[Stage, ModelSpec]:
-    choose = partial(smoothquant.smooth_scales, alpha=job.step["alpha"], activations=job.step["activations"])
+    zero_points = not job.step["symmetric_activations"]
+    choose = partial(smoothquant.smooth_scales, alpha=job.step["alpha"], activations=job.step["activations"], zero_points=zero_points)
     return walk_blocks(job, scale_then(choose, _rounder, each_subset(_solve_gptq), job_mappings(job)))
 
 
 def _own(format: WeightFormat) -> WeightFormat:
     """A format as the solvers compare it: what pruning left and how activations are computed with does not concern them."""
-    return replace(format, sparsity=0.0, activations=None)
+    return replace(format, sparsity=0.0, activations=None, activation_zero_points=False)
 
 
 def _with_input_scale(weight: Weight, statistics: InputStatistics, format: WeightFormat) -> Weight:
     if format.activations != "static" or not isinstance(weight, QuantizedTensor):
         return weight
-    largest = E4M3_LARGEST if format.element == "e4m3" else INT8_LARGEST
-    scale = (statistics.abs_max.amax() / largest).clamp(min=torch.finfo(torch.float32).tiny)
+    scale = (statistics.abs_max.amax() / STATIC_LARGEST[format.element]).clamp(min=torch.finfo(torch.float32).tiny)
     return replace(weight, input_scale=scale.reshape(1))
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lighten.compress.awq import Consumer
+from lighten.compress.fake_quant import STATIC_LARGEST, fake_quantize, round_dynamic
 from lighten.compress.mappings import gather, spread
 
 ALPHAS = tuple(step / 20 for step in range(20))
@@ -30,19 +31,18 @@ ROWS, OUTPUTS = 256, 256
 """Tokens, and at most so many outputs of a consumer, of a simulation: choice."""
 DAMPING = 1e-4
 """Share of each second moment that is added to it, so that moments of few rows, summed in float32, have a root: choice."""
-LEVELS = 127
-"""Steps of a symmetric 8-bit grid on each side of 0."""
 
 
 def smooth_scales(
     consumers: Sequence[Consumer], channels: int, *, alpha: float | Literal["auto"], activations: Literal["dynamic", "static"] = "dynamic",
-    rows: Tensor | None = None,
+    zero_points: bool = False, rows: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """[C] float32 the scales of a mapping.
 
     Args:
         alpha: how much of the difficulty moves from the activations to the weights, 0 to 1.
         activations: how "auto" rounds activations: with a scale for each row, or one for all.
+        zero_points: each row has one of its own, where its scale is too.
         rows: [T, I] inputs of the consumers, all the same, to simulate on; None: drawn from a normal distribution with the second moments seen.
     """
     if alpha != "auto":
@@ -55,13 +55,17 @@ def smooth_scales(
     sampled = [replace(consumer, weight=consumer.weight[::step]) for consumer, step in zip(consumers, steps, strict=True)]
 
     def error(scales: Tensor) -> float:
-        errors = [simulated_error(consumer, scales, drawn[id(consumer.judge)], activations=activations) for consumer in sampled]
+        errors = [
+            simulated_error(consumer, scales, drawn[id(consumer.judge)], activations=activations, zero_points=zero_points) for consumer in sampled
+        ]
         return sum(step * each for step, each in zip(steps, errors, strict=True))
 
     return min(_tried(consumers, channels), key=error)
 
 
-def simulated_error(consumer: Consumer, scales: Tensor, rows: Tensor, *, activations: Literal["dynamic", "static"]) -> float:
+def simulated_error(
+    consumer: Consumer, scales: Tensor, rows: Tensor, *, activations: Literal["dynamic", "static"], zero_points: bool = False
+) -> float:
     """The squared error of a consumer's output over some rows, its weights rounded by `round_to` and its inputs to 8 bits after smoothing.
 
     Args:
@@ -70,21 +74,13 @@ def simulated_error(consumer: Consumer, scales: Tensor, rows: Tensor, *, activat
     """
     along = spread(consumer.end, scales)
     smoothed = rows / along
-    extent = smoothed.abs().amax(-1, keepdim=True) if activations == "dynamic" else (consumer.statistics.abs_max / along).max()
-    rounded = round_activations(smoothed, extent)
+    if activations == "dynamic":
+        rounded = round_dynamic(smoothed[:, None], element="int", zero_points=zero_points)[:, 0]
+    else:
+        scale = ((consumer.statistics.abs_max / along).max() / STATIC_LARGEST["int"]).clamp(min=torch.finfo(torch.float32).tiny)
+        rounded = fake_quantize(smoothed, scale, element="int")
     change = rounded @ consumer.round_to(consumer.weight * along).T - rows @ consumer.weight.T
     return float(change.square().sum())
-
-
-def round_activations(x: Tensor, extent: Tensor) -> Tensor:
-    """x on the 8-bit grid that ends at ±`extent`, which broadcasts with it; what lies beyond is cut off."""
-    step = activation_scale(extent)
-    return (x / step).round().clamp(-LEVELS - 1, LEVELS) * step
-
-
-def activation_scale(extent: Tensor) -> Tensor:
-    """The scale of symmetric 8-bit activations whose largest magnitude is `extent`; 1 where that is 0."""
-    return torch.where(extent > 0, extent / LEVELS, torch.ones_like(extent))
 
 
 def _tried(consumers: Sequence[Consumer], channels: int) -> Iterator[Tensor]:

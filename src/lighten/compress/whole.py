@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lighten.compress.allocate import choose_formats
 from lighten.compress.distill_scales import Task, TuneSettings, tune_scales
-from lighten.compress.grid import Weight
+from lighten.compress.fake_quant import simulating
+from lighten.compress.grid import QuantizedTensor, Weight
 from lighten.compress.qat import train_codes
 from lighten.compress.sensitivity import measure_sensitivity, option_errors
 from lighten.compress.skeleton import Skeleton
@@ -82,13 +83,19 @@ def tune(job: Job) -> tuple[Stage, ModelSpec]:
         task = Task(
             skeleton=skeleton, source=partial(original_value, job), weights=changed,
             transposed=job.transposed, batches=[inputs_of(skeleton.module, batch) for batch in job.run.batches(job.step["tokens"])],
-            folder=journal.scratch, log=job.run.log,
+            folder=journal.scratch, rounding=partial(simulating, skeleton.module, job.before, _input_scales(changed)), log=job.run.log,
         )  # fmt: skip
         settings = TuneSettings(steps=job.step["steps"], learning_rate=job.step["learning_rate"])
         done: Mapping[str, Weight] = tune_scales(task, settings) if job.step.method == "scales" else train_codes(task, settings)
         journal.write(job.number, ALL, {name: _as_stored(job, name, weight) for name, weight in done.items()})
     names = journal.read(job.number, ALL).weights
     return Journaled(before=job.stage, journal=journal, pass_index=job.number, blocks=dict.fromkeys(names, ALL)), job.after
+
+
+def _input_scales(weights: Mapping[str, Weight]) -> dict[str, Tensor]:
+    """The scale of static activations by the name of the linear."""
+    scales = {name: weight.input_scale for name, weight in weights.items() if isinstance(weight, QuantizedTensor)}
+    return {name.removesuffix(".weight"): scale for name, scale in scales.items() if scale is not None}
 
 
 def _as_stored(job: Job, name: str, weight: Weight) -> Weight:

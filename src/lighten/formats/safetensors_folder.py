@@ -30,8 +30,8 @@ SHARD_BYTES = 5_000_000_000
 """Largest file of weights that is written; Hugging Face's `save_pretrained` cut at 5 GB until its version 5."""
 
 __all__ = [
-    "SHARD_BYTES", "StoredWeights", "copy_side_files", "expanded_weights", "other_loaders_refuse", "pack", "pack_codes", "quantization_config", "read_weights",
-    "stored_specs", "unpack", "unpack_codes", "write_folder",
+    "SHARD_BYTES", "StoredWeights", "copy_side_files", "expanded_weights", "other_loaders_refuse", "pack", "pack_codes", "quantization_config",
+    "read_weights", "stored_specs", "unpack", "unpack_codes", "write_folder",
 ]  # fmt: skip
 
 

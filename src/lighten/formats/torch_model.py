@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from lighten.compress.fake_quant import simulate_activations
 from lighten.errors import ModelError, UnsupportedFamily
-from lighten.formats.fake_quant import simulate_activations
 from lighten.formats.safetensors_folder import StoredWeights
 from lighten.model.read import weight_files
 from lighten.model.spec import Linear, ModelSpec

@@ -177,8 +177,8 @@ def _folder_error(folder: Path, spec: ModelSpec) -> float:
 
 def _run_by_unit(folder: Path, spec: ModelSpec, dtype: torch.dtype, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> Floats:
     """What a folder's class puts out, with the weights of one unit in memory at a time."""
+    from lighten.compress.fake_quant import simulate_activations
     from lighten.compress.skeleton import Skeleton
-    from lighten.formats.fake_quant import simulate_activations
     from lighten.formats.torch_model import input_scales
 
     stored = StoredWeights(folder, spec)

@@ -61,6 +61,8 @@ class WeightFormat:
         global_scale: one more float32 scale for the whole matrix, as nvfp4 has.
         activations: activations of 8 bits (int8; fp8 with `e4m3`) computed with it, their scale taken from each input ("dynamic") or from
             calibration ("static").
+        activation_zero_points: dynamic int8 activations have a zero point for each token, so that the codes reach from its smallest value to its
+            largest.
         sparsity: the share of zeros that pruning left. A dense layout stores them like any other weight.
         ggml_type: the quantized type of ggml that it is stored in, such as `Q4_K`, which then says its bytes; `bits` is the width of its codes.
         layout: the tensors of another method's checkpoint, which then say its bytes; None: codes without gaps, scales and zero points.
@@ -74,6 +76,7 @@ class WeightFormat:
     scale_dtype: str = "float16"
     global_scale: bool = False
     activations: Literal["dynamic", "static"] | None = None
+    activation_zero_points: bool = False
     sparsity: float = 0.0
     ggml_type: str | None = None
     layout: Layout | None = None

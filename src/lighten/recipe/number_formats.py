@@ -41,7 +41,12 @@ GROUP_SIZE = Parameter(
     accepts=lambda value: is_positive(value) or (isinstance(value, str) and value in GROUPS), says="a number of columns, channel or tensor"
 )
 SYMMETRIC = Parameter(accepts=is_flag, says="true or false", default=False)
-FORMAT = {"format": one_of(*FORMATS, default="int"), "activations": one_of("none", "dynamic", "static", default="none")}
+SYMMETRIC_ACTIVATIONS = {"symmetric_activations": Parameter(accepts=is_flag, says="true or false")}
+"""Of dynamic int8 activations, false where it is not said: int8 GEMMs take a zero point for each token as a sum of each row's codes (vLLM's do), and
+most inputs are not centred."""
+FORMAT = {
+    "format": one_of(*FORMATS, default="int"), "activations": one_of("none", "dynamic", "static", default="none"), **SYMMETRIC_ACTIVATIONS,
+}  # fmt: skip
 
 
 def grid_parameters(*, bits: int, group_size: int | str) -> dict[str, Parameter]:
@@ -69,6 +74,12 @@ def check_activations(arguments: Arguments) -> str | None:
     word, activations = arguments["format"], arguments["activations"]
     if activations != "none" and word not in ("int", "fp8"):
         return f"activations={activations} go with 8-bit weights; use format=int or format=fp8."
+    return check_symmetric_activations(arguments)
+
+
+def check_symmetric_activations(arguments: Arguments) -> str | None:
+    if arguments.get("symmetric_activations") is not None and (arguments["activations"] != "dynamic" or arguments.get("format", "int") != "int"):
+        return "symmetric_activations is said of int8 activations=dynamic; all others are symmetric."
     return None
 
 
@@ -105,7 +116,10 @@ def weight_format(arguments: Arguments, columns: int, name: str, *, before: Weig
         )  # fmt: skip
     group = group_columns(arguments)
     group = dividing_group(columns, group) if group > 0 else group
-    return replace(before, bits=arguments["bits"], group_size=group, symmetric=arguments.get("symmetric", False), activations=said)
+    return replace(
+        before, bits=arguments["bits"], group_size=group, symmetric=arguments.get("symmetric", False), activations=said,
+        activation_zero_points=said == "dynamic" and not arguments.get("symmetric_activations"),
+    )  # fmt: skip
 
 
 def group_columns(arguments: Arguments) -> int:

@@ -18,7 +18,9 @@ from lighten.recipe.number_formats import (
     GROUP_SIZE,
     INT8,
     SYMMETRIC,
+    SYMMETRIC_ACTIVATIONS,
     check_activations,
+    check_symmetric_activations,
     grid_parameters,
     implied_grid,
     is_product,
@@ -174,9 +176,9 @@ QUANTIZING: dict[tuple[str, str], StepKind] = {
     ("quantize", "smoothquant"): StepKind(
         parameters={
             "alpha": Parameter(accepts=_is_alpha, says="a number from 0 to 1, or auto", default=0.5),
-            "activations": one_of("dynamic", "static", default="dynamic"), **_WHERE, **CALIBRATION,
+            "activations": one_of("dynamic", "static", default="dynamic"), **SYMMETRIC_ACTIVATIONS, **_WHERE, **CALIBRATION,
         },
-        predict=_predict_smoothed, calibrated=True,
+        predict=_predict_smoothed, calibrated=True, check=check_symmetric_activations,
     ),
     ("quantize", "auto"): StepKind(
         parameters={

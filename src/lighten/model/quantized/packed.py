@@ -104,7 +104,8 @@ def scheme(kind: str, weight: WeightFormat) -> dict[str, Any]:
     inputs = None
     if weight.activations:
         dynamic = weight.activations == "dynamic"
-        inputs = {"num_bits": 8, "type": element, "symmetric": True, "strategy": "token" if dynamic else "tensor", "dynamic": dynamic}
+        symmetric = not weight.activation_zero_points
+        inputs = {"num_bits": 8, "type": element, "symmetric": symmetric, "strategy": "token" if dynamic else "tensor", "dynamic": dynamic}
     return {"weights": weights, "input_activations": inputs, "output_activations": None, "format": kind}
 
 
@@ -158,6 +159,7 @@ def _byte_format(kind: str, weights: Mapping[str, Any], inputs: Mapping[str, Any
     found = WeightFormat(
         bits=8, group_size=group, symmetric=bool(weights.get("symmetric", True)), element="int" if element == "int" else "e4m3",
         activations=None if inputs is None else "dynamic" if inputs.get("dynamic") else "static",
+        activation_zero_points=inputs is not None and inputs.get("symmetric", True) is False,
     )  # fmt: skip
     written = strategy != "block" and bits == 8 and (kind == INT) == (element == "int") and _is_written(inputs, str(element))
     if written and found.activations != "static":  # whose scales a layout counts
@@ -174,9 +176,8 @@ def _is_written(inputs: Mapping[str, Any] | None, element: str) -> bool:
     if inputs is None:
         return True
     strategy = "token" if inputs.get("dynamic") else "tensor"
-    return bool(
-        inputs.get("strategy") == strategy and inputs.get("symmetric", True) and inputs.get("num_bits") == 8 and inputs.get("type", "int") == element
-    )
+    known_grid = inputs.get("symmetric", True) or (strategy == "token" and element == "int")
+    return bool(inputs.get("strategy") == strategy and known_grid and inputs.get("num_bits") == 8 and inputs.get("type", "int") == element)
 
 
 def _whole(config: Mapping[str, Any], field: str) -> int:
