@@ -12,6 +12,7 @@ import json
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ INTS = [
 FORMATS = [
     *INTS, FP8, replace(FP8, group_size=PER_TENSOR), MXFP4, NVFP4,
     *(replace(weight, activations=kind) for weight in (FP8, WeightFormat(bits=8)) for kind in ("dynamic", "static")),
-    WeightFormat(bits=8, activations="dynamic", activation_zero_points=True),
+    WeightFormat(bits=8, activations="dynamic", activation_zero_points=True), replace(FP8, activations="dynamic", activation_group_size=16),
 ]  # fmt: skip
 LINEAR = Linear(name="linear", component="mlp", in_features=64, out_features=40)
 TABLE = Embedding(name="table", component="embedding", num_embeddings=40, embedding_dim=64)
@@ -216,6 +217,9 @@ SAME: dict[str, tuple[Choice, float]] = {
     "4 bit, tied 8-bit table": (everything(INT4, INT8), 0), "8 bit with zero points, table too": (everything(replace(INT8, symmetric=False)), 0),
     "fp8, table too": (everything(FP8), 0), "mxfp4": (linears(MXFP4), 0), "int8 activations": (linears(replace(INT8, activations="dynamic")), 0),
     "int8 activations with zero points": (linears(replace(INT8, activations="dynamic", activation_zero_points=True)), 0),
+    "int8 activations by group": (
+        linears(WeightFormat(bits=8, group_size=16, activations="dynamic", activation_zero_points=True, activation_group_size=16)), 0,
+    ),
     "static int8 activations": (linears(replace(INT8, activations="static")), 0),
     "fp8 activations": (linears(replace(FP8, activations="dynamic")), 0),
     "static fp8 activations": (linears(replace(FP8, activations="static")), 0),
@@ -360,8 +364,8 @@ def test_an_artifact_that_reads_back_otherwise_is_refused_and_removed(llama, tmp
 
 
 @pytest.mark.parametrize(("element", "zero_points"), [("int", False), ("int", True), ("e4m3", False)])
-@pytest.mark.parametrize("shape", [(2, 5, 16), (3, 16), (2, 3, 4, 8)])
-def test_activations_are_rounded_as_compressed_tensors_does(element, zero_points, shape):
+@pytest.mark.parametrize(("shape", "group_size"), [((2, 5, 16), None), ((3, 16), None), ((2, 3, 4, 8), None), ((2, 5, 16), 4)])
+def test_activations_are_rounded_as_compressed_tensors_does(element, zero_points, shape, group_size):
     from compressed_tensors.quantization import QuantizationArgs
     from compressed_tensors.quantization.lifecycle.forward import fake_quantize as expected
     from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
@@ -369,14 +373,18 @@ def test_activations_are_rounded_as_compressed_tensors_does(element, zero_points
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 3 + 2
     x.view(-1)[0] = 0
     kind = "int" if element == "int" else "float"
-    arguments = QuantizationArgs(num_bits=8, type=kind, strategy="token", dynamic=True, symmetric=not zero_points)
+    how = {"strategy": "token"} if group_size is None else {"strategy": "group", "group_size": group_size}
+    arguments = QuantizationArgs(num_bits=8, type=kind, dynamic=True, symmetric=not zero_points, **how)
     scale, zero = compute_dynamic_scales_and_zp(x, arguments, torch.nn.Linear(1, 1))
+    rounded = partial(round_dynamic, element=element, zero_points=zero_points, group_size=group_size)
+    assert torch.equal(rounded(x), expected(x, scale, zero, arguments))
+    assert torch.equal(rounded(torch.zeros(shape)), torch.zeros(shape))
+    if group_size is not None:
+        return
     if zero_points:
         assert [found.equal(wanted.to(found.dtype)) for found, wanted in zip(dynamic_grid(x), (scale, zero), strict=True)] == [True, True]
     else:
         assert torch.equal(dynamic_scale(x, element=element), scale)
-    assert torch.equal(round_dynamic(x, element=element, zero_points=zero_points), expected(x, scale, zero, arguments))
-    assert torch.equal(round_dynamic(torch.zeros(shape), element=element, zero_points=zero_points), torch.zeros(shape))
 
 
 @pytest.mark.parametrize("zero_points", [False, True])

@@ -162,7 +162,7 @@ REFUSED = {
     "prune(2)": "prune has no method '2'; methods: magnitude.",
     "quantize(rtn, width=4)":
         "quantize(rtn) has no argument width; arguments: bits, group_size, symmetric, embeddings, targets, format, activations, "
-        "symmetric_activations, tokens.",
+        "symmetric_activations, activation_group_size, tokens.",
     "cast(float16, bits=4)": "cast(float16) has no argument bits; arguments: none.",
     "quantize(rtn, bits=5)": "quantize(rtn): bits=5 is not possible; bits is one of 8, 6, 4, 3, 2.",
     "quantize(rtn, bits=4.0)": "quantize(rtn): bits=4.0 is not possible; bits is one of 8, 6, 4, 3, 2.",
@@ -188,6 +188,8 @@ REFUSED = {
         "quantize(rtn): symmetric=False does not go with format=nvfp4, which has symmetric=true; leave it out.",
     "quantize(gptq, group_size=64, activations=dynamic)":
         "quantize(gptq): group_size=64 does not go with activations=dynamic, which has group_size=channel; leave it out.",
+    "quantize(rtn, activations=static, activation_group_size=64)":
+        "quantize(rtn, activations=static, activation_group_size=64): activation_group_size is said of activations=dynamic.",
     "quantize(rtn, symmetric_activations=true)":
         "quantize(rtn, symmetric_activations=true): symmetric_activations is said of int8 activations=dynamic; all others are symmetric.",
     "quantize(smoothquant, activations=static, symmetric_activations=false)":
@@ -368,7 +370,7 @@ FEW: dict[str, tuple[Any, ...]] = {
     "sparsity": (0.25, 0.5), "threshold": (0.1,), "pattern": ("2:4", "3:8"), "scope": ("row", "layer", "global"),
     "bits": (8, 6, 4, 3, 2), "group_size": (16, "channel", "tensor"), "symmetric": (False, True), "embeddings": (False, True),
     "targets": ("query|q_proj",), "format": FORMATS[1:], "activations": ("dynamic", "static"), "tokens": (4096,),
-    "symmetric_activations": (True, False), "alpha": (0.25, "auto"),
+    "symmetric_activations": (True, False), "activation_group_size": (96,), "alpha": (0.25, "auto"),
     "size": ("1MB", 64), "widths": ("3,4,8",), "steps": (3,), "learning_rate": (0.01,), "depth": (0.5,),
 }  # fmt: skip
 """A few values of each parameter of the registry."""

@@ -7,6 +7,7 @@ a scale for each row; the activations are multiplied by the scales instead of di
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -14,9 +15,12 @@ from equivalence_setup import COLUMNS, consumer, inputs, rounder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lighten.compress.fake_quant import round_dynamic
 from lighten.compress.mappings import Channels
 from lighten.compress.smoothquant import simulated_error, smooth_scales
 from lighten.model.spec import PER_CHANNEL
+
+ROUNDED = {"dynamic": partial(round_dynamic, element="int", zero_points=False), "static": None}
 
 
 def linears(count: int = 1, **options):
@@ -55,21 +59,21 @@ def test_smoothing_outliers_lowers_the_simulated_error(activations):
     scales = smooth_scales(both, COLUMNS, alpha=0.5)
 
     def error(tried: torch.Tensor) -> float:
-        return sum(simulated_error(linear, tried, x, activations=activations) for linear in both)
+        return sum(simulated_error(linear, tried, x, round_inputs=ROUNDED[activations]) for linear in both)
 
     assert error(scales) < 0.5 * error(torch.ones(COLUMNS))
-    auto = smooth_scales(both, COLUMNS, alpha="auto", activations=activations, rows=x)
+    auto = smooth_scales(both, COLUMNS, alpha="auto", round_inputs=ROUNDED[activations], rows=x)
     assert error(auto) <= min(error(scales), error(torch.ones(COLUMNS)))
 
 
 def test_auto_without_rows_is_near_auto_with_them():
     x, both = linears(2)
-    drawn = smooth_scales(both, COLUMNS, alpha="auto")
-    seen = smooth_scales(both, COLUMNS, alpha="auto", rows=x)
-    assert torch.equal(drawn, smooth_scales(both, COLUMNS, alpha="auto"))
+    drawn = smooth_scales(both, COLUMNS, alpha="auto", round_inputs=ROUNDED["dynamic"])
+    seen = smooth_scales(both, COLUMNS, alpha="auto", round_inputs=ROUNDED["dynamic"], rows=x)
+    assert torch.equal(drawn, smooth_scales(both, COLUMNS, alpha="auto", round_inputs=ROUNDED["dynamic"]))
 
     def error(tried: torch.Tensor) -> float:
-        return sum(simulated_error(linear, tried, x, activations="dynamic") for linear in both)
+        return sum(simulated_error(linear, tried, x, round_inputs=ROUNDED["dynamic"]) for linear in both)
 
     assert error(drawn) < 1.2 * error(seen)
     assert error(drawn) < 0.5 * error(torch.ones(COLUMNS))
@@ -88,7 +92,7 @@ def test_the_simulation_is_whole_numbers_times_scales(activations):
         step = smoothed.abs().max() / 127.5 if activations == "dynamic" else (linear.statistics.abs_max / scales).max() / 127
         codes = torch.tensor([max(-128, min(127, round(float(value / step)))) for value in smoothed])
         total += float((weight @ (codes * step) - linear.weight @ row).square().sum())
-    assert simulated_error(linear, scales, x, activations=activations) == pytest.approx(total, rel=1e-3)
+    assert simulated_error(linear, scales, x, round_inputs=ROUNDED[activations]) == pytest.approx(total, rel=1e-3)
 
 
 def test_auto_bears_an_input_of_few_rows_and_columns_that_are_always_zero():

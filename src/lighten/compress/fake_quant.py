@@ -5,7 +5,8 @@ The arithmetic is that of the `compressed-tensors` package at run time, so that 
     symmetric:      scale = largest magnitude / 127.5 (int8) or / 448 (fp8),   x ≈ round(x / scale) · scale
     zero points z:  scale = (largest - smallest) / 255, z = round(-128 - smallest / scale),   x ≈ (round(x / scale + z) - z) · scale
 
-"dynamic" takes the grid of each token from the token itself (of each input of two dimensions, such as a pooler's, from all of it);
+"dynamic" takes the grid of each token from the token itself (of each input of two dimensions, such as a pooler's, from all of it), or that of each
+group of a token's columns;
 "static" has one scale for all, from calibration.
 
 Under autograd a rounded value has the gradient of the value itself (the straight-through estimator, Bengio et al. 2013, arXiv:1308.3432).
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lighten.errors import UnsupportedFamily
-from lighten.model.spec import Linear, ModelSpec
+from lighten.model.spec import Linear, ModelSpec, WeightFormat
 
 RANGES = {"int": (-128.0, 127.0), "e4m3": (-448.0, 448.0)}
 """Smallest and largest code. Source: Micikevicius et al. 2022 (arXiv:2209.05433), table 1, for e4m3."""
@@ -96,7 +97,7 @@ def _hook(module: nn.Module, spec: ModelSpec, input_scales: Mapping[str, Tensor]
     handles = []
     for name, part in _quantized_inputs(module, spec).items():
         static = input_scales[part.name] if part.weight.activations == "static" else None
-        round_input = partial(_round_input, element=part.weight.element, static=static, zero_points=part.weight.activation_zero_points)
+        round_input = partial(_round_input, weight=part.weight, static=static)
         handles.append(module.get_submodule(name).register_forward_pre_hook(round_input))
     return handles
 
@@ -122,16 +123,18 @@ def _quantized_inputs(module: nn.Module, spec: ModelSpec) -> dict[str, Linear]:
     return found
 
 
-def _round_input(
-    linear: nn.Module, inputs: tuple[Any, ...], *, element: str, static: Tensor | None, zero_points: bool
-) -> tuple[Any, ...]:  # fmt: skip
+def _round_input(linear: nn.Module, inputs: tuple[Any, ...], *, weight: WeightFormat, static: Tensor | None) -> tuple[Any, ...]:
     x: Tensor = inputs[0]
-    rounded = round_dynamic(x, element=element, zero_points=zero_points) if static is None else fake_quantize(x, static.to(x.dtype), element=element)
+    if static is not None:
+        return (fake_quantize(x, static.to(x.dtype), element=weight.element), *inputs[1:])
+    rounded = round_dynamic(x, element=weight.element, zero_points=weight.activation_zero_points, group_size=weight.activation_group_size)
     return (rounded, *inputs[1:])
 
 
-def round_dynamic(x: Tensor, *, element: str, zero_points: bool) -> Tensor:
-    """x rounded on a grid of its own for each token; the grid counts as a constant to gradients."""
+def round_dynamic(x: Tensor, *, element: str, zero_points: bool, group_size: int | None = None) -> Tensor:
+    """x rounded on a grid of its own for each token, or for each `group_size` columns of one; the grid counts as a constant to gradients."""
+    if group_size is not None:
+        return round_dynamic(x.reshape(-1, x.shape[-1] // group_size, group_size), element=element, zero_points=zero_points).reshape(x.shape)
     if zero_points:
         return fake_quantize(x, *dynamic_grid(x.detach()), element=element)
     return fake_quantize(x, dynamic_scale(x.detach(), element=element), element=element)

@@ -13,7 +13,7 @@ from torch import Tensor
 from lighten.compress import awq, smoothquant
 from lighten.compress.awq import Rounder
 from lighten.compress.block import Block, Subset
-from lighten.compress.fake_quant import STATIC_LARGEST
+from lighten.compress.fake_quant import STATIC_LARGEST, round_dynamic
 from lighten.compress.ggml import quantize_ggml, quantize_ggml_together
 from lighten.compress.gptq import layer_error, quantize_gptq
 from lighten.compress.grid import QuantizedTensor, Weight
@@ -192,14 +192,18 @@ def _awq(job: Job) -> tuple[Stage, ModelSpec]:
 
 
 def _smoothquant(job: Job) -> tuple[Stage, ModelSpec]:
-    zero_points = not job.step["symmetric_activations"]
-    choose = partial(smoothquant.smooth_scales, alpha=job.step["alpha"], activations=job.step["activations"], zero_points=zero_points)
+    step = job.step
+    rounded = (
+        partial(round_dynamic, element="int", zero_points=not step["symmetric_activations"], group_size=step["activation_group_size"])
+        if step["activations"] == "dynamic" else None
+    )  # fmt: skip
+    choose = partial(smoothquant.smooth_scales, alpha=step["alpha"], round_inputs=rounded)
     return walk_blocks(job, scale_then(choose, _rounder, each_subset(_solve_gptq), job_mappings(job)))
 
 
 def _own(format: WeightFormat) -> WeightFormat:
     """A format as the solvers compare it: what pruning left and how activations are computed with does not concern them."""
-    return replace(format, sparsity=0.0, activations=None, activation_zero_points=False)
+    return replace(format, sparsity=0.0, activations=None, activation_zero_points=False, activation_group_size=None)
 
 
 def _with_input_scale(weight: Weight, statistics: InputStatistics, format: WeightFormat) -> Weight:

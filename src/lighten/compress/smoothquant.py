@@ -11,17 +11,20 @@ Shape legend: T rows (tokens), O rows of a weight, I columns, C channels of a ma
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from lighten.compress.awq import Consumer
-from lighten.compress.fake_quant import STATIC_LARGEST, fake_quantize, round_dynamic
+from lighten.compress.fake_quant import STATIC_LARGEST, fake_quantize
 from lighten.compress.mappings import gather, spread
+
+RoundInputs: TypeAlias = Callable[[Tensor], Tensor]
+"""[B, S, I] → the same, rounded by grids of each token."""
 
 ALPHAS = tuple(step / 20 for step in range(20))
 """What "auto" tries, beside no smoothing at all."""
@@ -34,15 +37,14 @@ DAMPING = 1e-4
 
 
 def smooth_scales(
-    consumers: Sequence[Consumer], channels: int, *, alpha: float | Literal["auto"], activations: Literal["dynamic", "static"] = "dynamic",
-    zero_points: bool = False, rows: Tensor | None = None,
+    consumers: Sequence[Consumer], channels: int, *, alpha: float | Literal["auto"], round_inputs: RoundInputs | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """[C] float32 the scales of a mapping.
 
     Args:
         alpha: how much of the difficulty moves from the activations to the weights, 0 to 1.
-        activations: how "auto" rounds activations: with a scale for each row, or one for all.
-        zero_points: each row has one of its own, where its scale is too.
+        round_inputs: how "auto" rounds activations; None: by one scale for all.
         rows: [T, I] inputs of the consumers, all the same, to simulate on; None: drawn from a normal distribution with the second moments seen.
     """
     if alpha != "auto":
@@ -55,17 +57,13 @@ def smooth_scales(
     sampled = [replace(consumer, weight=consumer.weight[::step]) for consumer, step in zip(consumers, steps, strict=True)]
 
     def error(scales: Tensor) -> float:
-        errors = [
-            simulated_error(consumer, scales, drawn[id(consumer.judge)], activations=activations, zero_points=zero_points) for consumer in sampled
-        ]
+        errors = [simulated_error(consumer, scales, drawn[id(consumer.judge)], round_inputs=round_inputs) for consumer in sampled]
         return sum(step * each for step, each in zip(steps, errors, strict=True))
 
     return min(_tried(consumers, channels), key=error)
 
 
-def simulated_error(
-    consumer: Consumer, scales: Tensor, rows: Tensor, *, activations: Literal["dynamic", "static"], zero_points: bool = False
-) -> float:
+def simulated_error(consumer: Consumer, scales: Tensor, rows: Tensor, *, round_inputs: RoundInputs | None = None) -> float:
     """The squared error of a consumer's output over some rows, its weights rounded by `round_to` and its inputs to 8 bits after smoothing.
 
     Args:
@@ -74,8 +72,8 @@ def simulated_error(
     """
     along = spread(consumer.end, scales)
     smoothed = rows / along
-    if activations == "dynamic":
-        rounded = round_dynamic(smoothed[:, None], element="int", zero_points=zero_points)[:, 0]
+    if round_inputs is not None:
+        rounded = round_inputs(smoothed[:, None])[:, 0]
     else:
         scale = ((consumer.statistics.abs_max / along).max() / STATIC_LARGEST["int"]).clamp(min=torch.finfo(torch.float32).tiny)
         rounded = fake_quantize(smoothed, scale, element="int")

@@ -63,6 +63,7 @@ class WeightFormat:
             calibration ("static").
         activation_zero_points: dynamic int8 activations have a zero point for each token, so that the codes reach from its smallest value to its
             largest.
+        activation_group_size: columns of an input that share one of a token's dynamic scales; None: all.
         sparsity: the share of zeros that pruning left. A dense layout stores them like any other weight.
         ggml_type: the quantized type of ggml that it is stored in, such as `Q4_K`, which then says its bytes; `bits` is the width of its codes.
         layout: the tensors of another method's checkpoint, which then say its bytes; None: codes without gaps, scales and zero points.
@@ -77,6 +78,7 @@ class WeightFormat:
     global_scale: bool = False
     activations: Literal["dynamic", "static"] | None = None
     activation_zero_points: bool = False
+    activation_group_size: int | None = None
     sparsity: float = 0.0
     ggml_type: str | None = None
     layout: Layout | None = None

@@ -41,12 +41,13 @@ GROUP_SIZE = Parameter(
     accepts=lambda value: is_positive(value) or (isinstance(value, str) and value in GROUPS), says="a number of columns, channel or tensor"
 )
 SYMMETRIC = Parameter(accepts=is_flag, says="true or false", default=False)
-SYMMETRIC_ACTIVATIONS = {"symmetric_activations": Parameter(accepts=is_flag, says="true or false")}
-"""Of dynamic int8 activations, false where it is not said: int8 GEMMs take a zero point for each token as a sum of each row's codes (vLLM's do), and
-most inputs are not centred."""
-FORMAT = {
-    "format": one_of(*FORMATS, default="int"), "activations": one_of("none", "dynamic", "static", default="none"), **SYMMETRIC_ACTIVATIONS,
-}  # fmt: skip
+DYNAMIC = {
+    "symmetric_activations": Parameter(accepts=is_flag, says="true or false"),
+    "activation_group_size": Parameter(accepts=is_positive, says="a number of columns of an input; without it a whole token"),
+}
+"""Of dynamic activations. Where nothing is said, those of int8 have zero points: int8 GEMMs take one for each token as a sum of each row's codes
+(vLLM's do), and most inputs are not centred."""
+FORMAT = {"format": one_of(*FORMATS, default="int"), "activations": one_of("none", "dynamic", "static", default="none"), **DYNAMIC}
 
 
 def grid_parameters(*, bits: int, group_size: int | str) -> dict[str, Parameter]:
@@ -63,7 +64,9 @@ def implied_grid(arguments: Arguments) -> Arguments:
     if word in RECIPE_TYPES:
         found = _ggml(word, columns=COMMON_MULTIPLE)
         return {"bits": found["bits"], "group_size": found["group_size"], "symmetric": found.get("symmetric", True)}
-    return INT8 if arguments.get("activations", "none") in ("dynamic", "static") else {}
+    if arguments.get("activations", "none") not in ("dynamic", "static"):
+        return {}
+    return INT8 if arguments.get("activation_group_size") is None else {name: INT8[name] for name in ("bits", "symmetric")}
 
 
 COMMON_MULTIPLE = 256
@@ -74,10 +77,12 @@ def check_activations(arguments: Arguments) -> str | None:
     word, activations = arguments["format"], arguments["activations"]
     if activations != "none" and word not in ("int", "fp8"):
         return f"activations={activations} go with 8-bit weights; use format=int or format=fp8."
-    return check_symmetric_activations(arguments)
+    return check_dynamic(arguments)
 
 
-def check_symmetric_activations(arguments: Arguments) -> str | None:
+def check_dynamic(arguments: Arguments) -> str | None:
+    if arguments.get("activation_group_size") is not None and arguments["activations"] != "dynamic":
+        return "activation_group_size is said of activations=dynamic."
     if arguments.get("symmetric_activations") is not None and (arguments["activations"] != "dynamic" or arguments.get("format", "int") != "int"):
         return "symmetric_activations is said of int8 activations=dynamic; all others are symmetric."
     return None
@@ -103,6 +108,9 @@ def weight_format(arguments: Arguments, columns: int, name: str, *, before: Weig
         return replace(before, **_ggml(word, columns))
     activations = arguments.get("activations", "none")
     said = activations if activations != "none" and product else None
+    inputs: dict[str, Any] = {"activations": said}
+    if said == "dynamic" and (wanted := arguments.get("activation_group_size")) is not None:
+        inputs["activation_group_size"] = dividing_group(columns, wanted)
     if word in FLOATS:
         kind = FLOATS[word]
         if kind.group_size > 0 and columns % kind.group_size:
@@ -112,13 +120,13 @@ def weight_format(arguments: Arguments, columns: int, name: str, *, before: Weig
             )
         return replace(
             before, bits=kind.bits, group_size=kind.group_size, symmetric=True, element=kind.element, scale_dtype=kind.scale_dtype,
-            global_scale=kind.global_scale, activations=said,
+            global_scale=kind.global_scale, **inputs,
         )  # fmt: skip
     group = group_columns(arguments)
     group = dividing_group(columns, group) if group > 0 else group
     return replace(
-        before, bits=arguments["bits"], group_size=group, symmetric=arguments.get("symmetric", False), activations=said,
-        activation_zero_points=said == "dynamic" and not arguments.get("symmetric_activations"),
+        before, bits=arguments["bits"], group_size=group, symmetric=arguments.get("symmetric", False),
+        activation_zero_points=said == "dynamic" and not arguments.get("symmetric_activations"), **inputs,
     )  # fmt: skip
 
 

@@ -77,8 +77,11 @@ def format_text(part: Linear | Embedding) -> str:
     codes = "codes" if weight.element == "int" else f"floats ({weight.element})"
     group = {-1: "by channel", 0: "by tensor"}.get(weight.group_size, f"by groups of {weight.group_size}")
     inputs = "int8" if weight.element == "int" else "fp8"
+    if not weight.activations:
+        return f"{weight.bits}-bit {codes} {group}"
     asymmetric = "asymmetric " if weight.activation_zero_points else ""
-    return f"{weight.bits}-bit {codes} {group}" + (f" with {weight.activations} {asymmetric}{inputs} activations" if weight.activations else "")
+    by = "" if weight.activation_group_size is None else f" by groups of {weight.activation_group_size}"
+    return f"{weight.bits}-bit {codes} {group} with {weight.activations} {asymmetric}{inputs} activations{by}"
 
 
 def compute_dtype(recipe: Recipe, spec: ModelSpec) -> str:

@@ -14,13 +14,13 @@ from lighten.model.quantized.kv import kv_format_for
 from lighten.model.spec import PER_CHANNEL, Attention, Embedding, Linear, ModelSpec, Part, WeightFormat
 from lighten.recipe.automatic import LIMITS, check_auto, predict_auto
 from lighten.recipe.number_formats import (
+    DYNAMIC,
     FORMAT,
     GROUP_SIZE,
     INT8,
     SYMMETRIC,
-    SYMMETRIC_ACTIVATIONS,
     check_activations,
-    check_symmetric_activations,
+    check_dynamic,
     grid_parameters,
     implied_grid,
     is_product,
@@ -176,9 +176,9 @@ QUANTIZING: dict[tuple[str, str], StepKind] = {
     ("quantize", "smoothquant"): StepKind(
         parameters={
             "alpha": Parameter(accepts=_is_alpha, says="a number from 0 to 1, or auto", default=0.5),
-            "activations": one_of("dynamic", "static", default="dynamic"), **SYMMETRIC_ACTIVATIONS, **_WHERE, **CALIBRATION,
+            "activations": one_of("dynamic", "static", default="dynamic"), **DYNAMIC, **_WHERE, **CALIBRATION,
         },
-        predict=_predict_smoothed, calibrated=True, check=check_symmetric_activations,
+        predict=_predict_smoothed, calibrated=True, check=check_dynamic,
     ),
     ("quantize", "auto"): StepKind(
         parameters={

@@ -70,7 +70,7 @@ def _torch(weight: WeightFormat, decoder: bool) -> bool:
 
 
 def _onnxruntime(weight: WeightFormat, decoder: bool) -> bool:
-    if weight.ggml_type is not None or weight.element != "int" or weight.activations == "static":
+    if weight.ggml_type is not None or weight.element != "int" or weight.activations == "static" or weight.activation_group_size is not None:
         return False
     if weight.activations == "dynamic":
         return weight.bits == 8 and weight.group_size == PER_CHANNEL
@@ -78,7 +78,7 @@ def _onnxruntime(weight: WeightFormat, decoder: bool) -> bool:
 
 
 def _openvino(weight: WeightFormat, decoder: bool) -> bool:
-    if weight.ggml_type is not None or weight.element != "int":
+    if weight.ggml_type is not None or weight.element != "int" or weight.activation_group_size is not None:
         return False
     if weight.activations == "static":
         return left_to_runtime(weight) and not decoder

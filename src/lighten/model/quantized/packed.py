@@ -105,7 +105,10 @@ def scheme(kind: str, weight: WeightFormat) -> dict[str, Any]:
     if weight.activations:
         dynamic = weight.activations == "dynamic"
         symmetric = not weight.activation_zero_points
-        inputs = {"num_bits": 8, "type": element, "symmetric": symmetric, "strategy": "token" if dynamic else "tensor", "dynamic": dynamic}
+        group = weight.activation_group_size
+        strategy = "tensor" if not dynamic else "token" if group is None else "group"
+        inputs = {"num_bits": 8, "type": element, "symmetric": symmetric, "strategy": strategy, "dynamic": dynamic}
+        inputs |= {} if group is None else {"group_size": group}
     return {"weights": weights, "input_activations": inputs, "output_activations": None, "format": kind}
 
 
@@ -160,6 +163,7 @@ def _byte_format(kind: str, weights: Mapping[str, Any], inputs: Mapping[str, Any
         bits=8, group_size=group, symmetric=bool(weights.get("symmetric", True)), element="int" if element == "int" else "e4m3",
         activations=None if inputs is None else "dynamic" if inputs.get("dynamic") else "static",
         activation_zero_points=inputs is not None and inputs.get("symmetric", True) is False,
+        activation_group_size=_whole(inputs, "group_size") if inputs is not None and inputs.get("strategy") == "group" else None,
     )  # fmt: skip
     written = strategy != "block" and bits == 8 and (kind == INT) == (element == "int") and _is_written(inputs, str(element))
     if written and found.activations != "static":  # whose scales a layout counts
@@ -175,9 +179,10 @@ def _is_written(inputs: Mapping[str, Any] | None, element: str) -> bool:
     """Whether lighten writes and computes activations of this kind."""
     if inputs is None:
         return True
-    strategy = "token" if inputs.get("dynamic") else "tensor"
-    known_grid = inputs.get("symmetric", True) or (strategy == "token" and element == "int")
-    return bool(inputs.get("strategy") == strategy and known_grid and inputs.get("num_bits") == 8 and inputs.get("type", "int") == element)
+    dynamic = bool(inputs.get("dynamic"))
+    known_strategy = inputs.get("strategy") in (("token", "group") if dynamic else ("tensor",))
+    known_grid = inputs.get("symmetric", True) or (dynamic and element == "int")
+    return bool(known_strategy and known_grid and inputs.get("num_bits") == 8 and inputs.get("type", "int") == element)
 
 
 def _whole(config: Mapping[str, Any], field: str) -> int:
