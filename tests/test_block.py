@@ -140,6 +140,32 @@ def test_second_moments_are_those_of_the_layers_inputs(folders: Folders) -> None
             skeleton.drop(unit.module)
 
 
+def test_in_turn_a_unit_runs_once_and_each_input_is_that_of_the_weights_put_before(folders: Folders) -> None:
+    found: dict[bool, list[Tensor]] = {}
+    for at_once in (True, False):
+        with suspended("llama", folders["llama"]) as (skeleton, forwards, checkpoint, _):
+            unit = forwards.at
+            assert unit is not None
+            calls: list[int] = []
+            unit.module.mlp.register_forward_pre_hook(lambda module, args, calls=calls: calls.append(1))
+            skeleton.load(unit.module, checkpoint.__getitem__)
+            names = frozenset(name for name in skeleton.names_in(unit.module) if name.endswith("proj.weight"))
+            block = Block(
+                unit=unit, skeleton=skeleton, forwards=forwards, source=checkpoint.__getitem__, wanted=names, transposed=frozenset(),
+                held_out=[False, False, True], at_once=at_once,
+            )  # fmt: skip
+            found[at_once] = []
+            for subset, statistics in block.in_turn():
+                found[at_once].append(statistics.hessian)
+                for name in subset.names:
+                    block.put(name, block.tensor(name) * 0.5)
+            assert block.gone_on is at_once
+            assert forwards.at is not None
+            assert (forwards.at.name != unit.name) is at_once
+            assert len(calls) == (4 if at_once else 1 + 3 * 2)  # what is met where is found by one more; the mlp runs for its two inputs
+    assert [one.equal(two) for one, two in zip(found[True], found[False], strict=True)] == [True] * 4
+
+
 def test_an_expert_is_given_the_rows_that_are_routed_to_it(folders: Folders) -> None:
     with suspended("mixtral", folders["mixtral"]) as (skeleton, forwards, checkpoint, _):
         assert forwards.at is not None

@@ -126,6 +126,15 @@ def test_the_same_seed_gives_the_same_bytes(folders: Folders, tmp_path: Path) ->
     assert all(one[0] == two[0] and torch.equal(one[1], two[1]) for one, two in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("name", ["llama", "bert", "t5", "bart", "gpt2", "mamba", "mixtral", "whisper"])
+def test_a_block_that_runs_once_gives_the_bytes_of_one_that_runs_for_each_input(folders: Folders, tmp_path: Path, name: str) -> None:
+    found = []
+    for once in (True, False):
+        with done(folders[name], name, "quantize(gptq, bits=3, group_size=32)", tmp_path / str(once), blocks_once=once) as result:
+            found.append([(key, weight if isinstance(weight, Tensor) else weight.dequantize()) for key, weight, _ in result.weights])
+    assert all(one[0] == two[0] and torch.equal(one[1], two[1]) for one, two in zip(*found, strict=True))
+
+
 def test_codes_are_chosen_with_the_blocks_before_quantized_already(folders: Folders, tmp_path: Path) -> None:
     reports = []
     for text in ("quantize(gptq, bits=2, group_size=32)", "quantize(gptq, bits=2, group_size=32, targets='layers.1')"):

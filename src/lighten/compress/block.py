@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -46,6 +48,10 @@ class Block:
         wanted: names of the weights that the step changes, in this unit.
         transposed: names of the weights that the checkpoint stores as [I, O].
         held_out: which batches only judge.
+        routed: which of the weights a batch meets depends on the batch.
+        at_once: what all batches hold inside of the unit fits in memory together.
+        known_levels: of units like this one, which are found once.
+        gone_on: the forwards went through the unit already.
         results: what became of each tensor that was put.
     """
 
@@ -56,6 +62,10 @@ class Block:
     wanted: frozenset[str]
     transposed: frozenset[str]
     held_out: Sequence[bool]
+    routed: bool = False
+    at_once: bool = False
+    known_levels: dict[Any, list[list[Subset]]] = field(default_factory=dict)
+    gone_on: bool = False
     results: dict[str, Weight] = field(default_factory=dict)
 
     @property
@@ -90,6 +100,15 @@ class Block:
             names: of the weights; None: those that are wanted.
         """
         names = self.wanted if names is None else names
+        if self.routed:
+            return self._find_levels(names)
+        prefix = _module_of(names)
+        kind = (type(self.unit.module), *sorted(name.removeprefix(prefix) for name in names))
+        if kind not in self.known_levels:
+            self.known_levels[kind] = _renamed(self._find_levels(names), lambda name: name.removeprefix(prefix))
+        return _renamed(self.known_levels[kind], lambda name: prefix + name)
+
+    def _find_levels(self, names: frozenset[str]) -> list[list[Subset]]:
         met: dict[str, Subset] = {}
         for index in range(len(self.held_out)):
             for subset in self._met_by(index, names):
@@ -100,6 +119,26 @@ class Block:
         for subset in met.values():
             levels.setdefault(re.sub(r"\.\d+\.", ".*.", subset.names[0].removeprefix(self.name)), []).append(subset)
         return list(levels.values())
+
+    def in_turn(self) -> Iterator[tuple[Subset, InputStatistics]]:
+        """Each subset of the wanted weights and what its input is, with all weights before it as they were put. Where memory allows the unit is run
+        once, and the forwards wait before the next one in the end."""
+        levels = self.levels()
+        if self.routed or not self.at_once:
+            for level in levels:
+                yield from self.statistics(level)
+            return
+        subsets = {name: subset for level in levels for subset in level for name in subset.names}
+        left = set(subsets)
+        watch = partial(_Watch, self._table(left))
+        for stops in self.forwards.go_on_by_products(watch, left.__contains__):
+            subset = subsets[stops[0].names[0]]
+            moments = Moments(subset.columns)
+            for stop, held_out in zip(stops, self.held_out, strict=True):
+                moments.add(stop.x, held_out=held_out)
+            yield subset, moments.finish()
+            left.difference_update(subset.names)
+        self.gone_on = True
 
     def statistics(self, subsets: Sequence[Subset]) -> Iterator[tuple[Subset, InputStatistics]]:
         """What each subset's input is over the calibration rows, in the state that the unit is in when it is asked for."""
@@ -188,6 +227,16 @@ class _Watch(TorchFunctionMode):
             return []
         low, high = _span(weight)
         return [name for name, first, last in found if low <= first and last <= high]
+
+
+def _module_of(names: Iterable[str]) -> str:
+    """What the names of a unit's tensors begin with alike, up to a dot."""
+    paths = [name.split(".")[:-1] for name in names]
+    return "".join(f"{pieces[0]}." for pieces in takewhile(lambda pieces: len(set(pieces)) == 1, zip(*paths, strict=False)))
+
+
+def _renamed(levels: Sequence[Sequence[Subset]], rename: Callable[[str], str]) -> list[list[Subset]]:
+    return [[replace(subset, names=tuple(map(rename, subset.names))) for subset in level] for level in levels]
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

@@ -46,6 +46,9 @@ RESULT_BYTES = 1
 Measured on SmolLM2-135M in bfloat16 and float32, 0.5 to 1."""
 TRAINED_BYTES = 16
 """Of each value that is trained: itself, its gradient and Adam's two moments in float32 (Kingma and Ba 2014, arXiv:1412.6980, algorithm 1)."""
+INSIDE_STATES = 6
+"""Hidden states of a token that are alive when attention's output meets its matrix: the residual, the norm's output, queries, keys, values and their
+sum. Counted in `transformers`' Llama."""
 STEP_TOKENS = 1024
 """Positions of a step of training, as `distill_scales.TuneSettings` has them."""
 RUNNING_BYTES = 96 * 10**6
@@ -62,6 +65,7 @@ class MemoryPlan:
         limit_bytes: what was asked for.
         batch_rows: calibration sequences that run at once.
         buffer_bytes: waiting activations that stay in memory; the others lie on disk. None: all stay.
+        blocks_once: each block runs once, and what all sequences hold inside of it waits in memory; else it runs once for each of its inputs.
         compute_dtype: type that calibration computes in; None: the walk's own choice.
         runs_result: there is room to run the artifact once it is written.
         parts: what the fullest moment holds, by what holds it, in bytes.
@@ -70,6 +74,7 @@ class MemoryPlan:
     limit_bytes: int | None
     batch_rows: int
     buffer_bytes: int | None
+    blocks_once: bool
     compute_dtype: str | None
     runs_result: bool
     parts: Mapping[str, int]
@@ -84,7 +89,8 @@ def plan_memory(
 ) -> MemoryPlan:
     """The plan of a run: with `limit_bytes`, the first of the ways to work that keeps to it.
 
-    In this order: everything at its usual size; waiting activations on disk; fewer sequences at once; calibration in bfloat16.
+    In this order: everything at its usual size; blocks that run more than once; waiting activations on disk; fewer sequences at once; calibration in
+    bfloat16.
 
     Args:
         base_bytes: what the process holds before the work begins.
@@ -95,8 +101,8 @@ def plan_memory(
     """
     base = -(-base_bytes // BASE_STEP) * BASE_STEP
     ways = [fixed] if fixed else [(rows, dtype) for dtype in dict.fromkeys((None, _narrower(spec))) for rows in BATCH_ROWS]
-    plans = [_limited(_plan(spec, recipe, base, rows, dtype), limit_bytes) for rows, dtype in ways]
-    kept = next((plan for plan in plans if limit_bytes is None or plan.peak_bytes <= limit_bytes), None)
+    plans = [_limited(_plan(spec, recipe, base, rows, dtype, once), limit_bytes) for rows, dtype in ways for once in (True, False)]
+    kept = next((plan for plan in plans if _fits(plan, base, limit_bytes)), None)
     if kept is not None:
         return _with_result(kept, spec, recipe, base)
     least = min(plans, key=lambda plan: plan.peak_bytes)
@@ -106,10 +112,18 @@ def plan_memory(
     )
 
 
+def _fits(plan: MemoryPlan, base: int, limit_bytes: int | None) -> bool:
+    """Within the limit; without one, blocks run once where all takes no more than half of what the machine has free."""
+    if limit_bytes is not None:
+        return plan.peak_bytes <= limit_bytes
+    free = _available_bytes()
+    return not plan.blocks_once or free is None or plan.peak_bytes <= base + free // 2
+
+
 def _limited(plan: MemoryPlan, limit_bytes: int | None) -> MemoryPlan:
-    """The same with as many waiting activations on disk as the limit asks for."""
+    """The same with as many waiting activations on disk as the limit asks for; where blocks run once, all are in memory inside of one."""
     waiting = plan.parts.get("activations that wait", 0)
-    if limit_bytes is None or plan.peak_bytes <= limit_bytes:
+    if limit_bytes is None or plan.blocks_once or plan.peak_bytes <= limit_bytes:
         return replace(plan, limit_bytes=limit_bytes)
     left = max(0, min(waiting, limit_bytes - (plan.peak_bytes - waiting)))
     return replace(plan, limit_bytes=limit_bytes, buffer_bytes=left, parts={**plan.parts, "activations that wait": left})
@@ -132,16 +146,16 @@ def _narrower(spec: ModelSpec) -> str | None:
     return None if spec.dtype == "bfloat16" else "bfloat16"
 
 
-def _plan(spec: ModelSpec, recipe: Recipe, base: int, rows: int, dtype: str | None) -> MemoryPlan:
+def _plan(spec: ModelSpec, recipe: Recipe, base: int, rows: int, dtype: str | None, once: bool) -> MemoryPlan:
     """The fullest of the recipe's moments: each step that walks the blocks, and the writing."""
     moments = [_writing(spec, recipe)]
     for step in recipe.steps:
         if step.calibrated and RUNTIMES[recipe.runtime].exported is False:
-            moments.append((_tuning if step.verb == "distill" else _walking)(spec, step, rows, dtype))
+            moments.append(_tuning(spec, step, rows, dtype) if step.verb == "distill" else _walking(spec, step, rows, dtype, once))
         spec = apply_step(step, spec, recipe.runtime)
     fullest = max(moments, key=lambda parts: sum(parts.values()))
     parts = {"imports": base, "libraries at work": RUNNING_BYTES, **fullest}
-    return MemoryPlan(limit_bytes=None, batch_rows=rows, buffer_bytes=None, compute_dtype=dtype, runs_result=False, parts=parts)
+    return MemoryPlan(limit_bytes=None, batch_rows=rows, buffer_bytes=None, blocks_once=once, compute_dtype=dtype, runs_result=False, parts=parts)
 
 
 def _writing(spec: ModelSpec, recipe: Recipe) -> dict[str, int]:
@@ -167,7 +181,7 @@ def run_dtype(spec: ModelSpec) -> str:
     return "float32" if spec.dtype == "float16" else spec.dtype
 
 
-def _walking(spec: ModelSpec, step: Step, rows: int, dtype: str | None) -> dict[str, int]:
+def _walking(spec: ModelSpec, step: Step, rows: int, dtype: str | None, once: bool) -> dict[str, int]:
     """A pass over the blocks, at the fuller of two moments: a block runs while second moments are summed, or its weights are solved."""
     computed = dtype or ("bfloat16" if spec.dtype == "bfloat16" else "float32")
     wide = dtype_bytes(computed)
@@ -180,7 +194,7 @@ def _walking(spec: ModelSpec, step: Step, rows: int, dtype: str | None) -> dict[
     solving = max((ROW_BYTES * together * columns + 4 * HESSIANS * columns**2 for columns, together in inputs), default=0)
     tables = max((ALONE_BYTES * part.parameters for part in spec.parts if isinstance(part, Embedding) and step["embeddings"]), default=0)
     return {
-        "weights outside of the blocks": outside, "a block": held, "activations that wait": _waiting(spec, step, wide),
+        "weights outside of the blocks": outside, "a block": held, "activations that wait": _waiting(spec, step, wide, once),
         "a block at work": max(running, solving, tables - held),
     }  # fmt: skip
 
@@ -235,10 +249,12 @@ def _running(spec: ModelSpec, step: Step, rows: int, dtype: str) -> int:
     return found.activations + found.temporary
 
 
-def _waiting(spec: ModelSpec, step: Step, wide: float) -> int:
-    """Hidden states of all calibration tokens; an encoder-decoder's of both."""
+def _waiting(spec: ModelSpec, step: Step, wide: float, once: bool) -> int:
+    """Hidden states of all calibration tokens, an encoder-decoder's of both; where a block runs once, what is alive inside of it at its fullest."""
     hidden = next((part.embedding_dim for part in spec.parts if isinstance(part, Embedding)), 0)
-    return round((2 if spec.is_encoder_decoder else 1) * (step["tokens"] or 0) * hidden * wide)
+    widest = max((part.in_features for part in spec.parts if isinstance(part, Linear) and block_name(part) is not None), default=0)
+    inside = max(INSIDE_STATES * hidden, widest + 3 * hidden) if once else hidden
+    return round((2 if spec.is_encoder_decoder else 1) * (step["tokens"] or 0) * inside * wide)
 
 
 def _largest(part: Part) -> int:

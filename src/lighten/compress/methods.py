@@ -33,6 +33,9 @@ from lighten.model.spec import Linear, ModelSpec, WeightFormat
 from lighten.recipe import Recipe
 from lighten.recipe.steps import parse_pattern
 
+REPORTED_OUTPUTS = 256
+"""Outputs of a layer, evenly spread, that its reported error is measured on: choice; on all of them it took a tenth of GPTQ's time."""
+
 
 def do_alone(job: Job, names: Iterable[str]) -> tuple[dict[str, Weight], list[dict[str, Any]]]:
     """Weights that no calibration row reaches, such as tables: rounded on the grid of least error of the weight itself."""
@@ -127,13 +130,12 @@ def each_subset(solve: Callable[[Job, Block, Subset, InputStatistics], Mapping[s
 
     def do(job: Job, block: Block) -> list[dict[str, Any]]:
         reports: list[dict[str, Any]] = []
-        for level in block.levels():
-            for subset, statistics in block.statistics(level):
-                before = {name: block.weight(name) for name in subset.names}
-                for name, weight in solve(job, block, subset, statistics).items():
-                    block.put(name, _with_input_scale(weight, statistics, job.formats[name]))
-                    value = job.matrix(name, weight) if isinstance(weight, Tensor) else weight.dequantize()
-                    reports.append({"name": name, "rows": statistics.rows, **_errors(before[name], value, statistics)})
+        for subset, statistics in block.in_turn():
+            before = {name: block.weight(name) for name in subset.names}
+            for name, weight in solve(job, block, subset, statistics).items():
+                block.put(name, _with_input_scale(weight, statistics, job.formats[name]))
+                value = job.matrix(name, weight) if isinstance(weight, Tensor) else weight.dequantize()
+                reports.append({"name": name, "rows": statistics.rows, **_errors(before[name], value, statistics)})
         unreached = sorted(block.wanted - block.results.keys())
         if unreached:
             job.run.log(f"{block.name}: no calibration row reaches {', '.join(unreached)}; rounded by themselves")
@@ -214,11 +216,13 @@ def _with_input_scale(weight: Weight, statistics: InputStatistics, format: Weigh
 
 
 def _errors(before: Tensor, value: Tensor, statistics: InputStatistics) -> dict[str, float]:
-    """Error of the output relative to the output, in root mean square.
+    """Error of the output relative to the output, in root mean square, over at most `REPORTED_OUTPUTS` outputs.
 
     Args:
         before, value: [O, I].
     """
+    step = -(-len(before) // REPORTED_OUTPUTS)
+    before, value = before[::step], value[::step]
 
     def relative(hessian: Tensor) -> float:
         whole = layer_error(before, torch.zeros_like(before), hessian).sum()

@@ -5,6 +5,8 @@ Shape legend: I columns (input features), T rows (tokens) of one batch.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +58,8 @@ class Moments:
         kind = "held_out" if held_out else "hessian"
         if kind not in self._sums:
             self._sums[kind] = torch.zeros_like(self._sums["hessian"])
-        self._sums[kind].addmm_(rows.T, rows)
+        with _exact_products(x.dtype):
+            self._sums[kind].addmm_(rows.T, rows)
         self._rows[kind] += len(rows)
         if held_out or not len(rows):
             return
@@ -73,3 +76,17 @@ class Moments:
             cross=self._sums["cross"] / seen if "cross" in self._sums else None,
             mean_abs=self._abs_sum / seen, abs_max=self._abs_max, rows=self._rows["hessian"], held_out_rows=judged,
         )  # fmt: skip
+
+
+@contextmanager
+def _exact_products(dtype: torch.dtype) -> Iterator[None]:
+    """Float32 matrices of bfloat16 values are multiplied by bfloat16 units where the machine has them: products of such values are exact in float32,
+    and it is three times as fast (AVX-512 BF16, 4,096 rows of 576)."""
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    if dtype == torch.bfloat16:
+        matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

@@ -11,9 +11,9 @@ Source: the stop-and-go is that of GPTQ's reference code (arXiv:2210.17323), whi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
@@ -23,7 +23,22 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lighten.compress.activations import Parked, SpillBuffer
 from lighten.compress.skeleton import Unit
 
-Batch = Mapping[str, Tensor]
+Batch: TypeAlias = Mapping[str, Tensor]
+Meet: TypeAlias = Callable[[Tensor, Sequence[str]], None]
+"""Is told of a product's input and of the names of the weights that it is multiplied with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Met:
+    """Where a forward stands inside of a unit.
+
+    Attributes:
+        x: [..., I] what the product is given.
+        names: of the weights.
+    """
+
+    x: Tensor
+    names: tuple[str, ...]
 
 
 @dataclass(kw_only=True)
@@ -52,6 +67,7 @@ class Forwards:
     _own: set[int] = field(default_factory=set)
     _lets: list[Any] = field(default_factory=list)
     _waiting: list[_Waiting] = field(default_factory=list)
+    _watching: Callable[[], AbstractContextManager[object]] = nullcontext
 
     @contextmanager
     def running(self) -> Iterator[Forwards]:
@@ -86,6 +102,37 @@ class Forwards:
             self._waiting[index] = self._switch(index, True)
         self._arrive()
 
+    def go_on_by_products(self, watch: Callable[[Meet], AbstractContextManager[object]], wanted: Callable[[str], bool]) -> Iterator[list[Met]]:
+        """Take all forwards through the unit, once, with a stop before each product with a weight that is still wanted there: each batch's at the
+        same, in which the weights may be changed. All that they hold stays in memory meanwhile.
+
+        Args:
+            watch: inside, `Meet` is called before each product with a weight of the unit.
+
+        Raises:
+            AssertionError: they met different weights, as those of different experts.
+        """
+
+        def meet(x: Tensor, names: Sequence[str]) -> None:
+            if met := tuple(name for name in names if wanted(name)):
+                walker = getcurrent().parent
+                assert walker is not None, "forwards run in greenlets of their own"
+                walker.switch(Met(x=x, names=met))
+
+        self._watching = lambda: watch(meet)
+        try:
+            for waiting in self._waiting:
+                self.buffer.restore(waiting.parked)
+            stops = [self._switch(index, True) for index in range(len(self._waiting))]
+            while isinstance(stops[0], Met):
+                assert all(isinstance(stop, Met) and stop.names == stops[0].names for stop in stops), "forwards met different weights"
+                yield stops
+                stops = [self._switch(index, True) for index in range(len(stops))]
+            self._waiting = stops
+            self._arrive()
+        finally:
+            self._watching = nullcontext
+
     @contextmanager
     def _restored(self, waiting: _Waiting) -> Iterator[None]:
         self.buffer.restore(waiting.parked)
@@ -119,7 +166,8 @@ class Forwards:
             walker = getcurrent().parent
             assert walker is not None, "forwards run in greenlets of their own"
             walker.switch(_Waiting(unit=unit, run=run, tensors=tensors, parked=self.buffer.park(tensors)))
-            return original(*args, **kwargs)
+            with self._watching():
+                return original(*args, **kwargs)
 
         return forward
 

@@ -55,7 +55,7 @@ class LayerReport:
 
     Attributes:
         bits: width of its codes; None: it has none.
-        output_error: error of the layer's output on the calibration rows that chose, relative to the output; None where no row was looked at.
+        output_error: error of up to 256 of the layer's outputs on the calibration rows that chose, relative to them; None where no row was looked at.
         held_out_error: the same on rows that were kept apart.
         rows: calibration rows that the codes were chosen by; 0: none reached it. None: the step looks at none.
     """
@@ -97,6 +97,7 @@ class Run:
     log: Callable[[str], None]
     batch_rows: int = BATCH_ROWS
     buffer_bytes: int | None = None
+    blocks_once: bool = True
     compute_dtype: str | None = None
     runtime: str = "torch"
     tied: Mapping[str, str] = field(default_factory=dict)
@@ -210,6 +211,7 @@ def do_recipe(  # noqa: PLR0913 - one keyword for each thing that a run may be g
     calibration: CalibrationSource | None = None,
     batch_rows: int = BATCH_ROWS,
     buffer_bytes: int | None = None,
+    blocks_once: bool = True,
     compute_dtype: str | None = None,
     log: Callable[[str], None] = lambda line: None,
 ) -> Done:
@@ -228,7 +230,7 @@ def do_recipe(  # noqa: PLR0913 - one keyword for each thing that a run may be g
     refuse_layouts(spec.parts, spec.source)
     run = Run(
         folder=folder, original=Original(checkpoint=checkpoint), journal=journal, calibration=calibration, log=log, batch_rows=batch_rows,
-        buffer_bytes=buffer_bytes, compute_dtype=compute_dtype, runtime=recipe.runtime,
+        buffer_bytes=buffer_bytes, blocks_once=blocks_once, compute_dtype=compute_dtype, runtime=recipe.runtime,
         tied={f"{part.name}.weight": f"{part.tied_to}.weight" for part in spec.parts if isinstance(part, Linear) and part.tied_to},
     )  # fmt: skip
     require_possible(run, spec, recipe)
@@ -292,6 +294,8 @@ def _run_blocks(job: Job, skeleton: Skeleton, do: DoBlock, wanted: Mapping[str, 
     batches = [inputs_of(skeleton.module, batch) for batch in run.batches(job.step["tokens"])]
     held_out = [len(batches) > 1 and index % HELD_OUT == min(HELD_OUT, len(batches)) - 1 for index in range(len(batches))]
     pending = {unit.name for unit in skeleton.units[: last + 1] if unit.name in wanted}
+    experts = {name for part in job.before.parts if isinstance(part, Linear) and part.experts > 1 for name in weights_of(part)}
+    known_levels: dict[Any, Any] = {}
     with SpillBuffer(journal.scratch, limit_bytes=run.buffer_bytes) as buffer:
         forwards = Forwards(module=skeleton.module, units=skeleton.units, batches=batches, buffer=buffer)
         with forwards.running():
@@ -301,11 +305,14 @@ def _run_blocks(job: Job, skeleton: Skeleton, do: DoBlock, wanted: Mapping[str, 
                 if unit.name in pending:
                     block = Block(
                         unit=unit, skeleton=skeleton, forwards=forwards, source=source, wanted=wanted[unit.name], transposed=job.transposed,
-                        held_out=held_out,
+                        held_out=held_out, routed=not experts.isdisjoint(wanted[unit.name]), at_once=run.blocks_once, known_levels=known_levels,
                     )  # fmt: skip
                     _do_block(job, block, do)
                     pending.discard(unit.name)
-                if pending:
+                    gone_on = block.gone_on
+                else:
+                    gone_on = False
+                if pending and not gone_on:
                     forwards.go_on()
                 skeleton.drop(unit.module)
                 release_free()

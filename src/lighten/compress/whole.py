@@ -18,6 +18,7 @@ from lighten.compress.distill_scales import Task, TuneSettings, tune_scales
 from lighten.compress.fake_quant import simulating
 from lighten.compress.grid import QuantizedTensor, Weight
 from lighten.compress.qat import train_codes
+from lighten.compress.self_text import prefixes_of, sample_text
 from lighten.compress.sensitivity import measure_sensitivity, option_errors
 from lighten.compress.skeleton import Skeleton
 from lighten.compress.stage import Journaled, Stage
@@ -31,6 +32,9 @@ PROBE_BITS, PROBE_GROUP = 4, 64
 SENSITIVITY_TOKENS, SENSITIVITY_WINDOW = 2048, 512
 """Tokens of the backward passes, and of one. Two passes differ from eight by 16 % of a weight's sensitivity, where a bit more or less changes it by
 a factor of four: SmolLM2-135M, benchmarks/LOG.md."""
+
+SELF_LENGTH, SELF_PREFIX = 512, 32
+"""Tokens of a text that the original writes, and of the calibration text that it begins with: choice, a window of tuning and a sentence."""
 
 ALL = "all"
 
@@ -82,7 +86,7 @@ def tune(job: Job) -> tuple[Stage, ModelSpec]:
         changed = {name: job.stage[name] for name in job.stage.names if job.stage.touched(name)}
         task = Task(
             skeleton=skeleton, source=partial(original_value, job), weights=changed,
-            transposed=job.transposed, batches=[inputs_of(skeleton.module, batch) for batch in job.run.batches(job.step["tokens"])],
+            transposed=job.transposed, batches=[inputs_of(skeleton.module, batch) for batch in _texts(job, skeleton)],
             folder=journal.scratch, rounding=partial(simulating, skeleton.module, job.before, _input_scales(changed)), log=job.run.log,
         )  # fmt: skip
         settings = TuneSettings(steps=job.step["steps"], learning_rate=job.step["learning_rate"])
@@ -90,6 +94,16 @@ def tune(job: Job) -> tuple[Stage, ModelSpec]:
         journal.write(job.number, ALL, {name: _as_stored(job, name, weight) for name, weight in done.items()})
     names = journal.read(job.number, ALL).weights
     return Journaled(before=job.stage, journal=journal, pass_index=job.number, blocks=dict.fromkeys(names, ALL)), job.after
+
+
+def _texts(job: Job, skeleton: Skeleton) -> list[dict[str, Tensor]]:
+    """The calibration text, and as many tokens of the original's own as are asked for."""
+    batches = job.run.batches(job.step["tokens"])
+    if count := -(-job.step["self_tokens"] // SELF_LENGTH):
+        job.run.log(f"the original writes {count} texts of {SELF_LENGTH} tokens")
+        starts = prefixes_of(torch.cat([batch["input_ids"].reshape(-1) for batch in batches]), count=count, length=SELF_PREFIX)
+        batches.append({"input_ids": sample_text(skeleton, partial(original_value, job), starts, length=SELF_LENGTH)})
+    return batches
 
 
 def _input_scales(weights: Mapping[str, Weight]) -> dict[str, Tensor]:

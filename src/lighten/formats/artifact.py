@@ -299,7 +299,7 @@ def _write(plan: _Plan, memory: MemoryPlan, journal: Journal, folder: Path) -> l
     layers: list[LayerReport] = []
     done = do_recipe(
         Checkpoint(plan.source), plan.spec, plan.recipe, plan.source, journal, calibration=plan.work.windows, batch_rows=memory.batch_rows,
-        buffer_bytes=memory.buffer_bytes, compute_dtype=memory.compute_dtype, log=plan.work.log,
+        buffer_bytes=memory.buffer_bytes, blocks_once=memory.blocks_once, compute_dtype=memory.compute_dtype, log=plan.work.log,
     )  # fmt: skip
     weights = _reported(done, layers)
     if plan.recipe.runtime == "llama.cpp":

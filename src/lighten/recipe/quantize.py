@@ -34,6 +34,7 @@ from lighten.recipe.words import (
     StepKind,
     change_weights,
     columns_of,
+    is_count,
     is_number,
     is_positive,
     one_of,
@@ -152,6 +153,8 @@ def _predict_tuned(method: str) -> Callable[[ModelSpec, Arguments], ModelSpec]:
     def predict(spec: ModelSpec, arguments: Arguments) -> ModelSpec:
         if not any(isinstance(part, Linear) and part.weight.bits is not None for part in spec.parts):
             raise RecipeError(f"distill({method}) tunes quantized weights and {spec.name} has none; put it after quantize.")
+        if arguments.get("self_tokens") and not spec.is_decoder:
+            raise RecipeError(f"distill({method}): self_tokens are written by a decoder, and {spec.name} is none; leave them out.")
         return spec
 
     return predict
@@ -162,6 +165,7 @@ def _tuning(method: str, *, steps: int, learning_rate: float) -> StepKind:
         parameters={
             "steps": Parameter(accepts=is_positive, says="a number of steps", default=steps),
             "learning_rate": Parameter(accepts=lambda v: is_number(v) and 0 < v < 1, says="a number between 0 and 1", default=learning_rate),
+            "self_tokens": Parameter(accepts=is_count, says="a number of tokens that the original writes to be tuned on, or 0", default=0),
             **CALIBRATION,
         },
         predict=_predict_tuned(method), calibrated=True,

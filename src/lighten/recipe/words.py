@@ -120,6 +120,10 @@ def is_positive(value: Any) -> bool:
     return is_whole(value) and value > 0
 
 
+def is_count(value: Any) -> bool:
+    return is_whole(value) and value >= 0
+
+
 def is_flag(value: Any) -> bool:
     return isinstance(value, bool)
 
