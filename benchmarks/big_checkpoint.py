@@ -67,8 +67,8 @@ def split(tensors: dict[str, tuple[int, ...]], width: int, shard_bytes: int) -> 
     return shards
 
 
-def write_shard(path: Path, tensors: dict[str, tuple[int, ...]], dtype: torch.dtype, rng: np.random.Generator) -> None:
-    """A safetensors file of random weights; norms are 1. No tensor is held whole."""
+def write_shard(path: Path, tensors: dict[str, tuple[int, ...]], dtype: torch.dtype, rng: np.random.Generator, zeros: float) -> None:
+    """A safetensors file of random weights; norms are 1, and the last rows of each matrix are a hole in the file. No tensor is held whole."""
     header, end = {}, 0
     for name, shape in tensors.items():
         start, end = end, end + int(np.prod(shape)) * dtype.itemsize
@@ -80,12 +80,15 @@ def write_shard(path: Path, tensors: dict[str, tuple[int, ...]], dtype: torch.dt
         file.write(len(text).to_bytes(8, "little") + text)
         for name, shape in tensors.items():
             left = int(np.prod(shape))
-            while left:
-                count = min(left, CHUNK)
+            end_of_tensor, holes = file.tell() + left * dtype.itemsize, 0 if "norm" in name else int(left * zeros)
+            while left > holes:
+                count = min(left - holes, CHUNK)
                 start = int(rng.integers(POOL - count + 1))
                 draw = torch.ones(count) if "norm" in name else pool[start : start + count] * rng.uniform(0.8, 1.25)
                 file.write(draw.to(dtype).view(torch.uint8).numpy().data)
                 left -= count
+            file.seek(end_of_tensor)
+        file.truncate()
 
 
 def write_model(folder: Path, arguments: argparse.Namespace) -> int:
@@ -99,7 +102,7 @@ def write_model(folder: Path, arguments: argparse.Namespace) -> int:
     parts = split(tensors, dtype.itemsize, round(arguments.shard_gb * 1e9))
     names = [f"model-{n + 1:05}-of-{len(parts):05}.safetensors" for n in range(len(parts))]
     for seed, (name, part) in enumerate(zip(names, parts, strict=True)):
-        write_shard(folder / name, part, dtype, np.random.default_rng(seed))
+        write_shard(folder / name, part, dtype, np.random.default_rng(seed), arguments.zeros)
         print(f"{name} written", flush=True)
     index = {"metadata": {}, "weight_map": {tensor: name for name, part in zip(names, parts, strict=True) for tensor in part}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -175,8 +178,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         model = Path(work) / "model"
         model.mkdir()
         free = shutil.disk_usage(work).free
-        if free < arguments.gb * 1e9 * 2:
-            sys.exit(f"{work} has {free / 1e9:.0f} GB free; twice {arguments.gb} GB are needed")
+        needed = arguments.gb * (1 - arguments.zeros + 3 / (8 if arguments.dtype == "float32" else 4))
+        if free < needed * 1e9:
+            sys.exit(f"{work} has {free / 1e9:.0f} GB free; {needed:.0f} GB are needed, fewer with --zeros")
         start = time.perf_counter()
         parameters = write_model(model, arguments)
         size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
@@ -206,6 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--by", choices=("rlimit", "cgroup"), default="rlimit")
     parser.add_argument("--recipe", action="append", help="4 bits, symmetric, groups of 128; may be repeated (default RTN and GPTQ)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--zeros", type=float, default=0, help="share of each matrix that is zeros and takes no disk (default 0)")
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--intermediate", type=int, default=11008)
     parser.add_argument("--vocab", type=int, default=32000)

@@ -28,7 +28,7 @@ _STEPS = 12
 with all zero points near."""
 
 _REFITS = 2  # see above
-_CHUNK = 1 << 16  # elements searched at once: they and two copies stay in a core's cache
+_CHUNK = 1 << 17  # elements searched at once: they and two copies stay in a core's cache
 
 
 def search_scales(weight: Tensor, *, format: WeightFormat, importance: Tensor | None = None, global_scale: Tensor | None = None) -> QuantizedTensor:
@@ -50,12 +50,15 @@ def search_scales(weight: Tensor, *, format: WeightFormat, importance: Tensor | 
     scale, zero = _plain_grid(weight, format)
     groups = to_groups(weight.float(), format.group_size)
     weights = to_groups(importance.expand(weight.shape), format.group_size)[0]
-    rows = max(1, _CHUNK // groups.shape[2])
-    for g in range(groups.shape[1]):
+    rows = min(len(groups), max(1, _CHUNK // groups.shape[2]))
+    together = max(1, _CHUNK // (groups.shape[2] * max(rows, 1)))
+    for first in range(0, groups.shape[1], together):
+        some = slice(first, first + together)
         for start in range(0, len(groups), rows):
             chosen = slice(start, start + rows)
-            search = _Search(groups[chosen, g].T.contiguous(), weights[g], format)
-            scale[chosen, g], zero[chosen, g] = search.run(scale[chosen, g], zero[chosen, g])
+            search = _Search(groups[chosen, some].permute(1, 2, 0).contiguous(), weights[some], format)
+            found = search.run(scale[chosen, some].T.contiguous(), zero[chosen, some].T.contiguous())
+            scale[chosen, some], zero[chosen, some] = (each.T for each in found)
     if format.symmetric:  # the range [1 - middle, middle] is that of a negative scale
         scale, zero = torch.where(zero < middle, -scale, scale), torch.full_like(zero, middle)
     codes = (groups / scale[..., None]).add_(zero[..., None]).round_().clamp_(0, top)
@@ -80,28 +83,28 @@ def _stored(scale: Tensor, format: WeightFormat) -> Tensor:
 
 
 class _Search:
-    """The best grid of n rows of one group.
+    """The best grid of n rows of K groups.
 
     A symmetric grid is searched as one whose zero point is the middle code or the one below it, which is a negative scale's.
 
-    Shape legend: x [C, n]; h [C]; scale, zero and error [n]; Z zero points [Z, n].
+    Shape legend: x [K, C, n]; h [K, 1, C]; scale, zero and error [K, n]; Z zero points [Z, K, n].
     """
 
     def __init__(self, x: Tensor, h: Tensor, format: WeightFormat) -> None:
         assert format.bits is not None, "a format to quantize to has a width"
-        self.x, self.h = x, h if bool(h.any()) else torch.ones_like(h)
+        self.x, self.h = x, torch.where((h != 0).any(1, keepdim=True), h, torch.ones_like(h))[:, None]
         self.format, self.bits, self.top = format, format.bits, 2**format.bits - 1
         self._scaled, self._rounded, self._levels = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
-        self._error = torch.full_like(x[0], torch.inf)
+        self._error = torch.full_like(x[:, 0], torch.inf)
 
     def run(self, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
         """The best scale and zero point, or the given ones where none is better."""
         self._scale, self._zero = scale.clone(), zero.clone()
         self._consider(scale, zero[None])
-        low, high = self.x.amin(0).clamp(max=0), self.x.amax(0).clamp(min=0)
+        low, high = self.x.amin(1).clamp(max=0), self.x.amax(1).clamp(min=0)
         middle = torch.full_like(zero, 2 ** (self.bits - 1))
         span = torch.maximum(-low, high) / middle if self.format.symmetric else (high - low) / self.top
-        for tried in _stored(torch.linspace(*_SHRINKS[self.bits], _STEPS)[:, None] * span, self.format):
+        for tried in _stored(torch.linspace(*_SHRINKS[self.bits], _STEPS)[:, None, None] * span, self.format):
             center = middle if self.format.symmetric else ((self.top - (high + low) / tried) / 2).round()
             beside = (0, -1) if self.format.symmetric else (0, 1, -1)
             self._consider(tried, torch.stack([center + step for step in beside]).clamp_(0, self.top))
@@ -111,9 +114,9 @@ class _Search:
 
     def _consider(self, scale: Tensor, zeros: Tensor) -> None:
         """Keep the best of the zero points for the rows where its error is less than the best one's so far."""
-        torch.div(self.x, scale, out=self._scaled)
+        torch.div(self.x, scale[:, None], out=self._scaled)
         torch.round(self._scaled, out=self._rounded)
-        errors = torch.stack([self.h @ self._clipped(zero).sub_(self._scaled).square_() for zero in zeros])
+        errors = torch.stack([self._weighted(self._clipped(zero).sub_(self._scaled).square_()) for zero in zeros])
         error, place = errors.min(0)
         error *= scale.square()
         better = error < self._error
@@ -121,24 +124,28 @@ class _Search:
         for kept, new in ((self._error, error), (self._scale, scale), (self._zero, zero)):
             torch.where(better, new, kept, out=kept)
 
+    def _weighted(self, values: Tensor) -> Tensor:
+        """[K, n] Σ_c h_c values_c."""
+        return torch.bmm(self.h, values)[:, 0]
+
     def _clipped(self, zero: Tensor) -> Tensor:
-        """[C, n] codes less their zero point, in memory that the next call overwrites."""
-        return torch.clamp(self._rounded, -zero, self.top - zero, out=self._levels)
+        """[K, C, n] codes less their zero point, in memory that the next call overwrites."""
+        return torch.clamp(self._rounded, -zero[:, None], self.top - zero[:, None], out=self._levels)
 
     def _refit(self) -> None:
         """Try the scale (and zero point) that are best for the codes of the best grid."""
-        torch.round(torch.div(self.x, self._scale, out=self._scaled), out=self._rounded)
-        codes = self._clipped(self._zero) + self._zero
+        torch.round(torch.div(self.x, self._scale[:, None], out=self._scaled), out=self._rounded)
+        codes = self._clipped(self._zero) + self._zero[:, None]
         zeros = [self._zero.clone()] if self.format.symmetric else [self._zero.clone(), self._best_zero(codes)]
         for zero in zeros:
-            levels = codes - zero
-            scale = (self.h @ (levels * self.x)) / (self.h @ levels.square_()).clamp(min=1e-30)
+            levels = codes - zero[:, None]
+            scale = self._weighted(levels * self.x) / self._weighted(levels.square_()).clamp(min=1e-30)
             self._consider(_stored(torch.where(scale > 0, scale, self._scale), self.format), zero[None])
 
     def _best_zero(self, codes: Tensor) -> Tensor:
         """-intercept / slope of the weighted regression of x on the codes, rounded."""
-        total, code, x = self.h.sum(), self.h @ codes, self.h @ self.x
-        spread = total * (self.h @ codes.square()) - code.square()
-        slope = (total * (self.h @ (codes * self.x)) - code * x) / spread
+        total, code, x = self.h.sum(2), self._weighted(codes), self._weighted(self.x)
+        spread = total * self._weighted(codes.square()) - code.square()
+        slope = (total * self._weighted(codes * self.x) - code * x) / spread
         zero = ((code - x / slope) / total).round()
         return torch.where(zero.isfinite(), zero, self._zero).clamp(0, self.top)

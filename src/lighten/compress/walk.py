@@ -113,7 +113,7 @@ class Run:
         return record_graph(config, next(iter(config.get("architectures") or ()), None), source=str(self.folder), folder=self.folder)
 
     def batches(self, tokens: int) -> list[dict[str, Tensor]]:
-        """Calibration inputs of about so many tokens, `batch_rows` sequences each.
+        """Calibration inputs of about so many tokens, `batch_rows` sequences each, or fewer where there would be no batch to hold out.
 
         Raises:
             RecipeError: there are none.
@@ -126,7 +126,8 @@ class Run:
         ]
         if not rows:
             raise RecipeError("this recipe looks at calibration inputs, and there are none.")
-        groups = [rows[start : start + self.batch_rows] for start in range(0, len(rows), self.batch_rows)]
+        size = max(1, min(self.batch_rows, len(rows) // HELD_OUT))
+        groups = [rows[start : start + size] for start in range(0, len(rows), size)]
         return [{name: torch.cat([row[name] for row in group]) for name in group[0]} for group in groups]
 
 
