@@ -370,7 +370,7 @@ FEW: dict[str, tuple[Any, ...]] = {
     "sparsity": (0.25, 0.5), "threshold": (0.1,), "pattern": ("2:4", "3:8"), "scope": ("row", "layer", "global"),
     "bits": (8, 6, 4, 3, 2), "group_size": (16, "channel", "tensor"), "symmetric": (False, True), "embeddings": (False, True),
     "targets": ("query|q_proj",), "format": FORMATS[1:], "activations": ("dynamic", "static"), "tokens": (4096,),
-    "symmetric_activations": (True, False), "activation_group_size": (96,), "alpha": (0.25, "auto"),
+    "symmetric_activations": (True, False), "activation_group_size": (96,), "self_tokens": (0,), "alpha": (0.25, "auto"),
     "size": ("1MB", 64), "widths": ("3,4,8",), "steps": (3,), "learning_rate": (0.01,), "depth": (0.5,),
 }  # fmt: skip
 """A few values of each parameter of the registry."""

@@ -126,6 +126,21 @@ def test_the_same_seed_gives_the_same_bytes(folders: Folders, tmp_path: Path) ->
     assert all(one[0] == two[0] and torch.equal(one[1], two[1]) for one, two in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mamba"])
+def test_a_decoder_is_tuned_on_texts_that_it_wrote(folders: Folders, tmp_path: Path, name: str) -> None:
+    said: list[str] = []
+    text = "quantize(gptq, bits=3, group_size=32, tokens=64) | distill(scales, steps=2, tokens=64, self_tokens=96)"
+    with done(folders[name], name, text, tmp_path / "work", log=said.append) as result:
+        assert list(result.weights)
+    assert any("the original writes" in line for line in said)
+
+
+def test_texts_are_written_by_decoders_alone(folders: Folders, tmp_path: Path) -> None:
+    text = "quantize(rtn) | distill(scales, self_tokens=96)"
+    with pytest.raises(RecipeError, match="self_tokens are written by a decoder"), done(folders["bert"], "bert", text, tmp_path / "work"):
+        pass
+
+
 @pytest.mark.parametrize("name", ["llama", "bert", "t5", "bart", "gpt2", "mamba", "mixtral", "whisper"])
 def test_a_block_that_runs_once_gives_the_bytes_of_one_that_runs_for_each_input(folders: Folders, tmp_path: Path, name: str) -> None:
     found = []

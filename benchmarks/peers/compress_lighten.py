@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import compress_job
-import safetensors.torch  # noqa: F401  what a compress run imports sooner or later is imported before the meter begins
+import safetensors.torch  # noqa: F401  what a compress run imports sooner or later is imported before the meter begins, as the peers' scripts do
 import transformers  # noqa: F401
 
+import lighten.compress.methods
+import lighten.formats.artifact
+import lighten.formats.verify  # noqa: F401
 from lighten import verbs
+from lighten.compress.memory_plan import import_class
 from lighten.formats.safetensors_folder import expanded_weights
 from lighten.judge.measure import artifact_target
 from lighten.model import read_spec
@@ -39,7 +43,9 @@ def embed(job: compress_job.Job, artifact: Path) -> None:
 
 
 def main() -> None:
-    job, meter = compress_job.read_job(), compress_job.Meter()
+    job = compress_job.read_job()
+    import_class(read_spec(Path(job.model)).architecture)
+    meter = compress_job.Meter()
     settings = job.settings
     reads_text = any(step.calibrated for step in parse_recipe(settings["recipe"]).steps)
     text = settings["text"] if reads_text else None

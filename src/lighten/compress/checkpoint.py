@@ -42,6 +42,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self._places: dict[str, _Place] = {}
+        self._checked: set[str] = set()
         for file in weight_files(folder):
             tensors = read_header(file)
             starts = _starts(file)
@@ -98,11 +99,12 @@ class Checkpoint:
         return made
 
     def check(self, name: str) -> None:
-        """Raises:
+        """Raises, where it was not checked before:
         ModelError: the tensor holds values that are not finite.
         """
-        if _dtype(self.spec(name)).is_floating_point:
+        if name not in self._checked and _dtype(self.spec(name)).is_floating_point:
             self._refuse(name, sum(_not_finite(chunk) for chunk in self._chunks(name)))
+        self._checked.add(name)
 
     def _refuse(self, name: str, wrong: int) -> None:
         if wrong:

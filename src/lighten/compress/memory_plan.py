@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
-from lighten.cost.memory import workload_memory
+from lighten.cost.memory import kv_cache_bytes, workload_memory
 from lighten.cost.workload import Workload
 from lighten.errors import ConstraintError, WorkloadError
 from lighten.model.spec import Embedding, Linear, ModelSpec, Part, block_name
@@ -46,6 +46,8 @@ RESULT_BYTES = 1
 Measured on SmolLM2-135M in bfloat16 and float32, 0.5 to 1."""
 TRAINED_BYTES = 16
 """Of each value that is trained: itself, its gradient and Adam's two moments in float32 (Kingma and Ba 2014, arXiv:1412.6980, algorithm 1)."""
+TEXTS, SELF_LENGTH = 32, 512
+"""Texts that the original writes side by side, and tokens of each: choice. A product with fewer rows takes hardly less time; a window of tuning."""
 INSIDE_STATES = 6
 """Hidden states of a token that are alive when attention's output meets its matrix: the residual, the norm's output, queries, keys, values and their
 sum. Counted in `transformers`' Llama."""
@@ -208,14 +210,19 @@ def _tuning(spec: ModelSpec, step: Step, rows: int, dtype: str | None) -> dict[s
     matrices = [part for part in inside if isinstance(part, Linear)]
     scales = sum(part.experts * part.weight.scales(part.out_features, part.in_features) for part in matrices if part.weight.bits is not None)
     trained = sum(part.parameters for part in matrices) if step.method == "qat" else 0
+    generating = {
+        "weights while it writes": round(spec.total_parameters * wide),
+        "its cache": kv_cache_bytes(spec, batch_size=TEXTS, context_len=SELF_LENGTH, dtype=dtype or spec.dtype),
+    } if step["self_tokens"] else {}  # fmt: skip
     hidden = next((part.embedding_dim for part in spec.parts if isinstance(part, Embedding)), 0)
-    return {
+    training = {
         "weights outside of the blocks": sum(round(part.parameters * wide) for part in spec.parts if block_name(part) is None),
         "codes": sum(part.parameters for part in inside), "what is trained": TRAINED_BYTES * (scales + trained),
         "inputs of the blocks": round(len(blocks) * STEP_TOKENS * hidden * wide),
         "a block at work": 12 * max((sum(part.parameters for part in parts) for parts in blocks.values()), default=0)
         + 3 * _running(spec, step, min(rows, 2), dtype or "float32"),
     }  # fmt: skip
+    return max(training, generating, key=lambda parts: sum(parts.values()))
 
 
 def _blocks(spec: ModelSpec) -> dict[str, list[Part]]:

@@ -14,10 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lighten.compress.memory_plan import TEXTS
 from lighten.compress.skeleton import Skeleton, Source
-
-BATCH_ROWS = 32
-"""Texts written side by side: choice; a product with fewer rows takes hardly less time."""
 
 
 def sample_text(skeleton: Skeleton, source: Source, prefixes: Tensor, *, length: int, top_p: float = 1.0, seed: int = 0) -> Tensor:
@@ -40,7 +38,7 @@ def sample_text(skeleton: Skeleton, source: Source, prefixes: Tensor, *, length:
                     part, attention_mask=torch.ones_like(part), do_sample=True, top_p=top_p, top_k=0, use_cache=True,
                     max_new_tokens=new, min_new_tokens=new, pad_token_id=0,
                 )
-                for part in torch.split(prefixes, BATCH_ROWS)
+                for part in torch.split(prefixes, TEXTS)
             ]  # fmt: skip
     finally:
         skeleton.drop(module)

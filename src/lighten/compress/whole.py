@@ -17,6 +17,7 @@ from lighten.compress.allocate import choose_formats
 from lighten.compress.distill_scales import Task, TuneSettings, tune_scales
 from lighten.compress.fake_quant import simulating
 from lighten.compress.grid import QuantizedTensor, Weight
+from lighten.compress.memory_plan import SELF_LENGTH
 from lighten.compress.qat import train_codes
 from lighten.compress.self_text import prefixes_of, sample_text
 from lighten.compress.sensitivity import measure_sensitivity, option_errors
@@ -33,8 +34,8 @@ SENSITIVITY_TOKENS, SENSITIVITY_WINDOW = 2048, 512
 """Tokens of the backward passes, and of one. Two passes differ from eight by 16 % of a weight's sensitivity, where a bit more or less changes it by
 a factor of four: SmolLM2-135M, benchmarks/LOG.md."""
 
-SELF_LENGTH, SELF_PREFIX = 512, 32
-"""Tokens of a text that the original writes, and of the calibration text that it begins with: choice, a window of tuning and a sentence."""
+SELF_PREFIX = 32
+"""Tokens of the calibration text that a text which the original writes begins with: choice, a sentence."""
 
 ALL = "all"
 
@@ -99,10 +100,12 @@ def tune(job: Job) -> tuple[Stage, ModelSpec]:
 def _texts(job: Job, skeleton: Skeleton) -> list[dict[str, Tensor]]:
     """The calibration text, and as many tokens of the original's own as are asked for."""
     batches = job.run.batches(job.step["tokens"])
-    if count := -(-job.step["self_tokens"] // SELF_LENGTH):
-        job.run.log(f"the original writes {count} texts of {SELF_LENGTH} tokens")
-        starts = prefixes_of(torch.cat([batch["input_ids"].reshape(-1) for batch in batches]), count=count, length=SELF_PREFIX)
-        batches.append({"input_ids": sample_text(skeleton, partial(original_value, job), starts, length=SELF_LENGTH)})
+    length = min(SELF_LENGTH, job.before.max_positions or SELF_LENGTH)
+    if count := -(-job.step["self_tokens"] // length):
+        job.run.log(f"the original writes {count} texts of {length} tokens")
+        stream = torch.cat([batch["input_ids"].reshape(-1) for batch in batches])
+        starts = prefixes_of(stream, count=count, length=min(SELF_PREFIX, len(stream), length // 2))
+        batches.append({"input_ids": sample_text(skeleton, partial(original_value, job), starts, length=length)})
     return batches
 
 
