@@ -501,41 +501,57 @@ def speeds(rows: Iterable[Row]) -> list[dict[str, Any]]:
     ]
 
 
-def picture(rows: Iterable[Row], *, width: int = 760, height: int = 460) -> str:
-    """Perplexity's ratio to the original over file size as an SVG: ours filled, the peers' hollow; both axes logarithmic."""
+def picture(rows: Iterable[Row], *, width: int = 860, height: int = 520) -> str:
+    """What each artifact loses (perplexity over the original's, less 1) over its size, both axes logarithmic; bits a weight beside each point.
+
+    Of one peer, number of bits and about one size only the best is shown. What loses more than `MOST_LOSS` stands at the upper edge, with its loss.
+    """
     from math import log10
 
-    shown = [row for row in rows if row.size_bytes and row.ratio]
-    points = [(row, log10(row.size_bytes or 1), log10(max((row.ratio or 1) - 1, 1e-4))) for row in shown]
-    left, right = (function([x for _, x, _ in points], default=0.0) for function in (min, max))
-    low, high = (function([y for _, _, y in points], default=0.0) for function in (min, max))
+    best: dict[tuple[str, int, int], Row] = {}
+    for row in sorted((row for row in rows if row.size_bytes and row.ratio), key=lambda row: row.ratio or 0):
+        best.setdefault((row.peer, round((row.bits or 0) * 4), round((row.size_bytes or 0) / 25e6)), row)
+    shown = sorted(best.values(), key=lambda row: row.ratio or 0)
+    losses = [min(max((row.ratio or 1) - 1, 1e-4), MOST_LOSS) for row in shown]
+    sizes = [(row.size_bytes or 0) / 1e6 for row in shown]
+    left, right = min(sizes, default=1.0) * 0.93, max(sizes, default=2.0) * 1.1
+    low, high = min(losses, default=0.01) * 0.7, max([*losses, 0.02], default=1.0) * 1.3
+    box = (70, 40, width - 150, height - 60)  # left, top, right, bottom
 
-    def place(x: float, y: float) -> tuple[float, float]:
-        return 70 + (x - left) / ((right - left) or 1) * (width - 110), height - 50 - (y - low) / ((high - low) or 1) * (height - 90)
+    def across(size: float) -> float:
+        return box[0] + log10(size / left) / log10(right / left) * (box[2] - box[0])
 
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="11">']
-    parts.append(f'<text x="{width / 2}" y="{height - 8}" text-anchor="middle">file size, MB (logarithmic)</text>')
-    parts.append(
-        f'<text x="14" y="{height / 2}" transform="rotate(-90 14 {height / 2})" text-anchor="middle">perplexity ratio - 1 (logarithmic)</text>'
-    )
-    for number in range(5):
-        x, y = left + (right - left) * number / 4, low + (high - low) * number / 4
-        across, up = place(x, y)
-        parts.append(f'<text x="{across:.0f}" y="{height - 28}" text-anchor="middle">{10**x / 1e6:.0f}</text>')
-        parts.append(f'<text x="62" y="{up:.0f}" text-anchor="end">{10**y:.3g}</text>')
-        parts.append(f'<line x1="70" x2="{width - 40}" y1="{up:.0f}" y2="{up:.0f}" stroke="#ddd"/>')
-    for row, x, y in points:
-        across, up = place(x, y)
-        title = f"{row.peer}: {row.name}, {(row.size_bytes or 0) / 1e6:.1f} MB, ratio {row.ratio:.4f}".replace("&", "&amp;").replace("<", "&lt;")
-        parts.append(
-            f'<circle cx="{across:.1f}" cy="{up:.1f}" r="5" stroke="{COLORS.get(row.peer, "#555")}" stroke-width="2" '
-            f'fill="{COLORS["ours"] if row.peer == "ours" else "none"}"><title>{title}</title></circle>'
-        )
-    for number, peer in enumerate(sorted({row.peer for row in shown})):
-        parts.append(f'<text x="{width - 130}" y="{24 + 15 * number}" fill="{COLORS.get(peer, "#555")}">● {peer}</text>')
+    def up(loss: float) -> float:
+        return box[3] - log10(loss / low) / log10(high / low) * (box[3] - box[1])
+
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">']
+    parts.append(f'<rect width="{width}" height="{height}" fill="#fff"/>')
+    parts.append(f'<text x="{box[0]}" y="22" font-size="15">Loss over size of {shown[0].model if shown else "no"}\'s quantized artifacts</text>')
+    for tick in (step * 10**power for power in (0, 1, 2, 3, 4) for step in (1, 1.2, 1.5, 2, 3, 4, 6, 8)):
+        if left <= tick <= right:
+            parts.append(f'<line x1="{across(tick):.0f}" x2="{across(tick):.0f}" y1="{box[1]}" y2="{box[3]}" stroke="#eee"/>')
+            parts.append(f'<text x="{across(tick):.0f}" y="{box[3] + 18}" text-anchor="middle">{tick:.0f}</text>')
+    for tick in (step * 10.0**power for power in (-3, -2, -1, 0, 1) for step in (1, 2, 5)):
+        if low <= tick <= high:
+            parts.append(f'<line x1="{box[0]}" x2="{box[2]}" y1="{up(tick):.0f}" y2="{up(tick):.0f}" stroke="#eee"/>')
+            parts.append(f'<text x="{box[0] - 8}" y="{up(tick) + 4:.0f}" text-anchor="end">+{100 * tick:g} %</text>')
+    parts.append(f'<text x="{(box[0] + box[2]) / 2:.0f}" y="{height - 14}" text-anchor="middle">weights on disk, MB</text>')
+    middle = (box[1] + box[3]) / 2
+    parts.append(f'<text x="16" y="{middle:.0f}" transform="rotate(-90 16 {middle:.0f})" text-anchor="middle">perplexity over the original\'s</text>')
+    for row, size, loss in zip(shown, sizes, losses, strict=True):
+        x, y, color = across(size), up(loss), COLORS.get(row.peer, "#555")
+        title = f"{row.peer}: {row.name}, {size:.1f} MB, ratio {row.ratio:.4f}".replace("&", "&amp;").replace("<", "&lt;")
+        filled = color if row.peer == "ours" else "#fff"
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" stroke="{color}" stroke-width="2" fill="{filled}"><title>{title}</title></circle>')
+        label = (f"{row.bits:.3g} bits" if row.bits else "") + (f" (×{row.ratio:.3g})" if (row.ratio or 1) - 1 > MOST_LOSS else "")
+        parts.append(f'<text x="{x + 8:.1f}" y="{y + 4:.1f}" font-size="11" fill="{color}">{label}</text>')
+    for number, peer in enumerate(sorted({row.peer for row in shown}, key=lambda name: (name != "ours", name))):
+        parts.append(f'<text x="{box[2] + 16}" y="{box[1] + 12 + 18 * number}" fill="{COLORS.get(peer, "#555")}">● {peer}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
+MOST_LOSS = 8.0
+"""Of the picture's upper edge: nobody uses a model of nine times the perplexity."""
 COLORS = {
     "ours": "#0b6e4f",
     "llm-compressor": "#c0392b",

@@ -306,6 +306,12 @@ def test_speeds_compare_gptq_alone_at_the_same_work() -> None:
 def test_the_picture_has_a_point_for_each_row_with_a_size() -> None:
     drawn = bench.picture([row(ratio=1.1, size_bytes=10**8), row(peer="hqq", ratio=1.3, size_bytes=6 * 10**7), row(failure="none")])
     assert drawn.count("<circle") == 2
+    beyond = bench.picture(
+        [row(ratio=1.1, size_bytes=10**8, bits=4.25), row(ratio=1.2, size_bytes=10**8, bits=4.25), row(ratio=500.0, size_bytes=10**7)]
+    )
+    assert beyond.count("<circle") == 2  # the best of its peer, bits and size
+    assert ">4.25 bits</text>" in beyond
+    assert "(×500)" in beyond
     assert drawn.rstrip().endswith("</svg>")
 
 
