@@ -20,7 +20,7 @@ from test_gguf_write import saved
 from tiny_models import bert_config, llama_config, save
 
 from lighten.cli import export as command
-from lighten.compress.ggml import quantize_ggml
+from lighten.compress.ggml_search import quantize_ggml
 from lighten.compress.rtn import quantize_rtn
 from lighten.compress.walk import Checkpoint
 from lighten.errors import LightenError

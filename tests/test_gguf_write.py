@@ -28,7 +28,8 @@ from tiny_models import bert_config, llama_config, save
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig
 
-from lighten.compress.ggml import LAYOUTS, GgmlTensor, as_ggml, fit_ggml_grid, from_ggml, pack, quantize_ggml, quantize_ggml_together, unpack
+from lighten.compress.ggml import LAYOUTS, GgmlTensor, as_ggml, from_ggml, pack, unpack
+from lighten.compress.ggml_search import fit_ggml_grid, quantize_ggml, quantize_ggml_together
 from lighten.compress.grid import QuantizedTensor
 from lighten.compress.rtn import quantize_rtn
 from lighten.compress.statistics import InputStatistics

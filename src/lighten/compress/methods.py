@@ -14,7 +14,7 @@ from lighten.compress import awq, smoothquant
 from lighten.compress.awq import Rounder
 from lighten.compress.block import Block, Subset
 from lighten.compress.fake_quant import STATIC_LARGEST, round_dynamic
-from lighten.compress.ggml import quantize_ggml, quantize_ggml_together
+from lighten.compress.ggml_search import quantize_ggml, quantize_ggml_together
 from lighten.compress.gptq import layer_error, quantize_gptq
 from lighten.compress.grid import QuantizedTensor, Weight
 from lighten.compress.hadamard import plan_rotation
