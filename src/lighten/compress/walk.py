@@ -303,6 +303,7 @@ def _run_blocks(job: Job, skeleton: Skeleton, do: DoBlock, wanted: Mapping[str, 
             while forwards.at is not None and pending:
                 unit = forwards.at
                 skeleton.load(unit.module, source)
+                gone_on = False
                 if unit.name in pending:
                     block = Block(
                         unit=unit, skeleton=skeleton, forwards=forwards, source=source, wanted=wanted[unit.name], transposed=job.transposed,
@@ -311,8 +312,6 @@ def _run_blocks(job: Job, skeleton: Skeleton, do: DoBlock, wanted: Mapping[str, 
                     _do_block(job, block, do)
                     pending.discard(unit.name)
                     gone_on = block.gone_on
-                else:
-                    gone_on = False
                 if pending and not gone_on:
                     forwards.go_on()
                 skeleton.drop(unit.module)
