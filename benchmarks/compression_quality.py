@@ -67,7 +67,10 @@ class Evaluator:
         if weights is None:
             original: nn.Module = AutoModelForCausalLM.from_pretrained(self.model, dtype=self.dtype)
             return original.eval()
-        module: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.model), dtype=self.dtype)
+        config = AutoConfig.from_pretrained(self.model)
+        if "lm_head.weight" in weights:  # a rotation makes the head a weight of its own
+            config.tie_word_embeddings = False
+        module: nn.Module = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
         outcome = module.load_state_dict({name: tensor.to(self.dtype) for name, tensor in weights.items()}, strict=False)
         missing = [name for name in outcome.missing_keys if name != "lm_head.weight" or not module.config.tie_word_embeddings]  # type: ignore[union-attr]
         if missing or outcome.unexpected_keys:
