@@ -554,6 +554,9 @@ def test_what_is_not_done_to_the_letter_is_said():
     assert notes(parse_recipe("quantize(rtn, format=q4_k, targets=layers.0.self_attn.q_proj) @ llama.cpp"), spec) == [
         f"blocks of 256 of format=q4_k do not divide the 32 columns of {plain}, which gets ggml's Q5_0."
     ]
+    (inputs,) = notes(parse_recipe("quantize(rtn, activations=dynamic, activation_group_size=48, targets=layers.0.self_attn.q_proj)"), spec)
+    assert "activation_group_size=48 does not divide the" in inputs
+    assert "which gets inputs in groups of" in inputs
     (widths,) = notes(parse_recipe("quantize(auto, bits<=4, group_size=16)"), spec)
     assert widths.startswith("quantize(auto, bits<=4, group_size=16): which weight gets which width is measured")
     (untied,) = notes(parse_recipe("rotate(hadamard)"), spec)

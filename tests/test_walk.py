@@ -16,6 +16,7 @@ import torch
 from any_architecture import ARCHITECTURES, calibration, save_architecture
 from torch import Tensor
 
+from lighten.compress import fake_quant
 from lighten.compress.checkpoint import Checkpoint
 from lighten.compress.journal import Journal
 from lighten.compress.methods import METHODS
@@ -133,6 +134,18 @@ def test_a_decoder_is_tuned_on_texts_that_it_wrote(folders: Folders, tmp_path: P
     with done(folders[name], name, text, tmp_path / "work", log=said.append) as result:
         assert list(result.weights)
     assert any("the original writes" in line for line in said)
+
+
+def test_tuning_rounds_the_activations_of_what_is_tuned_and_not_the_originals(folders: Folders, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(fake_quant, "round_dynamic", lambda x, **grid: 0.5 * x)  # so coarse that it is seen in the first distance
+    first = {}
+    for name, activations in (("rounded", ", activations=dynamic"), ("not", ", bits=8, symmetric=true")):
+        said: list[str] = []
+        text = f"quantize(rtn{activations}) | distill(scales, steps=1, tokens=64)"
+        with done(folders["llama"], "llama", text, tmp_path / name, log=said.append) as result:
+            assert list(result.weights)
+        first[name] = float(next(line for line in said if line.startswith("distance")).split()[-1])
+    assert first["rounded"] > 10 * first["not"] + 1e-3
 
 
 def test_texts_are_written_by_decoders_alone(folders: Folders, tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from lighten.model.spec import Linear, ModelSpec
-from lighten.recipe.number_formats import fallback_of
+from lighten.recipe.number_formats import fallback_of, input_fallback_of
 from lighten.recipe.predict import apply_step
 from lighten.recipe.recipe import Recipe, Step
-from lighten.recipe.words import columns_of, selected_parts
+from lighten.recipe.words import Arguments, columns_of, selected_parts
 
 
 def notes(recipe: Recipe, spec: ModelSpec) -> list[str]:
@@ -20,7 +22,9 @@ def notes(recipe: Recipe, spec: ModelSpec) -> list[str]:
     for step in recipe.steps:
         after = apply_step(step, spec, recipe.runtime)
         if step.verb == "quantize" and step["group_size"] is not None and step.method != "kv":
-            found += _fallbacks(step, spec)
+            found += _fallbacks(step, spec, fallback_of)
+        if step["activation_group_size"] is not None:
+            found += _fallbacks(step, spec, input_fallback_of)
         if (step.verb, step.method) == ("quantize", "auto"):
             found.append(f"{step}: which weight gets which width is measured when it is done; what stands here is the widest that fits, evenly.")
         if step.verb == "rotate" and any(_untied(spec)):
@@ -29,12 +33,12 @@ def notes(recipe: Recipe, spec: ModelSpec) -> list[str]:
     return found
 
 
-def _fallbacks(step: Step, spec: ModelSpec) -> list[str]:
+def _fallbacks(step: Step, spec: ModelSpec, fallback: Callable[[Arguments, int], tuple[str, str] | None]) -> list[str]:
     """What stands in for a group or a block, for each number of columns that it does not divide."""
     arguments = dict(step.arguments)
     names: dict[tuple[int, str, str], list[str]] = {}
     for part in selected_parts(spec, arguments):
-        if (words := fallback_of(arguments, columns_of(part))) is not None:
+        if (words := fallback(arguments, columns_of(part))) is not None:
             names.setdefault((columns_of(part), *words), []).append(part.name)
     return [
         f"{why} the {columns} columns of {_several(parts)}, which {'get' if len(parts) > 1 else 'gets'} {taken}."

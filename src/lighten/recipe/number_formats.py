@@ -46,7 +46,7 @@ DYNAMIC = {
     "activation_group_size": Parameter(accepts=is_positive, says="a number of columns of an input; without it a whole token"),
 }
 """Of dynamic activations. Where nothing is said, those of int8 have zero points: int8 GEMMs take one for each token as a sum of each row's codes
-(vLLM's do), and most inputs are not centred."""
+(vLLM's since its pull request 7271), and most inputs are not centred."""
 FORMAT = {"format": one_of(*FORMATS, default="int"), "activations": one_of("none", "dynamic", "static", default="none"), **DYNAMIC}
 
 
@@ -161,6 +161,14 @@ def fallback_of(arguments: Arguments, part_columns: int) -> tuple[str, str] | No
     if group <= 0 or part_columns % group == 0:
         return None
     return f"group_size={group} does not divide", f"groups of {dividing_group(part_columns, group)}"
+
+
+def input_fallback_of(arguments: Arguments, part_columns: int) -> tuple[str, str] | None:
+    """The same of the groups that dynamic activations have."""
+    group = arguments["activation_group_size"]
+    if part_columns % group == 0:
+        return None
+    return f"activation_group_size={group} does not divide", f"inputs in groups of {dividing_group(part_columns, group)}"
 
 
 def is_product(part: object) -> bool:
