@@ -126,6 +126,22 @@ def test_dense_weights_that_do_not_fit_the_original_are_refused(model: Path, tmp
         job.write_dense(asked, weights)
 
 
+def test_rotated_weights_are_scored_with_a_head_of_their_own(model: Path, tmp_path: Path) -> None:
+    from lighten.formats.safetensors_folder import expanded_weights
+    from lighten.model import read_spec
+    from lighten.verbs import compress
+
+    scaled = LlamaForCausalLM.from_pretrained(model)
+    scaled.model.norm.weight.data.uniform_(0.5, 2)  # what is folded into the head and not into the table
+    scaled.save_pretrained(model := tmp_path / "scaled")
+    asked = job.Job(model=str(model), ids="", artifact=str(tmp_path / "artifact"), dense=str(tmp_path / "dense"), report="", settings={})
+    compress(model, "rotate(hadamard)", Path(asked.artifact))
+    job.write_dense(asked, dict(expanded_weights(Path(asked.artifact), read_spec(Path(asked.artifact)))))
+    dense = load_file(tmp_path / "dense" / "model.safetensors")
+    assert "lm_head.weight" in dense
+    assert evaluator(model, tmp_path).scores(dense)["kl"].value == pytest.approx(0.0, abs=1e-6)
+
+
 # ---- the evaluator ----
 
 

@@ -209,7 +209,7 @@ def write_embeddings(job: Job, encode: Callable[[Any, Any], Any], *, batch_size:
 
 
 def write_dense(job: Job, tensors: Mapping[str, Any]) -> None:
-    """Write a model's weights, names and shapes as the original's; a head that the original ties to its embedding is left out.
+    """Write a model's weights, names and shapes as the original's; of a tied head nothing is written where it still is the embedding.
 
     Raises:
         ValueError: a tensor that the original lacks, one of another shape, or one that is missing.
@@ -219,7 +219,13 @@ def write_dense(job: Job, tensors: Mapping[str, Any]) -> None:
 
     shapes = {name: entry["shape"] for file in sorted(Path(job.model).glob("*.safetensors")) for name, entry in read_header(file).items()}
     left = (*(kind for kind in KINDS if kind != "weight"), "input_scale", "input_zero_point")  # what a reader leaves beside a dequantized weight
-    kept = {name: tensor for name, tensor in tensors.items() if name in shapes or not (name == "lm_head.weight" or name.rpartition(".")[2] in left)}
+    table = tensors.get("model.embed_tokens.weight")
+    if "lm_head.weight" in tensors and "lm_head.weight" not in shapes and table is not None:
+        if torch.equal(tensors["lm_head.weight"].float(), table.float()):
+            left = (*left, "lm_head.weight")
+        else:  # a rotation makes the head a weight of its own
+            shapes["lm_head.weight"] = list(table.shape)
+    kept = {name: tensor for name, tensor in tensors.items() if name in shapes or not (name in left or name.rpartition(".")[2] in left)}
     wrong = [name for name, tensor in kept.items() if shapes.get(name) != list(tensor.shape)] + sorted(set(shapes) - set(kept))
     if wrong:
         raise ValueError(f"{len(wrong)} tensors differ from the original's in name or shape, {', '.join(wrong[:3])} for some.")
