@@ -155,8 +155,7 @@ def _best_scale(x: Tensor, w: Tensor, middle: int) -> Tensor:
 def _best_affine(x: Tensor, w: Tensor, levels: int, *, below_zero: bool) -> tuple[Tensor, Tensor]:
     """[R, G] scale ≥ 0 and offset (at most 0 where `below_zero`) with the least Σ w (x - scale · code - offset)², codes from 0 to levels - 1.
 
-    Tried are steps of several sizes that begin at the smallest value, end at the largest, or lie in the middle: the last alone, as many steps,
-    left 4 % more error at 4 bits and 5 % at 2 (measured on a down_proj of SmolLM2 with its inputs' importance).
+    Tried are steps of several sizes that begin at the smallest value, end at the largest, or lie in the middle.
     """
     low, high = x.amin(-1), x.amax(-1)
     low = low.clamp(max=0) if below_zero else low

@@ -38,8 +38,8 @@ from lighten.model.spec import PER_TENSOR, WeightFormat
 Floats: TypeAlias = npt.NDArray[np.float32]
 
 DAMPINGS = (0.03, 0.1, 0.3)
-"""Shares that are tried as damping. Measured on SmolLM2's linears with 3,072 and 15,360 rows: of .01, .03, .1, .3 and 1 the best is one of these;
-the smallest is best for inputs with many rows, the largest for those with few."""
+"""Shares that are tried as damping. Choice: of single ones .1 is the best with 4,096 rows and .03 with 20,480; .01 and 1 seldom are
+(benchmarks/solver_choices.py)."""
 
 HELD_OUT = 0.25
 """The share of calibration rows that is held out; the block's runner keeps each fourth."""
@@ -48,8 +48,8 @@ _LEAST_DAMPING = 1e-4  # share of the mean of H_ii: choice, float32's rounding o
 _MORE_DAMPING = tuple(10.0**power for power in range(7))  # up to a hundred times the mean, where any finite H is positive definite
 _ZERO = np.float32(0)
 _ROUNDS = {2: 3, 3: 2, 4: 1, 6: 1, 8: 1}
-"""Rounds of refitting scales and refining codes, by bits: choice, each costs as much as GPTQ itself. Measured on SmolLM2's linears at 3 bits:
-the first lowers the held-out error by 7 %, the next by 2, the third by 1."""
+"""Rounds of refitting scales and refining codes, by bits: choice, each costs as much as GPTQ itself. On text that chose nothing the first lowers the
+error by 3 % at 3 and 4 bits and 6 % at 2, each next one by 1 or 2 % (benchmarks/solver_choices.py)."""
 _REFIT_ROWS = 512  # refitted at once: some copies of so many rows of the weight are made
 _REFIT_ELEMENTS = 1 << 24  # of their systems of equations, 64 MiB
 
@@ -285,8 +285,7 @@ def corrected(weight: Tensor, cross: Tensor, factor: Factor) -> Tensor:
 
         W + W (C - H) (H + damping)⁻¹,   C the mean of x x̂ᵀ
 
-    Measured on the first blocks of SmolLM2 at 3 bits, it follows the rows that it sees too closely to be worth asking for: with 6,144 of them
-    their error fell by a quarter, that of others rose by half, and KL to the original from .080 to .116.
+    It follows the rows that it sees closely: where it was tried (benchmarks/LOG.md), that of other rows rose.
 
     Source: Li et al. 2025 (arXiv:2504.02692) and Zhang et al. 2025 (arXiv:2505.11695), for the objective; here it is damped towards W.
 

@@ -7,9 +7,8 @@ E, rises in each round.
 
 Source: Badri & Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models", equations 2 to 6; the constants are those of the
 authors' package. Deviations: (1) the zero point is rounded to a whole code, as the one convention of `lighten.compress.grid` asks; (2) the
-scale moves too, for a zero point that may only move by whole codes hardly does (measured: in no group of SmolLM2's linears at 2 to 4 bits);
-(3) E is measured in steps of the first grid, so that β means the same for weights of any size; (4) each group keeps the grid of least φ that
-it met.
+scale moves too, for a zero point that may only move by whole codes hardly does; (3) E is measured in steps of the first grid, so that β means
+the same for weights of any size; (4) each group keeps the grid of least φ that it met.
 
 Shape legend: O rows, I columns, G groups of a row.
 """

@@ -5,7 +5,7 @@ weight is given to the number behind its code as if nothing had been rounded (th
 beyond the grid's end. Scales and norms move as in `distill_scales.py`, down the same distance from the original.
 
 A number moves by its gradient over the root mean square of its row's gradients, so that few codes change at a time, those that the loss asks
-for most. (Steps of one size for all, by the gradient's sign, made a 2-bit SmolLM2 worse than it began: most signs are noise.) The numbers move
+for most. (Steps of one size for all, by the gradient's sign, diverged where they were tried: most signs are noise.) The numbers move
 inside of the backward pass, so that no gradients of weights live: a weight takes 3 bytes, 1 for the code it came with, 2 for the distance from it.
 
 Source: Bengio et al. 2013 (arXiv:1308.3432) for the estimator; Liu et al. 2023 (arXiv:2305.17888) for training against the original's answers.
@@ -26,8 +26,8 @@ from lighten.compress.grid import Quantized, QuantizedTensor, Weight, to_groups
 from lighten.compress.student import Latent, Scales, has_real_scales, scale_factor, with_scales
 
 CODE_RATE = 0.02
-"""Steps of the grid that a number moves where its gradient is its row's root mean square. Measured on four blocks of SmolLM2-135M at 2 bits, 30 steps
-of 1,024 tokens: KL on other text 0.566 before, 0.330 with scales alone, 0.305 with codes at 0.02; at 0.05 it grows."""
+"""Steps of the grid that a number moves where its gradient is its row's root mean square. Choice, by a trial
+at 2 bits that benchmarks/LOG.md tells of; at 0.05 training diverged."""
 
 _LIMIT = 4.0
 """Root mean squares that count of one gradient: choice, so that no code changes in fewer than three steps."""

@@ -81,7 +81,7 @@ class Moments:
 @contextmanager
 def _exact_products(dtype: torch.dtype) -> Iterator[None]:
     """Float32 matrices of bfloat16 values are multiplied by bfloat16 units where the machine has them: products of such values are exact in float32,
-    and it is three times as fast (AVX-512 BF16, 4,096 rows of 576)."""
+    and it takes less time (benchmarks/solver_choices.py)."""
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     if dtype == torch.bfloat16:
