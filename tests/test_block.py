@@ -24,6 +24,7 @@ from lighten.compress.checkpoint import Checkpoint
 from lighten.compress.skeleton import Skeleton, Unit
 from lighten.compress.suspend import Forwards
 from lighten.compress.walk import inputs_of
+from lighten.errors import ModelError
 
 Folders = dict[str, Path]
 
@@ -196,6 +197,50 @@ def test_a_trial_leaves_the_input_of_a_unit_that_writes_into_it() -> None:
         forwards = Forwards(module=module, units=units, batches=[{"x": torch.zeros(2, 3)}], buffer=buffer)
         with forwards.running():
             assert [float(forwards.trial(0).sum()) for _ in range(2)] == [6.0, 6.0]
+
+
+class Choosy(torch.nn.Module):
+    """Goes through what a text's first value says: weights inside of `unit`, or the block `other` besides."""
+
+    def __init__(self, choose: str) -> None:
+        super().__init__()
+        self.choose, self.meet = choose, lambda x, names: None
+        self.other = torch.nn.Identity()
+        inner = self
+
+        class Unit(torch.nn.Identity):
+            def forward(self, x: Tensor) -> Tensor:
+                if inner.choose == "weights" and x.flatten()[0] > 0:
+                    inner.meet(x, ["a"])
+                return x
+
+        self.unit = Unit()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.unit(x)
+        return self.other(x) if self.choose == "blocks" and float(x.flatten()[0]) > 0 else x
+
+
+@pytest.mark.parametrize(
+    ("choose", "said"),
+    [("weights", r"one met a, another none\. Such a model cannot"), ("blocks", r"some have come to its end and some to other\. Such a model cannot")],
+)
+@pytest.mark.parametrize("first", [0.0, 1.0])
+def test_a_model_that_chooses_by_its_text_is_refused_in_words(choose: str, said: str, first: float) -> None:
+    module = Choosy(choose)
+
+    @contextmanager
+    def watch(meet: Any) -> Iterator[None]:
+        module.meet = meet
+        yield
+
+    with tempfile.TemporaryDirectory() as work, SpillBuffer(Path(work), limit_bytes=None) as buffer:
+        units = [Unit(name="unit", module=module.unit), Unit(name="other", module=module.other)]
+        batches = [{"x": torch.full((2, 3), value)} for value in (first, 1 - first)]
+        forwards = Forwards(module=module, units=units, batches=batches, buffer=buffer)
+        with forwards.running(), pytest.raises(ModelError, match=said):
+            for _ in forwards.go_on_by_products(watch, lambda name: True):
+                pass
 
 
 def test_a_block_runs_on_with_what_was_put(folders: Folders) -> None:

@@ -22,7 +22,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lighten.compress.activations import Parked, SpillBuffer
 from lighten.compress.skeleton import Unit
+from lighten.errors import ModelError
 
+NOT_CALIBRATED = "Such a model cannot be calibrated block by block; quantize(rtn) and quantize(hqq) look at the weights alone."
 Batch: TypeAlias = Mapping[str, Tensor]
 Meet: TypeAlias = Callable[[Tensor, Sequence[str]], None]
 """Is told of a product's input and of the names of the weights that it is multiplied with."""
@@ -110,7 +112,7 @@ class Forwards:
             watch: inside, `Meet` is called before each product with a weight of the unit.
 
         Raises:
-            AssertionError: they met different weights, as those of different experts.
+            ModelError: they met different weights, as those of different experts.
         """
 
         def meet(x: Tensor, names: Sequence[str]) -> None:
@@ -124,8 +126,11 @@ class Forwards:
             for waiting in self._waiting:
                 self.buffer.restore(waiting.parked)
             stops = [self._switch(index, True) for index in range(len(self._waiting))]
-            while isinstance(stops[0], Met):
-                assert all(isinstance(stop, Met) and stop.names == stops[0].names for stop in stops), "forwards met different weights"
+            while any(isinstance(stop, Met) for stop in stops):
+                met = {stop.names if isinstance(stop, Met) else () for stop in stops}
+                if len(met) > 1:
+                    first, second, *_ = sorted(" and ".join(names) or "none" for names in met)
+                    raise ModelError(f"Which weights a text meets depends on the text: one met {first}, another {second}. {NOT_CALIBRATED}")
                 yield stops
                 stops = [self._switch(index, True) for index in range(len(stops))]
             self._waiting = stops
@@ -142,8 +147,11 @@ class Forwards:
             waiting.parked = self.buffer.park(waiting.tensors)
 
     def _arrive(self) -> None:
-        places = {waiting.unit.name if waiting else None for waiting in self._waiting}
-        assert len(places) == 1, f"forwards of one model met different units: {places}"
+        places = {waiting.unit.name if waiting else "its end" for waiting in self._waiting}
+        if len(places) > 1:
+            raise ModelError(
+                f"Which blocks a text goes through depends on the text: some have come to {' and some to '.join(sorted(places))}. {NOT_CALIBRATED}"
+            )
         self.at = self._waiting[0].unit if self._waiting[0] else None
 
     def _switch(self, index: int, what: Any) -> Any:
