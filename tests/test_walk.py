@@ -136,6 +136,15 @@ def test_a_decoder_is_tuned_on_texts_that_it_wrote(folders: Folders, tmp_path: P
     assert any("the original writes" in line for line in said)
 
 
+def test_texts_are_written_once_for_all_steps_that_ask_for_the_same(folders: Folders, tmp_path: Path) -> None:
+    said: list[str] = []
+    text = "quantize(rtn) | distill(scales, steps=1, tokens=64, self_tokens=96) | distill(qat, steps=1, tokens=64, self_tokens=96)"
+    other = f"{text} | distill(scales, steps=1, tokens=64, self_tokens=32)"
+    with done(folders["llama"], "llama", other, tmp_path / "work", log=said.append) as result:
+        assert list(result.weights)
+    assert [line.split()[3] for line in said if "the original writes" in line] == ["2", "1"]  # of 64 positions
+
+
 def test_tuning_rounds_the_activations_of_what_is_tuned_and_not_the_originals(folders: Folders, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(fake_quant, "round_dynamic", lambda x, **grid: 0.5 * x)  # so coarse that it is seen in the first distance
     first = {}

@@ -88,6 +88,7 @@ class Run:
 
     Attributes:
         tied: weights that the model shares with another: name → the name that the checkpoint has.
+        written: tokens that the original wrote for a step: (length, starts) → them. Later steps that ask for the same take them.
     """
 
     folder: Path
@@ -101,6 +102,7 @@ class Run:
     compute_dtype: str | None = None
     runtime: str = "torch"
     tied: Mapping[str, str] = field(default_factory=dict)
+    written: dict[tuple[int, bytes], Tensor] = field(default_factory=dict)
 
     @cached_property
     def graph(self) -> Graph:

@@ -102,10 +102,13 @@ def _texts(job: Job, skeleton: Skeleton) -> list[dict[str, Tensor]]:
     batches = job.run.batches(job.step["tokens"])
     length = min(SELF_LENGTH, job.before.max_positions or SELF_LENGTH)
     if count := -(-job.step["self_tokens"] // length):
-        job.run.log(f"the original writes {count} texts of {length} tokens")
         stream = torch.cat([batch["input_ids"].reshape(-1) for batch in batches])
         starts = prefixes_of(stream, count=count, length=min(SELF_PREFIX, len(stream), length // 2))
-        batches.append({"input_ids": sample_text(skeleton, partial(original_value, job), starts, length=length)})
+        written = job.run.written
+        if (key := (length, starts.numpy().tobytes())) not in written:
+            job.run.log(f"the original writes {count} texts of {length} tokens")
+            written[key] = sample_text(skeleton, partial(original_value, job), starts, length=length)
+        batches.append({"input_ids": written[key]})
     return batches
 
 
