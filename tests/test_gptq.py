@@ -20,6 +20,7 @@ from lighten.compress.gptq import (
     DAMPINGS,
     HELD_OUT,
     Factor,
+    GptqSettings,
     Grid,
     choose_factor,
     corrected,
@@ -254,10 +255,11 @@ def test_refitting_scales_never_raises_the_error_of_a_row_and_keeps_their_type(s
 def test_the_damping_is_the_one_that_is_best_on_held_out_rows(rows: int) -> None:
     """Where few rows choose, much damping keeps from following their chance; where the same rows judge, little is best."""
     weight, few = random_weight(16, 64, seed=14), statistics_of(64, seed=15, rows=rows)
-    grid = Grid.of(quantize_rtn(weight, bits=4, group_size=16, symmetric=True))
+    nearest = quantize_rtn(weight, bits=4, group_size=16, symmetric=True)
+    codes, grid = nearest.codes, Grid.of(nearest)
     chosen = []
     for held_out in (statistics_of(64, seed=15, rows=8000).hessian, few.hessian):
-        factor = choose_factor(weight, grid, replace(few, held_out=held_out))
+        factor = choose_factor(weight, codes, grid, replace(few, held_out=held_out))
         by_hand = [factorize((1.0, few.hessian), damping=damping) for damping in DAMPINGS]
         errors = [float(layer_error(weight, grid.values(gptq_codes(weight, f, grid)), held_out).sum()) for f in by_hand]
         best = DAMPINGS[errors.index(min(errors))]
@@ -270,8 +272,40 @@ def test_the_damping_is_the_one_that_is_best_on_held_out_rows(rows: int) -> None
 def test_without_held_out_rows_the_damping_is_the_middle_one() -> None:
     statistics = replace(statistics_of(8, seed=0), held_out=None)
     weight = random_weight(4, 8, seed=0)
-    factor = choose_factor(weight, Grid.of(quantize_rtn(weight, bits=4, group_size=8, symmetric=True)), statistics)
+    nearest = quantize_rtn(weight, bits=4, group_size=8, symmetric=True)
+    factor = choose_factor(weight, nearest.codes, Grid.of(nearest), statistics)
     torch.testing.assert_close(factor.added, first_factor(statistics).added)
+
+
+def test_what_is_done_beside_the_papers_algorithm_can_be_left_out() -> None:
+    """Plain GPTQ, written out by its column loop: round one, take its error from the columns to come by the inverse's Cholesky factor."""
+    weight, statistics = random_weight(6, 16, seed=24), replace(statistics_of(16, seed=25), held_out=statistics_of(16, seed=26).hessian)
+    plain = GptqSettings(damping=0.01, refine=0, search=False)
+    found = quantize_gptq({"": weight}, statistics, WeightFormat(bits=4, group_size=8), plain)[""]
+    scales = quantize_rtn(weight, bits=4, group_size=8, symmetric=True).scale
+    assert torch.equal(found.scale, scales)
+
+    hessian = 0.75 * statistics.hessian + 0.25 * statistics.held_out
+    diagonal = hessian.diagonal()
+    order = diagonal.argsort(descending=True)
+    damped = hessian + torch.diag(0.01 * (diagonal * diagonal.mean()).sqrt() + 1e-4 * diagonal.mean())
+    upper = torch.linalg.cholesky(torch.linalg.inv(damped[order][:, order].double()), upper=True).float()
+    left, values = weight[:, order].clone(), torch.empty_like(weight)
+    for i, column in enumerate(order.tolist()):
+        scale = scales[:, column // 8].float()
+        values[:, column] = (left[:, i] / scale).round().clamp(-8, 7) * scale
+        error = (left[:, i] - values[:, column]) / upper[i, i]
+        left[:, i:] -= error[:, None] * upper[i, i:]
+    torch.testing.assert_close(found.dequantize(), values)
+
+
+def test_each_round_of_refining_lowers_the_error() -> None:
+    weight, statistics = random_weight(16, 64, seed=27), replace(statistics_of(64, seed=28), held_out=None)
+    format = WeightFormat(bits=2, group_size=16)
+    made = [quantize_gptq({"": weight}, statistics, format, GptqSettings(refine=count))[""].dequantize() for count in (0, 1, 3)]
+    errors = [float(layer_error(weight, value, first_factor(statistics).hessian()).sum()) for value in made]
+    assert errors[0] > errors[1] > errors[2]
+    assert torch.equal(made[2], quantize_gptq({"": weight}, statistics, format)[""].dequantize())
 
 
 def test_a_column_that_is_always_zero_is_rounded_to_the_nearest_and_moves_no_other() -> None:

@@ -195,6 +195,9 @@ REFUSED = {
     "quantize(smoothquant, activations=static, symmetric_activations=false)":
         "quantize(smoothquant, activations=static, symmetric_activations=false): symmetric_activations is said of int8 activations=dynamic; "
         "all others are symmetric.",
+    "quantize(gptq, search=false, format=q4_k)":
+        "quantize(gptq, format=q4_k, search=false): search=false goes with format=int; scales of q4_k are always searched.",
+    "quantize(gptq, damping=0)": "quantize(gptq): damping=0 is not possible; damping is auto, or a number above 0 up to 10.",
     "quantize(awq, format=mxfp4, activations=dynamic)":
         "quantize(awq, format=mxfp4, activations=dynamic): activations=dynamic go with 8-bit weights; use format=int or format=fp8.",
     "quantize(rtn, tokens=64)":
@@ -371,7 +374,8 @@ FEW: dict[str, tuple[Any, ...]] = {
     "bits": (8, 6, 4, 3, 2), "group_size": (16, "channel", "tensor"), "symmetric": (False, True), "embeddings": (False, True),
     "targets": ("query|q_proj",), "format": FORMATS[1:], "activations": ("dynamic", "static"), "tokens": (4096,),
     "symmetric_activations": (True, False), "activation_group_size": (96,), "self_tokens": (0,), "alpha": (0.25, "auto"),
-    "size": ("1MB", 64), "widths": ("3,4,8",), "steps": (3,), "learning_rate": (0.01,), "depth": (0.5,),
+    "size": ("1MB", 64), "widths": ("3,4,8",), "steps": (3,),
+    "damping": (0.01, "auto"), "refine": (0, 2), "search": (False, True), "learning_rate": (0.01,), "depth": (0.5,),
 }  # fmt: skip
 """A few values of each parameter of the registry."""
 COMBINED = ("sparsity", "threshold", "pattern", "scope", "bits", "group_size", "symmetric", "embeddings")

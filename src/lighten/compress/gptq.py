@@ -10,7 +10,7 @@ taken. That is GPTQ's answer to the digit (Chee et al., theorem 6), and needs on
 Source: Frantar et al. 2023 (arXiv:2210.17323), algorithm 1; Chee et al. 2023 (arXiv:2307.13304), section 3, for this form of it.
 Deviations: (1) columns are taken by descending H_ii, while groups stay neighbours and their scales are chosen beforehand, so no column has
 to say its group; (2) the scales come from `search_scales`, weighted by D_i, of which the error is made when later columns make up for what
-they can; (3) of a list of dampings the one is taken that has the least error on held-out rows, whose moments then join the others'; (4) a
+they can; (3) of a list of dampings the one is taken that is to have the least error on held-out rows, whose moments then join the others'; (4) a
 column that is always 0 is rounded to the nearest and not set to 0; (5) scales and codes are then refined in turn, see `refit_scales` and
 `refine_codes`.
 
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from lighten.compress.grid import QuantizedTensor
 from lighten.compress.minifloat import decode, encode, nvfp4_global_scale, round_array
+from lighten.compress.rtn import quantize_rtn
 from lighten.compress.scale_search import search_scales
 from lighten.compress.statistics import InputStatistics
 from lighten.errors import ModelError
@@ -47,7 +48,7 @@ HELD_OUT = 0.25
 _LEAST_DAMPING = 1e-4  # share of the mean of H_ii: choice, float32's rounding of sums of some thousand rows is some 1e-6 of it
 _MORE_DAMPING = tuple(10.0**power for power in range(7))  # up to a hundred times the mean, where any finite H is positive definite
 _ZERO = np.float32(0)
-_ROUNDS = {2: 3, 3: 2, 4: 1, 6: 1, 8: 1}
+_ROUNDS = {2: 3, 3: 2, 4: 1, 5: 1, 6: 1, 8: 1}
 """Rounds of refitting scales and refining codes, by bits: choice, each costs as much as GPTQ itself. On text that chose nothing the first lowers the
 error by 3 % at 3 and 4 bits and 6 % at 2, each next one by 1 or 2 % (benchmarks/solver_choices.py)."""
 _REFIT_ROWS = 512  # refitted at once: some copies of so many rows of the weight are made
@@ -55,6 +56,27 @@ _REFIT_ELEMENTS = 1 << 24  # of their systems of equations, 64 MiB
 
 _BLOCK = 32  # columns between two matrix products
 _JUDGED_ROWS = 128  # rows that a damping is chosen on, evenly spread
+
+
+@dataclass(frozen=True, kw_only=True)
+class GptqSettings:
+    """How much is done beside the paper's algorithm; `GptqSettings(damping=0.01, refine=0, search=False)` is that alone.
+
+    Attributes:
+        damping: see `factorize`; None: chosen on held-out rows, which choose codes too where nothing is held out.
+        refine: rounds of refitting scales and refining codes; None: as many as the width is worth.
+        search: whole-number codes have searched scales and not those that span a group.
+    """
+
+    damping: float | None = None
+    refine: int | None = None
+    search: bool = True
+
+    def rounds(self, bits: int | None) -> int:
+        return _ROUNDS.get(bits or 0, 0) if self.refine is None else self.refine
+
+
+DEFAULT = GptqSettings()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,28 +188,43 @@ def factorize(*moments: tuple[float, Tensor], damping: float) -> Factor:
     )
 
 
-def first_factor(statistics: InputStatistics) -> Factor:
-    """The factor that scales are searched with, before there is a grid that could choose a damping: damped by the middle of `DAMPINGS`."""
+def first_factor(statistics: InputStatistics, damping: float | None = None) -> Factor:
+    """The factor that scales are searched with, before there is a grid that could choose a damping: damped by the middle of `DAMPINGS`.
+
+    Args:
+        damping: a settled one, for which all rows count.
+    """
+    if damping is not None:
+        return _of_all_rows(statistics, damping)
     return factorize((1.0, statistics.hessian), damping=DAMPINGS[1])
 
 
-def choose_factor(weight: Tensor, grid: Grid, statistics: InputStatistics, *, first: Factor | None = None) -> Factor:
+def _of_all_rows(statistics: InputStatistics, damping: float) -> Factor:
+    if statistics.held_out is None:
+        return factorize((1.0, statistics.hessian), damping=damping)
+    return factorize((1 - HELD_OUT, statistics.hessian), (HELD_OUT, statistics.held_out), damping=damping)
+
+
+def choose_factor(weight: Tensor, codes: Tensor, grid: Grid, statistics: InputStatistics, *, first: Factor | None = None) -> Factor:
     """The damping of `DAMPINGS` that gives the least error on held-out rows, and then the factor of all rows, held-out ones too.
 
-    Without held-out rows it is the first one.
+    No codes are tried: GPTQ leaves R e = δ, δ what rounding left of each column's target, which is taken to be what it leaves of the weight.
+    Without held-out rows it is the first factor.
 
     Args:
-        weight: [O, I], of which at most 128 rows are tried.
+        weight: [O, I], of which at most 128 rows are taken.
+        codes: [O, I], the nearest ones.
         first: `first_factor(statistics)`, where it was made already.
     """
     first = first_factor(statistics) if first is None else first
     if statistics.held_out is None:
         return first
     chosen = torch.linspace(0, len(weight) - 1, min(len(weight), _JUDGED_ROWS)).round().long()
-    sample, sampled, held_out = weight[chosen], grid.rows(chosen), statistics.held_out
+    rounding, held_out = (weight[chosen] - grid.rows(chosen).values(codes[chosen])).T, statistics.held_out
 
     def error(factor: Factor) -> float:
-        return float(layer_error(sample, sampled.values(gptq_codes(sample, factor, sampled)), held_out).sum())
+        left = torch.linalg.solve_triangular(factor.unit, rounding[factor.order], upper=True, unitriangular=True)
+        return float(layer_error(torch.empty_like(left).index_copy_(0, factor.order, left).T, torch.zeros(()), held_out).sum())
 
     low, middle, high = DAMPINGS
     errors = {middle: error(first)}
@@ -196,7 +233,7 @@ def choose_factor(weight: Tensor, grid: Grid, statistics: InputStatistics, *, fi
     if errors[middle] <= errors[high]:
         errors[low] = error(factorize((1.0, statistics.hessian), damping=low))
     best = min(errors, key=lambda damping: errors[damping])
-    return factorize((1 - HELD_OUT, statistics.hessian), (HELD_OUT, held_out), damping=best)
+    return _of_all_rows(statistics, best)
 
 
 def layer_error(weight: Tensor, approximation: Tensor, hessian: Tensor) -> Tensor:
@@ -301,25 +338,27 @@ def corrected(weight: Tensor, cross: Tensor, factor: Factor) -> Tensor:
     return weight + torch.empty_like(solved).index_copy_(0, factor.order, solved).T
 
 
-def quantize_gptq(weights: Mapping[str, Tensor], statistics: InputStatistics, format: WeightFormat) -> dict[str, QuantizedTensor]:
+def quantize_gptq(
+    weights: Mapping[str, Tensor], statistics: InputStatistics, format: WeightFormat, settings: GptqSettings = DEFAULT
+) -> dict[str, QuantizedTensor]:
     """All weights that share an input.
 
     Args:
         weights: [O, I] each, finite; the format's group divides I.
         statistics: where they hold `cross`, the codes are of the weights that make up for what earlier layers' codes changed.
     """
-    first = first_factor(statistics)
+    first = first_factor(statistics, settings.damping)
     if statistics.cross is not None:
         weights = {name: corrected(weight.float(), statistics.cross, first) for name, weight in weights.items()}
-    shared = nvfp4_global_scale(weights.values()) if format.global_scale else None
-    found = {name: search_scales(weight.float(), format=format, importance=first.residual, global_scale=shared) for name, weight in weights.items()}
+    found = _with_scales(weights, first.residual, format, search=settings.search)
     sizes = [len(weight) for weight in weights.values()]
     joined = torch.cat([weight.float() for weight in weights.values()])
     grid = _joined([Grid.of(weight) for weight in found.values()])
-    factor = choose_factor(joined, grid, statistics, first=first)
-    del first
+    nearest = torch.cat([weight.codes for weight in found.values()])
+    factor = first if settings.damping is not None else choose_factor(joined, nearest, grid, statistics, first=first)
+    del first, nearest
     codes = gptq_codes(joined, factor, grid)
-    for _ in range(_ROUNDS.get(format.bits or 0, 0)):
+    for _ in range(settings.rounds(format.bits)):
         if _refits(format):
             grid = refit_scales(joined, codes, factor, grid, dtype=getattr(torch, format.scale_dtype))
         codes = refine_codes(joined, codes, factor, grid)
@@ -328,6 +367,16 @@ def quantize_gptq(weights: Mapping[str, Tensor], statistics: InputStatistics, fo
         name: replace(weight, codes=part, scale=scale.to(weight.scale.dtype) if _refits(format) else weight.scale)
         for (name, weight), part, scale in zip(found.items(), parts, scales, strict=True)
     }
+
+
+def _with_scales(weights: Mapping[str, Tensor], importance: Tensor, format: WeightFormat, *, search: bool) -> dict[str, QuantizedTensor]:
+    """The nearest codes, on scales of least weighted error, or on those that span each group."""
+    if not search and format.element == "int":
+        assert format.bits is not None, "a format to quantize to has a width"
+        bits, group_size, symmetric = format.bits, format.group_size, format.symmetric
+        return {name: quantize_rtn(weight, bits=bits, group_size=group_size, symmetric=symmetric) for name, weight in weights.items()}
+    shared = nvfp4_global_scale(weights.values()) if format.global_scale else None
+    return {name: search_scales(weight.float(), format=format, importance=importance, global_scale=shared) for name, weight in weights.items()}
 
 
 def _refits(format: WeightFormat) -> bool:

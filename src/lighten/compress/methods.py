@@ -15,7 +15,7 @@ from lighten.compress.awq import Rounder
 from lighten.compress.block import Block, Subset
 from lighten.compress.fake_quant import STATIC_LARGEST, round_dynamic
 from lighten.compress.ggml_search import quantize_ggml, quantize_ggml_together
-from lighten.compress.gptq import layer_error, quantize_gptq
+from lighten.compress.gptq import GptqSettings, layer_error, quantize_gptq
 from lighten.compress.grid import QuantizedTensor, Weight
 from lighten.compress.hadamard import plan_rotation
 from lighten.compress.hqq import quantize_hqq
@@ -30,7 +30,8 @@ from lighten.compress.walk import DoBlock, Job, Method, Run, change_weights, wal
 from lighten.compress.whole import allocate_then, tune
 from lighten.errors import UnsupportedFamily
 from lighten.model.spec import Linear, ModelSpec, WeightFormat
-from lighten.recipe import Recipe
+from lighten.recipe import Recipe, Step
+from lighten.recipe.quantize import AUTO
 from lighten.recipe.steps import parse_pattern
 
 REPORTED_OUTPUTS = 256
@@ -149,6 +150,7 @@ def each_subset(solve: Callable[[Job, Block, Subset, InputStatistics], Mapping[s
 
 
 def _solve_gptq(job: Job, block: Block, subset: Subset, statistics: InputStatistics) -> Mapping[str, Weight]:
+    settings = _gptq_settings(job.step) if job.step.method == "gptq" else GptqSettings()
     found: dict[str, Weight] = {}
     by_format: dict[WeightFormat, list[str]] = {}
     for name in subset.names:
@@ -160,10 +162,14 @@ def _solve_gptq(job: Job, block: Block, subset: Subset, statistics: InputStatist
         elif not statistics.rows:
             found |= {name: round_alone(weight, format) for name, weight in weights.items()}
         elif format.ggml_type is not None:
-            found |= quantize_ggml_together(weights, format.ggml_type, statistics)
+            found |= quantize_ggml_together(weights, format.ggml_type, statistics, settings)
         else:
-            found |= quantize_gptq(weights, statistics, format)
+            found |= quantize_gptq(weights, statistics, format, settings)
     return found
+
+
+def _gptq_settings(step: Step) -> GptqSettings:
+    return GptqSettings(damping=None if step["damping"] == AUTO else step["damping"], refine=step["refine"], search=step["search"])
 
 
 def _solve_nearest(job: Job, block: Block, subset: Subset, statistics: InputStatistics) -> Mapping[str, Weight]:

@@ -35,6 +35,7 @@ from lighten.recipe.words import (
     change_weights,
     columns_of,
     is_count,
+    is_flag,
     is_number,
     is_positive,
     one_of,
@@ -44,6 +45,9 @@ from lighten.recipe.words import (
 TOKENS = 32_768
 """Calibration tokens by default: choice, an eighth of what GPTQ's paper takes (arXiv:2210.17323, section 4: 128 sequences of 2,048). A text that has
 fewer gives all that it has, and the log says how many."""
+AUTO = "auto"
+MOST_ROUNDS = 20
+"""Choice: far beyond where another round of refining helps."""
 CALIBRATION = {"tokens": Parameter(accepts=is_positive, says="a number of calibration tokens", default=TOKENS)}
 _WHERE = {**EMBEDDINGS, **TARGETS}
 
@@ -79,6 +83,29 @@ def _weights_kind(method: str, *, bits: int, group_size: int | str, calibrated: 
     )  # fmt: skip
 
 
+def _gptq() -> StepKind:
+    """What is done beside the paper's algorithm can be said, and left out."""
+    kind = _weights_kind("gptq", bits=4, group_size=128)
+    own = {
+        "damping": Parameter(accepts=_is_damping, says="auto, or a number above 0 up to 10", default=AUTO),
+        "refine": Parameter(
+            accepts=lambda v: is_count(v) and v <= MOST_ROUNDS, says=f"a number of rounds up to {MOST_ROUNDS}; without it by the width"
+        ),
+        "search": Parameter(accepts=is_flag, says="true or false", default=True),
+    }
+    return replace(kind, parameters={**kind.parameters, **own}, check=_check_gptq)
+
+
+def _is_damping(value: object) -> bool:
+    return value == AUTO or (is_number(value) and 0 < value <= 10)  # type: ignore[operator]
+
+
+def _check_gptq(arguments: Arguments) -> str | None:
+    if not arguments["search"] and arguments["format"] != "int":
+        return f"search=false goes with format=int; scales of {arguments['format']} are always searched."
+    return check_activations(arguments)
+
+
 def _hqq() -> StepKind:
     """Half-quadratic quantization has zero points, whole-number codes and no calibration."""
     own = grid_parameters(bits=4, group_size=64)
@@ -93,7 +120,7 @@ def _predict_smoothed(spec: ModelSpec, arguments: Arguments) -> ModelSpec:
 
 
 def _is_alpha(value: object) -> bool:
-    return value == "auto" or (is_number(value) and 0 <= value <= 1)  # type: ignore[operator]
+    return value == AUTO or (is_number(value) and 0 <= value <= 1)  # type: ignore[operator]
 
 
 def predict_by_runtime(method: Literal["dynamic", "static"], *, embeddings: bool) -> Callable[[ModelSpec, Arguments], ModelSpec]:
@@ -175,7 +202,7 @@ def _tuning(method: str, *, steps: int, learning_rate: float) -> StepKind:
 QUANTIZING: dict[tuple[str, str], StepKind] = {
     ("quantize", "rtn"): _weights_kind("rtn", bits=8, group_size="channel", calibrated=False),
     ("quantize", "hqq"): _hqq(),
-    ("quantize", "gptq"): _weights_kind("gptq", bits=4, group_size=128),
+    ("quantize", "gptq"): _gptq(),
     ("quantize", "awq"): _weights_kind("awq", bits=4, group_size=128),
     ("quantize", "smoothquant"): StepKind(
         parameters={
