@@ -277,6 +277,19 @@ def test_without_held_out_rows_the_damping_is_the_middle_one() -> None:
     torch.testing.assert_close(factor.added, first_factor(statistics).added)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [8, 256, 600])
+def test_second_moments_are_summed_in_pieces(columns: int, dtype: torch.dtype) -> None:
+    x = torch.randn(3, 50, columns, generator=torch.Generator().manual_seed(columns)).to(dtype)
+    moments = Moments(columns)
+    for place in range(3):
+        moments.add(x[place], held_out=place == 1)
+    found, rows = moments.finish(), x.double()
+    for hessian, some in ((found.hessian, rows[[0, 2]]), (found.held_out, rows[[1]])):
+        flat = some.reshape(-1, columns)
+        torch.testing.assert_close(hessian, (flat.T @ flat / len(flat)).float(), atol=1e-5, rtol=1e-5)
+
+
 def test_what_is_done_beside_the_papers_algorithm_can_be_left_out() -> None:
     """Plain GPTQ, written out by its column loop: round one, take its error from the columns to come by the inverse's Cholesky factor."""
     weight, statistics = random_weight(6, 16, seed=24), replace(statistics_of(16, seed=25), held_out=statistics_of(16, seed=26).hessian)

@@ -33,8 +33,8 @@ codes of a byte. Measured on shapes from 256 × 2560 to 3072 × 768: 28 (tests/t
 HESSIANS = 5
 """Matrices [I, I] of float32 while one is factorized: over the rows that choose and those that judge, and the factor with its permuted copy. Measured
 on the same shapes: 4.7."""
-MOMENTS = 4
-"""Matrices [I, I] of float32 when the sums become means. Counted in `statistics.Moments.finish`."""
+MOMENTS = 2
+"""Matrices [I, I] of float32, of which there is a second one for rows that are held out. Counted in `statistics.Moments`."""
 ALONE_BYTES = 26
 """Of each element of a weight that is rounded by itself: six float32 copies and two of codes. Counted in `rtn.quantize_rtn` and the report of it,
 checked by benchmarks/big_checkpoint.py."""

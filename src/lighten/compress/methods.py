@@ -25,7 +25,7 @@ from lighten.compress.rtn import quantize_rtn
 from lighten.compress.scale_search import search_scales
 from lighten.compress.scaling import job_mappings, scale_then
 from lighten.compress.stage import Change, Renewed, Stage
-from lighten.compress.statistics import InputStatistics
+from lighten.compress.statistics import InputStatistics, bfloat16_units
 from lighten.compress.walk import DoBlock, Job, Method, Run, change_weights, walk_blocks
 from lighten.compress.whole import allocate_then, tune
 from lighten.errors import UnsupportedFamily
@@ -222,7 +222,7 @@ def _with_input_scale(weight: Weight, statistics: InputStatistics, format: Weigh
 
 
 def _errors(before: Tensor, value: Tensor, statistics: InputStatistics) -> dict[str, float]:
-    """Error of the output relative to the output, in root mean square, over at most `REPORTED_OUTPUTS` outputs.
+    """Error of the output relative to the output, in root mean square, over at most `REPORTED_OUTPUTS` outputs; three digits of it.
 
     Args:
         before, value: [O, I].
@@ -234,8 +234,9 @@ def _errors(before: Tensor, value: Tensor, statistics: InputStatistics) -> dict[
         whole = layer_error(before, torch.zeros_like(before), hessian).sum()
         return float((layer_error(before, value, hessian).sum() / whole.clamp(min=1e-30)).clamp(min=0).sqrt())
 
-    found = {"output_error": relative(statistics.hessian)}
-    return found | ({"held_out_error": relative(statistics.held_out)} if statistics.held_out is not None else {})
+    with bfloat16_units():
+        found = {"output_error": relative(statistics.hessian)}
+        return found | ({"held_out_error": relative(statistics.held_out)} if statistics.held_out is not None else {})
 
 
 def _calibrated_where_static(make: Callable[[Job], Change], solve: DoBlock) -> Method:

@@ -58,8 +58,8 @@ class Moments:
         kind = "held_out" if held_out else "hessian"
         if kind not in self._sums:
             self._sums[kind] = torch.zeros_like(self._sums["hessian"])
-        with _exact_products(x.dtype):
-            self._sums[kind].addmm_(rows.T, rows)
+        with bfloat16_units(x.dtype == torch.bfloat16):
+            _add_upper(self._sums[kind], rows)
         self._rows[kind] += len(rows)
         if held_out or not len(rows):
             return
@@ -69,23 +69,47 @@ class Moments:
         self._abs_max = torch.maximum(self._abs_max, rows.abs().amax(0))
 
     def finish(self) -> InputStatistics:
-        """The means; with no row at all (an expert that no token met) all are zeros."""
-        seen, judged = max(self._rows["hessian"], 1), self._rows["held_out"]
+        """The means, in the memory of the sums, which are gone then; with no row at all (an expert that no token met) all are zeros."""
+        seen, judged, sums = max(self._rows["hessian"], 1), self._rows["held_out"], self._sums
+        self._sums = {}
+        for kind in ("hessian", "held_out"):
+            if kind in sums:
+                _mirror(sums[kind])
         return InputStatistics(
-            hessian=self._sums["hessian"] / seen, held_out=self._sums["held_out"] / judged if judged else None,
-            cross=self._sums["cross"] / seen if "cross" in self._sums else None,
+            hessian=sums["hessian"].div_(seen), held_out=sums["held_out"].div_(judged) if judged else None,
+            cross=sums["cross"].div_(seen) if "cross" in sums else None,
             mean_abs=self._abs_sum / seen, abs_max=self._abs_max, rows=self._rows["hessian"], held_out_rows=judged,
         )  # fmt: skip
 
 
+_PIECE = 256  # columns of a sum that are added at once: choice, below it the products of few columns cost more than the triangle saves
+
+
+def _pieces(columns: int) -> Iterator[slice]:
+    return (slice(start, min(start + _PIECE, columns)) for start in range(0, columns, _PIECE))
+
+
+def _add_upper(total: Tensor, rows: Tensor) -> None:
+    """Add rowsᵀ rows to the pieces on and above the diagonal; the others are their mirror images."""
+    for piece in _pieces(len(total)):
+        total[piece, piece.start :].addmm_(rows[:, piece].T, rows[:, piece.start :])
+
+
+def _mirror(total: Tensor) -> None:
+    for piece in _pieces(len(total)):
+        total[piece.stop :, piece] = total[piece, piece.stop :].T
+
+
 @contextmanager
-def _exact_products(dtype: torch.dtype) -> Iterator[None]:
-    """Float32 matrices of bfloat16 values are multiplied by bfloat16 units where the machine has them: products of such values are exact in float32,
-    and it takes less time (benchmarks/solver_choices.py)."""
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+def bfloat16_units(wanted: bool = True) -> Iterator[None]:
+    """Float32 matrices are multiplied as bfloat16 values where the machine has units for them, which takes less time
+    (benchmarks/solver_choices.py). Where they are such values, the products are exact in float32; else three digits are."""
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)  # since torch 2.9
+    if not wanted or matmul is None:
+        yield
+        return
     before = matmul.fp32_precision
-    if dtype == torch.bfloat16:
-        matmul.fp32_precision = "bf16"
+    matmul.fp32_precision = "bf16"
     try:
         yield
     finally:
