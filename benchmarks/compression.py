@@ -157,18 +157,24 @@ ENCODER_RECIPES = (
 TEXTS, TEXT_LENGTH, CALIBRATION_TEXTS = 1000, 128, 300
 """Of an encoder: most test texts, tokens of one, and most calibration texts; 300 is NNCF's own number."""
 
-TUNED = "distill(scales, steps=64)"
+TUNED = "distill(scales, steps=24, tokens={tokens})"
+TUNED_FAST = "distill(scales, steps=24, learning_rate=0.002, tokens={tokens})"
 TABLE = "cast(bfloat16)"
+HALVED_TABLE = "quantize(rtn, bits=8, symmetric=true, embeddings=true, targets='embed|head')"
+"""A rotated model has a head of its own: both tables in 8 bits take what the tied one took in 16."""
+GPTQ = {width: f"quantize(gptq, bits={width[0]}, group_size={width[1]}, symmetric=true, tokens={{tokens}})" for width in WIDTHS}
 RECIPES = (
     f"{TABLE} | quantize(rtn, bits=4, group_size=64, symmetric=true)",
     f"{TABLE} | quantize(hqq, bits=4, group_size=64)",
-    *(f"{TABLE} | quantize(gptq, bits={bits}, group_size={group}, symmetric=true, tokens={{tokens}})" for bits, group in WIDTHS),
-    *(f"{TABLE} | quantize(gptq, bits={bits}, group_size={group}, symmetric=true, tokens={{tokens}}) | {TUNED}" for bits, group in WIDTHS),
+    f"{TABLE} | quantize(gptq, bits=4, group_size=64, symmetric=true, damping=0.01, refine=0, search=false, tokens={{tokens}})",
+    *(f"{TABLE} | {step}" for step in GPTQ.values()),
+    *(f"{TABLE} | {step} | {TUNED if bits > 2 else TUNED_FAST}" for (bits, _), step in GPTQ.items()),
+    *(f"{TABLE} | rotate(hadamard) | {step} | {HALVED_TABLE} | {TUNED if bits > 2 else TUNED_FAST}" for (bits, _), step in GPTQ.items()),
+    f"{TABLE} | rotate(hadamard) | {GPTQ[4, 64]}",
     f"{TABLE} | quantize(awq, bits=4, group_size=64, symmetric=true, tokens={{tokens}})",
-    f"{TABLE} | rotate(hadamard) | quantize(gptq, bits=4, group_size=64, symmetric=true, tokens={{tokens}})",
-    f"{TABLE} | quantize(smoothquant, activations=dynamic, tokens={{tokens}})",
-    f"quantize(auto, size<=80MB, tokens={{tokens}}) | {TUNED}",
-    f"quantize(auto, size<=60MB, tokens={{tokens}}) | {TUNED}",
+    "quantize(smoothquant, activations=dynamic, tokens={tokens})",
+    f"{TABLE} | quantize(auto, size<=80MB, tokens={{tokens}}) | {TUNED}",
+    f"{TABLE} | quantize(auto, size<=60MB, tokens={{tokens}}) | {TUNED_FAST}",
 )
 """Our recipes; `{tokens}` becomes the number of calibration tokens. The peers load the model in bfloat16, embedding included; so the cast."""
 
@@ -480,8 +486,7 @@ def _compared(rows: Sequence[Row]) -> dict[str, Any]:
     named = {side: row and {"peer": row.peer, "name": row.name, "ratio": row.ratio} for side, row in (("ours", ours), ("best_peer", theirs))}
     shares: dict[str, float | None] = {"loss_share": None, "log_share": None}
     if ours and theirs and (theirs.ratio or 0) > 1:
-        mine, best = ours.ratio or 0, theirs.ratio or 0
-        shares = {"loss_share": (mine - 1) / (best - 1), "log_share": log(mine) / log(best)}
+        shares = {"loss_share": _share(ours, theirs), "log_share": log(ours.ratio or 1) / log(theirs.ratio or 1)}
     return named | shares
 
 
@@ -492,13 +497,17 @@ def speeds(rows: Iterable[Row]) -> list[dict[str, Any]]:
     theirs = [row for row in known if row.peer == "llm-compressor" and row.settings["method"] == "gptq" and row.bits]
     figures = ("quantize_s", "process_s", "peak_above_imports_bytes", "quiet")
     return [
-        {"bits": mine.bits, "tokens": mine.tokens, "threads": mine.threads}
+        {"recipe": mine.name, "bits": mine.bits, "tokens": mine.tokens, "threads": mine.threads, "loss_share": _share(mine, other)}
         | {name: [getattr(mine, name), getattr(other, name)] for name in figures}
         | {"quantize_share": (mine.quantize_s or 0) / (other.quantize_s or 1), "process_share": (mine.process_s or 0) / (other.process_s or 1)}
         for mine in ours
         for other in theirs
         if (round(mine.bits or 0, 1), mine.tokens, mine.threads) == (round(other.bits or 0, 1), other.tokens, other.threads)
     ]
+
+
+def _share(mine: Row, other: Row) -> float | None:
+    return ((mine.ratio or 0) - 1) / ((other.ratio or 0) - 1) if mine.ratio and (other.ratio or 0) > 1 else None
 
 
 def picture(rows: Iterable[Row], *, width: int = 860, height: int = 520) -> str:
