@@ -34,7 +34,7 @@ from lighten.recipe.predicted import KINDS
 from lighten.recipe.recipe import format_yaml, make_recipe, make_step, parse_yaml
 from lighten.recipe.steps import parse_pattern
 from lighten.recipe.words import StepKind
-from lighten.runtimes import BUILD_PACKAGES, MODULES
+from lighten.runtimes import MODULES
 
 CANDIDATES: tuple[Any, ...] = (
     True, False, 1, 2, 3, 4, 8, 16, 32, 0.1, 0.25, 0.5, "row", "layer", "global", "channel", "tensor", "2:4", "1:2", "3:8",
@@ -410,7 +410,7 @@ def test_a_step_is_predicted_and_done_under_the_same_name():
 
 
 def test_every_runtime_has_its_row_in_every_table():
-    assert RUNTIMES.keys() == MODULES.keys() == BUILD_PACKAGES.keys()
+    assert RUNTIMES.keys() == MODULES.keys()
     assert CONTAINER_BYTES.keys() == RUNTIMES.keys() - {"torch", "torch-compile"}, "a folder's description is counted"
     assert size._PARTS.keys() == RUNTIMES.keys()
 

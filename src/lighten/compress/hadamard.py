@@ -28,8 +28,8 @@ from lighten.compress.skeleton import Place
 from lighten.compress.turns import FoldedNorm, Turn, TurnedEnd, find_turns
 from lighten.errors import RecipeError
 
-CHUNK = 2**22
-"""Elements of a tensor that are turned at once, in float64 (32 MB)."""
+CHUNK = 2**20
+"""Elements of a tensor that are turned at once, in float64 (8 MB)."""
 SMALLEST_WEIGHT = 1e-6
 """A norm's bias moves behind its weight by a division; below this share of the largest weight the quotient means nothing."""
 

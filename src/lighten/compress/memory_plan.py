@@ -38,12 +38,12 @@ MOMENTS = 2
 ALONE_BYTES = 26
 """Of each element of a weight that is rounded by itself: six float32 copies and two of codes. Counted in `rtn.quantize_rtn` and the report of it,
 checked by benchmarks/big_checkpoint.py."""
-EXPORT_BYTES = 16
-"""Of each parameter of a model that is exported: four float32 copies. Counted in `formats.onnx_export` and what calls it, and in
-`formats.verify.verify_graph`."""
-RESULT_BYTES = 1
+EXPORT_BYTES, EXPORT_BLOCK_BYTES, EXPORTER_BYTES = 26, 5 * 10**6, 40 * 10**6
+"""Of each parameter of a model that is exported, of each block's graph, and of the exporters. Measured by benchmarks/compress_memory.py: 22 to
+25 bytes a parameter of MiniLM and SmolLM2-135M, 4.5 MB a block of narrow BERTs of 2 to 24 blocks."""
+RESULT_BYTES = 2
 """Of each parameter while the artifact is run, beside its weights in its own type: what is expanded at once, and what the allocator keeps of it.
-Measured on SmolLM2-135M in bfloat16 and float32, 0.5 to 1."""
+Measured by benchmarks/compress_memory.py: 0.5 to 2."""
 TRAINED_BYTES = 16
 """Of each value that is trained: itself, its gradient and Adam's two moments in float32 (Kingma and Ba 2014, arXiv:1412.6980, algorithm 1)."""
 TEXTS, SELF_LENGTH = 32, 512
@@ -51,6 +51,11 @@ TEXTS, SELF_LENGTH = 32, 512
 INSIDE_STATES = 6
 """Hidden states of a token that are alive when attention's output meets its matrix: the residual, the norm's output, queries, keys, values and their
 sum. Counted in `transformers`' Llama."""
+LOGIT_ELEMENTS, LOGIT_COPIES = 2**23, 6
+"""Logits that tuning compares at once (choice: 33 MB of float32 a copy), and copies of them that are alive. Counted in `teacher.Teacher`."""
+SENSITIVITY_WINDOW, SENSITIVITY_BYTES = 512, 16
+"""Tokens of a backward pass that measures what rounding costs (choice), and bytes of each of its logits, in the model's type and in float32. Counted
+in `sensitivity.measure_sensitivity`."""
 STEP_TOKENS = 1024
 """Positions of a step of training, as `distill_scales.TuneSettings` has them."""
 RUNNING_BYTES = 96 * 10**6
@@ -154,6 +159,7 @@ def _plan(spec: ModelSpec, recipe: Recipe, base: int, rows: int, dtype: str | No
     for step in recipe.steps:
         if step.calibrated and RUNTIMES[recipe.runtime].exported is False:
             moments.append(_tuning(spec, step, rows, dtype) if step.verb == "distill" else _walking(spec, step, rows, dtype, once))
+            moments += [_sensing(spec, step, rows)] if step.method == "auto" else []
         spec = apply_step(step, spec, recipe.runtime)
     fullest = max(moments, key=lambda parts: sum(parts.values()))
     parts = {"imports": base, "libraries at work": RUNNING_BYTES, **fullest}
@@ -163,7 +169,8 @@ def _plan(spec: ModelSpec, recipe: Recipe, base: int, rows: int, dtype: str | No
 def _writing(spec: ModelSpec, recipe: Recipe) -> dict[str, int]:
     """One tensor at a time; an exported model whole."""
     if RUNTIMES[recipe.runtime].exported:
-        return {"the exported model": EXPORT_BYTES * spec.total_parameters}
+        graph = EXPORTER_BYTES + EXPORT_BLOCK_BYTES * len(_blocks(spec))
+        return {"the exported model": EXPORT_BYTES * spec.total_parameters, "its graph": graph}
     after = _after(spec, recipe)
     stored = {part.name: part.weight for part in spec.parts if isinstance(part, Linear | Embedding)}
     changed = {part.name for part in after.parts if isinstance(part, Linear | Embedding) and part.weight != stored.get(part.name)}
@@ -219,10 +226,27 @@ def _tuning(spec: ModelSpec, step: Step, rows: int, dtype: str | None) -> dict[s
         "weights outside of the blocks": sum(round(part.parameters * wide) for part in spec.parts if block_name(part) is None),
         "codes": sum(part.parameters for part in inside), "what is trained": TRAINED_BYTES * (scales + trained),
         "inputs of the blocks": round(len(blocks) * STEP_TOKENS * hidden * wide),
+        "its answers": 4 * LOGIT_COPIES * min(LOGIT_ELEMENTS, STEP_TOKENS * _answers(spec)),
         "a block at work": 12 * max((sum(part.parameters for part in parts) for parts in blocks.values()), default=0)
         + 3 * _running(spec, step, min(rows, 2), dtype or "float32"),
     }  # fmt: skip
     return max(training, generating, key=lambda parts: sum(parts.values()))
+
+
+def _sensing(spec: ModelSpec, step: Step, rows: int) -> dict[str, int]:
+    """A backward pass in bfloat16 that tells what the rounding of each weight costs: what lies outside of the blocks stays, with its gradients."""
+    outside = sum(part.parameters for part in spec.parts if block_name(part) is None and not (isinstance(part, Linear) and part.tied_to))
+    block = max((sum(part.parameters for part in parts) for parts in _blocks(spec).values()), default=0)
+    return {
+        "weights outside of the blocks": 2 * outside, "their gradients": 4 * outside,
+        "its answers": SENSITIVITY_BYTES * SENSITIVITY_WINDOW * _answers(spec), "the largest weight": 8 * max(map(_largest, spec.parts), default=0),
+        "a block at work": 12 * block + 3 * _running(spec, step, min(rows, 1), "bfloat16"),
+    }  # fmt: skip
+
+
+def _answers(spec: ModelSpec) -> int:
+    """Logits of a position; 0 of a model without a head."""
+    return max((part.out_features for part in spec.parts if isinstance(part, Linear) and part.component == "head"), default=0)
 
 
 def _blocks(spec: ModelSpec) -> dict[str, list[Part]]:

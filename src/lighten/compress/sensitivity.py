@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from lighten.compress.memory_plan import release_free
 from lighten.compress.rtn import quantize_rtn
 from lighten.compress.scale_search import search_scales
 from lighten.compress.skeleton import Skeleton, Source
@@ -85,7 +86,9 @@ def measure_sensitivity(
                 answer, is_logits = _answer(skeleton.module(**batch))
                 gradient, count = _drawn(answer.detach(), batch.get("attention_mask"), generator, is_logits=is_logits)
                 answer.backward(gradient)  # type: ignore[no-untyped-call]
+            del answer, gradient
             seen.finish_batch()
+            release_free()
             positions += count
     return seen.found(positions)
 

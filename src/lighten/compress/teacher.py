@@ -22,12 +22,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lighten.compress.memory_plan import LOGIT_ELEMENTS, release_free
 from lighten.compress.skeleton import Skeleton, Source
 from lighten.compress.student import with_tensors
 
 Sample = Mapping[str, Tensor]
-
-_LOGIT_ELEMENTS = 2**23  # choice: 33 MB of float32 a copy, of which about six live
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +110,7 @@ class Teacher:
         return float(loss.detach()), gradient
 
     def _through_heads(self, states: Tensor, original: Tensor, counts: Tensor) -> tuple[float, Tensor]:
+        release_free()  # what the blocks left, before the logits' own
         ours, theirs = states[counts], original[counts]
         total, gradient, first = 0.0, torch.empty_like(ours), 0
         piece = 16
@@ -126,7 +126,7 @@ class Teacher:
             total += float((share * (target - found)).sum())
             pull = found.exp_().sub_(share).div_(len(ours))
             (gradient[part],) = torch.autograd.grad(logits, leaf, pull.to(logits.dtype))
-            first, piece = first + piece, max(1, _LOGIT_ELEMENTS // logits.shape[-1])
+            first, piece = first + piece, max(1, LOGIT_ELEMENTS // logits.shape[-1])
         whole = torch.zeros_like(states)
         whole[counts] = gradient
         return total / len(ours), whole

@@ -17,7 +17,7 @@ from lighten.compress.allocate import choose_formats
 from lighten.compress.distill_scales import Task, TuneSettings, tune_scales
 from lighten.compress.fake_quant import simulating
 from lighten.compress.grid import QuantizedTensor, Weight
-from lighten.compress.memory_plan import SELF_LENGTH
+from lighten.compress.memory_plan import SELF_LENGTH, SENSITIVITY_WINDOW, release_free
 from lighten.compress.qat import train_codes
 from lighten.compress.self_text import prefixes_of, sample_text
 from lighten.compress.sensitivity import measure_sensitivity, option_errors
@@ -30,8 +30,8 @@ from lighten.recipe.number_formats import dividing_group
 
 PROBE_BITS, PROBE_GROUP = 4, 64
 """How each weight is rounded to measure what its rounding costs; other widths follow from it. Choice: the commonest format."""
-SENSITIVITY_TOKENS, SENSITIVITY_WINDOW = 2048, 512
-"""Tokens of the backward passes, and of one. Two passes differ from eight by 16 % of a weight's sensitivity, where a bit more or less changes it by
+SENSITIVITY_TOKENS = 2048
+"""Tokens of the backward passes. Two passes differ from eight by 16 % of a weight's sensitivity, where a bit more or less changes it by
 a factor of four: SmolLM2-135M, benchmarks/LOG.md."""
 
 SELF_PREFIX = 32
@@ -83,6 +83,7 @@ def tune(job: Job) -> tuple[Stage, ModelSpec]:
     """distill(scales) and distill(qat)."""
     journal = job.run.journal
     if not journal.has(job.number, ALL):
+        release_free()
         skeleton = job.skeleton()
         changed = {name: job.stage[name] for name in job.stage.names if job.stage.touched(name)}
         task = Task(

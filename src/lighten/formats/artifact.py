@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +289,8 @@ def _calibrated(recipe: Recipe) -> bool:
 def _memory(plan: _Plan, folder: Path) -> MemoryPlan:
     """How the run keeps to its memory; one that is gone on with, as it was begun."""
     import_class(plan.spec.architecture)
+    for name in RUNTIMES[plan.recipe.runtime].builds:
+        import_module(name)
     begun = Journal.identity_in(work_folder(folder)) if plan.work.resume else {}
     rows, dtype = begun.get("sequences at once"), begun.get("type that calibration computes in")
     fixed = (int(rows), None if dtype == OWN_TYPE else dtype) if rows is not None and rows.isdigit() else None

@@ -14,6 +14,8 @@ class RuntimeKind:
 
     Attributes:
         extra: what `pip install lighten[extra]` installs it.
+        builds: the packages that building its artifacts takes.
+        runs: what running them takes beside that.
         dtypes: the types that it computes in; the first is its default.
         exported: its artifact is a graph made from the checkpoint, in float32 where `stored` lacks the checkpoint's type.
         stored: the types in which its artifact can store weights that are not quantized.
@@ -22,6 +24,8 @@ class RuntimeKind:
     """
 
     extra: str
+    builds: tuple[str, ...]
+    runs: tuple[str, ...] = ()
     dtypes: tuple[str, ...]
     exported: bool
     stored: tuple[str, ...]
@@ -29,25 +33,29 @@ class RuntimeKind:
     formats: str
 
 
+_TORCH = ("torch", "transformers", "safetensors")
 RUNTIMES: dict[str, RuntimeKind] = {
     "torch": RuntimeKind(
-        extra="torch", dtypes=("float32", "bfloat16"), exported=False, stored=("float32", "bfloat16", "float16"), decoders=True,
+        extra="torch", builds=_TORCH, dtypes=("float32", "bfloat16"), exported=False, stored=("float32", "bfloat16", "float16"), decoders=True,
         formats="weights of every width and float format (expanded when loaded: smaller on disk, not faster), with 8-bit activations simulated",
     ),
     "torch-compile": RuntimeKind(
-        extra="torch", dtypes=("float32", "bfloat16"), exported=False, stored=("float32", "bfloat16", "float16"), decoders=False,
+        extra="torch", builds=_TORCH, dtypes=("float32", "bfloat16"), exported=False, stored=("float32", "bfloat16", "float16"), decoders=False,
         formats="weights of every width and float format (expanded when loaded: smaller on disk, not faster), with 8-bit activations simulated",
     ),
     "onnxruntime": RuntimeKind(
-        extra="onnx", dtypes=("float32",), exported=True, stored=("float32",), decoders=False,
+        extra="onnx", builds=("torch", "transformers", "onnx", "onnxscript", "onnxruntime"),
+        dtypes=("float32",), exported=True, stored=("float32",), decoders=False,
         formats="quantize(dynamic), whole-number codes of 8 and 4 bits, of 8 by channel with activations=dynamic",
     ),
     "openvino": RuntimeKind(
-        extra="openvino", dtypes=("float32", "bfloat16"), exported=True, stored=("float32", "float16"), decoders=True,
+        extra="openvino", builds=("torch", "transformers", "onnx", "onnxscript", "openvino", "nncf"),
+        dtypes=("float32", "bfloat16"), exported=True, stored=("float32", "float16"), decoders=True,
         formats="quantize(dynamic), quantize(static) of encoders, codes with bits=8 and group_size=channel or bits=4 by channel or group",
     ),
     "llama.cpp": RuntimeKind(
-        extra="llama-cpp", dtypes=("float32",), exported=False, stored=("float32", "float16", "bfloat16"), decoders=True,
+        extra="llama-cpp", builds=("torch", "gguf"), runs=("llama_cpp",),
+        dtypes=("float32",), exported=False, stored=("float32", "float16", "bfloat16"), decoders=True,
         formats="all types of ggml (format=q8_0 to q2_k), mxfp4, and whole-number codes in groups of a multiple of 32",
     ),
 }  # fmt: skip

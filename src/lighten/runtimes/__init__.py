@@ -16,18 +16,6 @@ MODULES: dict[str, Runtime] = {
 }  # fmt: skip
 """Runtime → its module, by the names that recipes use."""
 
-BUILD_PACKAGES = {
-    "torch": ("torch", "transformers", "safetensors"),
-    "torch-compile": ("torch", "transformers", "safetensors"),
-    "onnxruntime": ("torch", "transformers", "onnx", "onnxscript", "onnxruntime"),
-    "openvino": ("torch", "transformers", "onnx", "onnxscript", "openvino", "nncf"),
-    "llama.cpp": ("torch", "gguf"),
-}
-"""Runtime → the packages that building its artifacts takes."""
-
-RUN_PACKAGES = {"llama.cpp": ("llama_cpp",)}
-"""Runtime → what running them takes beside that."""
-
 
 def missing_packages(runtime: str, *, running: bool = True) -> list[str]:
     """Packages that a runtime needs and that are not installed; none is imported to find out.
@@ -35,7 +23,7 @@ def missing_packages(runtime: str, *, running: bool = True) -> list[str]:
     Args:
         running: to run its artifacts, not to build them alone.
     """
-    wanted = BUILD_PACKAGES[runtime] + (RUN_PACKAGES.get(runtime, ()) if running else ())
+    wanted = RUNTIMES[runtime].builds + (RUNTIMES[runtime].runs if running else ())
     return [name for name in wanted if find_spec(name) is None]
 
 
