@@ -461,9 +461,13 @@ def _shown(value: float | None, form: str, unit: float = 1) -> str:
 def classes(rows: Iterable[Row]) -> dict[str, Any]:
     """Ours beside the best peer, in each class of bits (to the quarter) and tokens, and at or under each limit of file size.
 
-    `loss_share`: (our ratio - 1) / (the best peer's ratio - 1), and `log_share` the same of the logarithms. None where one side is missing.
+    `loss_share`: (our ratio - 1) / (the best peer's ratio - 1), and `log_share` the same of the logarithms. None where one side is missing. Rows of
+    several texts stand in classes of their own, which name the text.
     """
     scored = [row for row in rows if row.ratio is not None and row.bits is not None]
+    texts = sorted({row.text for row in scored})
+    if len(texts) > 1:
+        return {f"text {text}: {name}": found for text in texts for name, found in classes(row for row in scored if row.text == text).items()}
     groups: dict[str, list[Row]] = {}
     for row in scored:
         for tokens in {row.tokens_asked} if row.tokens_asked else {other.tokens_asked for other in scored if other.tokens_asked} or {None}:
@@ -502,7 +506,7 @@ def speeds(rows: Iterable[Row]) -> list[dict[str, Any]]:
         | {"quantize_share": (mine.quantize_s or 0) / (other.quantize_s or 1), "process_share": (mine.process_s or 0) / (other.process_s or 1)}
         for mine in ours
         for other in theirs
-        if (round(mine.bits or 0, 1), mine.tokens, mine.threads) == (round(other.bits or 0, 1), other.tokens, other.threads)
+        if (round(mine.bits or 0, 1), mine.text, mine.tokens, mine.threads) == (round(other.bits or 0, 1), other.text, other.tokens, other.threads)
     ]
 
 
@@ -513,12 +517,15 @@ def _share(mine: Row, other: Row) -> float | None:
 def picture(rows: Iterable[Row], *, width: int = 860, height: int = 520) -> str:
     """What each artifact loses (perplexity over the original's, less 1) over its size, both axes logarithmic; bits a weight beside each point.
 
-    Of one peer, number of bits and about one size only the best is shown. What loses more than `MOST_LOSS` stands at the upper edge, with its loss.
+    Of the text that most rows are of; of one peer, number of bits and about one size only the best is shown. What loses more than `MOST_LOSS` stands
+    at the upper edge, with its loss.
     """
     from math import log10
 
+    known = [row for row in rows if row.size_bytes and row.ratio]
+    text = max({row.text for row in known}, key=lambda text: sum(row.text == text for row in known), default="")
     best: dict[tuple[str, int, int], Row] = {}
-    for row in sorted((row for row in rows if row.size_bytes and row.ratio), key=lambda row: row.ratio or 0):
+    for row in sorted((row for row in known if row.text == text), key=lambda row: row.ratio or 0):
         best.setdefault((row.peer, round((row.bits or 0) * 4), round((row.size_bytes or 0) / 25e6)), row)
     shown = sorted(best.values(), key=lambda row: row.ratio or 0)
     losses = [min(max((row.ratio or 1) - 1, 1e-4), MOST_LOSS) for row in shown]

@@ -307,6 +307,17 @@ def test_classes_put_ours_beside_the_best_peer_of_the_same_bits_tokens_and_size(
     assert found["at most 60 MB"]["ours"] is None
 
 
+def test_rows_of_two_texts_are_not_compared() -> None:
+    said = {"bits": 4.25, "size_bytes": 10**8}
+    rows = [row(ratio=1.1, text="a", **said), row(peer="gptq", ratio=1.4, text="b", **said), row(peer="hqq", ratio=1.5, text="a", **said)]
+    found = bench.classes(rows)
+    assert found["text a: 4.25 bits, None tokens"]["best_peer"]["peer"] == "hqq"
+    assert found["text b: 4.25 bits, None tokens"]["ours"] is None
+    drawn = bench.picture(rows)
+    assert "gptq" not in drawn
+    assert "hqq" in drawn
+
+
 def test_speeds_compare_gptq_alone_at_the_same_work() -> None:
     known = {"bits": 4.25, "tokens": 4096, "threads": 2, "peak_above_imports_bytes": 5, "quiet": True}
     rows = [
