@@ -103,7 +103,7 @@ def _mirror(total: Tensor) -> None:
 @contextmanager
 def bfloat16_units(wanted: bool = True) -> Iterator[None]:
     """Float32 matrices are multiplied as bfloat16 values where the machine has units for them, which takes less time
-    (benchmarks/solver_choices.py). Where they are such values, the products are exact in float32; else three digits are."""
+    (benchmarks/solver_choices.py). Of such values the products are exact in float32, of others to three digits."""
     matmul = getattr(torch.backends.mkldnn, "matmul", None)  # since torch 2.9
     if not wanted or matmul is None:
         yield
