@@ -173,6 +173,7 @@ RECIPES = (
     f"{TABLE} | rotate(hadamard) | {GPTQ[4, 64]}",
     f"{TABLE} | quantize(awq, bits=4, group_size=64, symmetric=true, tokens={{tokens}})",
     "quantize(smoothquant, activations=dynamic, tokens={tokens})",
+    "quantize(smoothquant, alpha=auto, activations=dynamic, tokens={tokens})",
     f"{TABLE} | quantize(auto, size<=80MB, tokens={{tokens}}) | {TUNED}",
     f"{TABLE} | quantize(auto, size<=60MB, tokens={{tokens}}) | {TUNED_FAST}",
 )
