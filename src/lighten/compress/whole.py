@@ -1,6 +1,6 @@
 """Steps that look at the whole model at once: widths by measured sensitivity, and tuning what is quantized against the original.
 
-They hold all of the model's weights in memory, once.
+Weights come block by block here too; what tuning changes, all codes among it, is in memory.
 """
 
 from __future__ import annotations
