@@ -38,6 +38,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -518,15 +519,16 @@ def _share(mine: Row, other: Row) -> float | None:
 def picture(rows: Iterable[Row], *, width: int = 860, height: int = 520) -> str:
     """What each artifact loses (perplexity over the original's, less 1) over its size, both axes logarithmic; bits a weight beside each point.
 
-    Of the text that most rows are of; of one peer, number of bits and about one size only the best is shown. What loses more than `MOST_LOSS` stands
-    at the upper edge, with its loss.
+    Of the text and the number of calibration tokens that most rows have; of one peer, number of bits and about one size only the best is shown. What
+    loses more than `MOST_LOSS` stands at the upper edge, with its loss.
     """
     from math import log10
 
     known = [row for row in rows if row.size_bytes and row.ratio]
-    text = max({row.text for row in known}, key=lambda text: sum(row.text == text for row in known), default="")
+    given = Counter((row.text, row.tokens_asked) for row in known if row.tokens_asked) or Counter((row.text, None) for row in known)
+    text, tokens = max(given, key=given.__getitem__, default=("", None))
     best: dict[tuple[str, int, int], Row] = {}
-    for row in sorted((row for row in known if row.text == text), key=lambda row: row.ratio or 0):
+    for row in sorted((row for row in known if row.text == text and row.tokens_asked in (None, tokens)), key=lambda row: row.ratio or 0):
         best.setdefault((row.peer, round((row.bits or 0) * 4), round((row.size_bytes or 0) / 25e6)), row)
     shown = sorted(best.values(), key=lambda row: row.ratio or 0)
     losses = [min(max((row.ratio or 1) - 1, 1e-4), MOST_LOSS) for row in shown]

@@ -318,6 +318,14 @@ def test_rows_of_two_texts_are_not_compared() -> None:
     assert "hqq" in drawn
 
 
+def test_the_picture_is_of_one_number_of_calibration_tokens() -> None:
+    said = {"bits": 4.25, "size_bytes": 10**8}
+    few = [row(peer="gptq", ratio=1.4, tokens_asked=4096, **said), row(ratio=1.2, tokens_asked=4096, **said), row(peer="hqq", ratio=1.5, **said)]
+    drawn = bench.picture([*few, row(ratio=1.111, tokens_asked=32768, **said)])
+    assert "1.1110" not in drawn
+    assert all(shown in drawn for shown in ("1.4000", "1.2000", "1.5000"))
+
+
 def test_speeds_compare_gptq_alone_at_the_same_work() -> None:
     known = {"bits": 4.25, "tokens": 4096, "threads": 2, "peak_above_imports_bytes": 5, "quiet": True}
     rows = [

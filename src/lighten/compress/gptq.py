@@ -50,7 +50,7 @@ _MORE_DAMPING = tuple(10.0**power for power in range(7))  # up to a hundred time
 _ZERO = np.float32(0)
 _ROUNDS = {2: 3, 3: 2, 4: 1, 5: 1, 6: 1, 8: 1}
 """Rounds of refitting scales and refining codes, by bits: choice, each costs as much as GPTQ itself. On text that chose nothing the first lowers the
-error by 3 % at 3 and 4 bits and 6 % at 2, each next one by 1 or 2 % (benchmarks/solver_choices.py)."""
+error by 3 % at 3 and 4 bits and 6 % at 2, each next one by at most 2 % (benchmarks/solver_choices.py)."""
 _REFIT_ROWS = 512  # refitted at once: some copies of so many rows of the weight are made
 _REFIT_ELEMENTS = 1 << 24  # of their systems of equations, 64 MiB
 
@@ -60,7 +60,7 @@ _JUDGED_ROWS = 128  # rows that a damping is chosen on, evenly spread
 
 @dataclass(frozen=True, kw_only=True)
 class GptqSettings:
-    """How much is done beside the paper's algorithm; `GptqSettings(damping=0.01, refine=0, search=False)` is that alone.
+    """How much is done beside plain GPTQ; `GptqSettings(damping=0.01, refine=0, search=False)` is that alone, columns by descending H_ii.
 
     Attributes:
         damping: see `factorize`; None: chosen on held-out rows, which choose codes too where nothing is held out.

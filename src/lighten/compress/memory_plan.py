@@ -39,11 +39,11 @@ ALONE_BYTES = 26
 """Of each element of a weight that is rounded by itself: six float32 copies and two of codes. Counted in `rtn.quantize_rtn` and the report of it,
 checked by benchmarks/big_checkpoint.py."""
 EXPORT_BYTES, EXPORT_BLOCK_BYTES, EXPORTER_BYTES = 26, 5 * 10**6, 40 * 10**6
-"""Of each parameter of a model that is exported, of each block's graph, and of the exporters. Measured by benchmarks/compress_memory.py: 22 to
+"""Of each parameter of a model that is exported, of each block's graph, and of the exporters. Fitted to benchmarks/compress_memory.py: 22 to
 25 bytes a parameter of MiniLM and SmolLM2-135M, 4.5 MB a block of narrow BERTs of 2 to 24 blocks."""
 RESULT_BYTES = 2
 """Of each parameter while the artifact is run, beside its weights in its own type: what is expanded at once, and what the allocator keeps of it.
-Measured by benchmarks/compress_memory.py: 0.5 to 2."""
+Fitted to what benchmarks/compress_memory.py measures on SmolLM2-135M and MiniLM: 0.5 to 2."""
 TRAINED_BYTES = 16
 """Of each value that is trained: itself, its gradient and Adam's two moments in float32 (Kingma and Ba 2014, arXiv:1412.6980, algorithm 1)."""
 TEXTS, SELF_LENGTH = 32, 512
