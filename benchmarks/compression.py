@@ -557,13 +557,17 @@ def picture(rows: Iterable[Row], *, width: int = 860, height: int = 520) -> str:
     parts.append(f'<text x="{(box[0] + box[2]) / 2:.0f}" y="{height - 14}" text-anchor="middle">weights on disk, MB</text>')
     middle = (box[1] + box[3]) / 2
     parts.append(f'<text x="16" y="{middle:.0f}" transform="rotate(-90 16 {middle:.0f})" text-anchor="middle">perplexity over the original\'s</text>')
+    labelled: list[tuple[float, float]] = []
     for row, size, loss in zip(shown, sizes, losses, strict=True):
         x, y, color = across(size), up(loss), COLORS.get(row.peer, "#555")
         title = f"{row.peer}: {row.name}, {size:.1f} MB, ratio {row.ratio:.4f}".replace("&", "&amp;").replace("<", "&lt;")
         filled = color if row.peer == "ours" else "#fff"
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" stroke="{color}" stroke-width="2" fill="{filled}"><title>{title}</title></circle>')
         label = (f"{row.bits:.3g} bits" if row.bits else "") + (f" (×{row.ratio:.3g})" if (row.ratio or 1) - 1 > MOST_LOSS else "")
-        parts.append(f'<text x="{x + 8:.1f}" y="{y + 4:.1f}" font-size="11" fill="{color}">{label}</text>')
+        left_of = any(abs(x - other) < 60 and abs(y - level) < 12 for other, level in labelled)  # where a label stands already
+        labelled.append((x, y))
+        place = f'x="{x - 8:.1f}" text-anchor="end"' if left_of else f'x="{x + 8:.1f}"'
+        parts.append(f'<text {place} y="{y + 4:.1f}" font-size="11" fill="{color}">{label}</text>')
     for number, peer in enumerate(sorted({row.peer for row in shown}, key=lambda name: (name != "ours", name))):
         parts.append(f'<text x="{box[2] + 16}" y="{box[1] + 12 + 18 * number}" fill="{COLORS.get(peer, "#555")}">● {peer}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
