@@ -30,6 +30,7 @@ from lighten.compress.skeleton import Skeleton
 from lighten.compress.walk import inputs_of
 from lighten.errors import RecipeError
 from lighten.model import read_spec
+from lighten.model.read import read_config
 from lighten.model.spec import Linear, WeightFormat
 from lighten.recipe import apply_recipe, parse_recipe
 from lighten.recipe.automatic import Budget, budget, with_formats
@@ -122,7 +123,7 @@ def models(tmp_path_factory) -> dict[str, Path]:
 
 def measured(folder: Path, *, count: int = 6, seed: int = 0, probe: WeightFormat | None = None) -> Any:
     spec, checkpoint = read_spec(folder), Checkpoint(folder)
-    skeleton = Skeleton(folder, {name: tuple(checkpoint.spec(name).shape) for name in checkpoint.names}, dtype=torch.float32)
+    skeleton = Skeleton(read_config(folder), {name: tuple(checkpoint.spec(name).shape) for name in checkpoint.names}, dtype=torch.float32)
     limits = budget(spec, dict(parse_recipe("quantize(auto, bits<=4, group_size=16)").steps[0].arguments))
     probes = dict.fromkeys((f"{name}.weight" for name in limits.options), probe or WeightFormat(bits=8, group_size=16))
     ids = torch.randint(5, spec.config["vocab_size"], (count, 2, 32), generator=torch.Generator().manual_seed(1))

@@ -25,6 +25,7 @@ from lighten.compress.skeleton import Skeleton, Unit
 from lighten.compress.suspend import Forwards
 from lighten.compress.walk import inputs_of
 from lighten.errors import ModelError
+from lighten.model.read import read_config
 
 Folders = dict[str, Path]
 
@@ -37,7 +38,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 
 def skeleton_of(folder: Path) -> Skeleton:
     checkpoint = Checkpoint(folder)
-    return Skeleton(folder, {name: tuple(checkpoint.spec(name).shape) for name in checkpoint.names}, dtype=torch.float32)
+    return Skeleton(read_config(folder), {name: tuple(checkpoint.spec(name).shape) for name in checkpoint.names}, dtype=torch.float32)
 
 
 def batches_of(name: str, skeleton: Skeleton, count: int = 3) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from lighten.compress.self_text import prefixes_of, sample_text
 from lighten.compress.skeleton import Skeleton
 from lighten.compress.student import Scales, Student, levels, with_scales
 from lighten.compress.teacher import Teacher
+from lighten.model.read import read_config
 
 SETTINGS = TuneSettings(steps=8, learning_rate=1e-2, step_tokens=64, window=32)
 
@@ -35,7 +36,7 @@ class Case:
     def __init__(self, folder: Path, config: Any, *, bits: int = 3, symmetric: bool = False, group_size: int = 16) -> None:
         self.folder = tiny_models.save(config, folder)
         self.checkpoint = Checkpoint(folder)
-        self.skeleton = Skeleton(folder, {name: self.checkpoint.spec(name).shape for name in self.checkpoint.names}, dtype=torch.float32)
+        self.skeleton = Skeleton(read_config(folder), {name: self.checkpoint.spec(name).shape for name in self.checkpoint.names}, dtype=torch.float32)
         in_units = {name for unit in self.skeleton.units if list(unit.module.children()) for name in self.skeleton.names_in(unit.module)}
         self.transposed = frozenset(name for name in in_units if ".c_" in name)
         self.weights: dict[str, Weight] = {}

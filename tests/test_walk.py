@@ -23,6 +23,7 @@ from lighten.compress.methods import METHODS
 from lighten.compress.skeleton import Skeleton
 from lighten.compress.walk import Done, LayerReport, do_recipe, inputs_of
 from lighten.errors import LightenError, RecipeError, UnsupportedFamily
+from lighten.model.read import read_config
 from lighten.model.source import read_spec
 from lighten.model.spec import Linear
 from lighten.recipe import STEPS, parse_recipe
@@ -69,7 +70,8 @@ def done(folder: Path, name: str, text: str, work: Path, **options: Any) -> Iter
 
 
 def output(folder: Path, name: str, weights: dict[str, Tensor], *, untied: bool = False) -> Tensor:
-    skeleton = Skeleton(folder, {key: tuple(value.shape) for key, value in weights.items()}, dtype=torch.float32, untied=untied)
+    config = read_config(folder) | ({"tie_word_embeddings": False} if untied else {})
+    skeleton = Skeleton(config, {key: tuple(value.shape) for key, value in weights.items()}, dtype=torch.float32)
     skeleton.load(skeleton.module, weights.__getitem__)
     batch = {key: torch.from_numpy(value) for key, value in calibration(name)(0)[0].items()}
     with torch.no_grad():

@@ -249,7 +249,7 @@ def _calibrated_where_static(make: Callable[[Job], Change], solve: DoBlock) -> M
 
 
 def _hadamard(job: Job) -> tuple[Stage, ModelSpec]:
-    rotation = plan_rotation(job.run.graph, job.skeleton().places)
+    rotation = plan_rotation(job.graph, job.skeleton().places)
     rotation.check(job.value)
     return Renewed(before=job.stage, renewal=rotation), job.after
 
@@ -268,7 +268,7 @@ def require_possible(run: Run, spec: ModelSpec, recipe: Recipe) -> None:
         )
     for step in recipe.steps:
         if step.method in ("awq", "smoothquant", "hadamard"):
-            graph = run.graph
+            graph = run.graph(spec)
             if step.verb == "rotate":
                 plan_rotation(graph)
 

@@ -20,7 +20,7 @@ Choose: TypeAlias = Callable[[Sequence[Consumer], int], Tensor]
 
 def job_mappings(job: Job) -> tuple[Mapping, ...]:
     """The mappings of the job's model, by names of the checkpoint."""
-    return find_mappings(job.run.graph, job.skeleton().places)
+    return find_mappings(job.graph, job.skeleton().places)
 
 
 def scale_then(choose: Choose, rounder: Callable[[Job, str], Rounder], then: DoBlock, mappings: Iterable[Mapping]) -> DoBlock:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,13 +53,17 @@ class Unit:
 class Skeleton:
     """A module on the meta device whose weights are loaded and dropped by unit.
 
+    Args:
+        config: the content of a `config.json`.
+        tensors: names and shapes of the checkpoint.
+
     Raises:
         UnsupportedFamily: `transformers` has no class for it, or lays its weights out in a way that cannot be followed.
     """
 
-    def __init__(self, folder: Path, tensors: Mapping[str, tuple[int, ...]], *, dtype: torch.dtype, untied: bool = False) -> None:
+    def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], *, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.module = build_module(folder, dtype=dtype, untied=untied)
+        self.module = build_module(config, dtype=dtype)
         self._keys: dict[str, list[tuple[nn.Module, str]]] = {}
         for prefix, module in self.module.named_modules():
             for name in [*module._parameters, *module._buffers]:
@@ -152,35 +155,29 @@ class Skeleton:
                 module._buffers[name] = value
 
 
-def build_module(folder: Path, *, dtype: torch.dtype, untied: bool = False) -> Any:
-    """The class that a folder's config names, in eval mode, parameters without memory, buffers that no checkpoint holds with their values.
-
-    Args:
-        untied: the head has a weight of its own, whatever the config says.
+def build_module(config: Mapping[str, Any], *, dtype: torch.dtype) -> Any:
+    """The class that a config names, in eval mode, parameters without memory, buffers that no checkpoint holds with their values.
 
     Raises:
-        UnsupportedFamily: `transformers` has no such class.
+        UnsupportedFamily: `transformers` has no such class, or cannot read the config.
     """
     import transformers
 
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    kinds = transformers.CONFIG_MAPPING
+    if config.get("model_type") not in kinds:
+        raise UnsupportedFamily(f"transformers has no model_type {config.get('model_type')!r}; its weights cannot be run, which this recipe needs.")
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (ValueError, KeyError, OSError) as error:
-        raise UnsupportedFamily(f"{folder}: transformers cannot read its config ({str(error).splitlines()[0]}).") from error
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    if untied:
-        config.tie_word_embeddings = False
-    config.use_cache = False  # a pass over a whole text; what it would keep, recomputation would meet again
-    named = next(iter(config.architectures or ()), None)
+        known = kinds[config["model_type"]].from_dict({key: value for key, value in config.items() if key != "quantization_config"})
+    except (ValueError, KeyError, TypeError) as error:
+        raise UnsupportedFamily(f"transformers cannot read the config ({str(error).splitlines()[0]}).") from error
+    known.use_cache = False  # a pass over a whole text; what it would keep, recomputation would meet again
+    named = next(iter(known.architectures or ()), None)
     kind = getattr(transformers, named, None) if named else None
     if kind is None:
-        raise UnsupportedFamily(f"{folder}: transformers has no class {named}; its weights cannot be run, so no step that looks at text can be done.")
+        raise UnsupportedFamily(f"transformers has no class {named}; its weights cannot be run, so no step that looks at text can be done.")
     with torch.device("meta"):
-        module = kind._from_config(
-            config, dtype=dtype, attn_implementation="sdpa" if kind._supports_sdpa else "eager", experts_implementation="eager"
-        )
+        module = kind._from_config(known, dtype=dtype, attn_implementation="sdpa" if kind._supports_sdpa else "eager", experts_implementation="eager")
     module.tie_weights()
     for part in module.modules():
         for name in part._non_persistent_buffers_set:

@@ -8,6 +8,7 @@ step that looks at the whole model says itself how it goes. After the last step 
 from __future__ import annotations
 
 import inspect
+import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +32,6 @@ from lighten.compress.stage import Change, Changed, Journaled, Original, Stage
 from lighten.compress.suspend import Forwards
 from lighten.errors import RecipeError
 from lighten.model.quantized import refuse_layouts
-from lighten.model.read import read_config
 from lighten.model.spec import Embedding, Linear, ModelSpec, WeightFormat
 from lighten.recipe import Recipe, Step
 from lighten.recipe.steps import selected_names
@@ -87,11 +87,14 @@ class Run:
     """What all steps of a recipe share.
 
     Attributes:
+        spec: of the model before all steps, whose tensors `original` has.
         tied: weights that the model shares with another: name → the name that the checkpoint has.
         written: tokens that the original wrote for a step: (length, starts) → them. Later steps that ask for the same take them.
+        graphs: traced so far, by config.
     """
 
     folder: Path
+    spec: ModelSpec
     original: Original
     journal: Journal
     calibration: CalibrationSource | None
@@ -103,16 +106,18 @@ class Run:
     runtime: str = "torch"
     tied: Mapping[str, str] = field(default_factory=dict)
     written: dict[tuple[int, bytes], Tensor] = field(default_factory=dict)
+    graphs: dict[str, Graph] = field(default_factory=dict)
 
-    @cached_property
-    def graph(self) -> Graph:
-        """The traced graph of the model.
+    def graph(self, spec: ModelSpec) -> Graph:
+        """The traced graph of the model as some steps left it.
 
         Raises:
             TraceError: its code cannot be followed without values.
         """
-        config = read_config(self.folder)
-        return record_graph(config, next(iter(config.get("architectures") or ()), None), source=str(self.folder), folder=self.folder)
+        key = json.dumps(spec.config, sort_keys=True)
+        if key not in self.graphs:
+            self.graphs[key] = record_graph(spec.config, spec.architecture, source=str(self.folder), folder=self.folder)
+        return self.graphs[key]
 
     def batches(self, tokens: int) -> list[dict[str, Tensor]]:
         """Calibration inputs of about so many tokens, `batch_rows` sequences each, or fewer where there would be no batch to hold out.
@@ -186,8 +191,12 @@ class Job:
     def skeleton(self, *, dtype: torch.dtype | None = None) -> Skeleton:
         """The model's module without its weights."""
         shapes = {name: _shape(self.stage, self.run.original.checkpoint, name) for name in self.stage.names}
-        untied = self.before.config.get("tie_word_embeddings") is False
-        return Skeleton(self.run.folder, shapes, dtype=dtype or self.dtype, untied=untied)
+        return Skeleton(self.before.config, shapes, dtype=dtype or self.dtype)
+
+    @property
+    def graph(self) -> Graph:
+        """The traced graph of the model that the step meets."""
+        return self.run.graph(self.before)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -232,7 +241,7 @@ def do_recipe(  # noqa: PLR0913 - one keyword for each thing that a run may be g
     recipe.require_done()
     refuse_layouts(spec.parts, spec.source)
     run = Run(
-        folder=folder, original=Original(checkpoint=checkpoint), journal=journal, calibration=calibration, log=log, batch_rows=batch_rows,
+        folder=folder, spec=spec, original=Original(checkpoint=checkpoint), journal=journal, calibration=calibration, log=log, batch_rows=batch_rows,
         buffer_bytes=buffer_bytes, blocks_once=blocks_once, compute_dtype=compute_dtype, runtime=recipe.runtime,
         tied={f"{part.name}.weight": f"{part.tied_to}.weight" for part in spec.parts if isinstance(part, Linear) and part.tied_to},
     )  # fmt: skip

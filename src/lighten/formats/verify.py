@@ -182,7 +182,7 @@ def _run_by_unit(folder: Path, spec: ModelSpec, dtype: torch.dtype, ids: NDArray
     from lighten.formats.torch_model import input_scales
 
     stored = StoredWeights(folder, spec)
-    skeleton = Skeleton(folder, {name: shape for part in spec.parts for name, shape in part.tensors().items()}, dtype=dtype)
+    skeleton = Skeleton(spec.config, {name: shape for part in spec.parts for name, shape in part.tensors().items()}, dtype=dtype)
     skeleton.module.set_attn_implementation("eager")
     simulate_activations(skeleton.module, spec, input_scales(folder, spec))
     for module in skeleton.outside():
