@@ -75,7 +75,7 @@ def layers(model: Path, blocks: list[int], *, few: int, many: int, judges: int) 
 
     for name, linear in wanted.items():
         linear.register_forward_pre_hook(watch(name))
-    with torch.inference_mode():
+    with torch.no_grad():
         for number, window in enumerate(tokenizer.windows(text.calibration, count=many, length=LENGTH)):
             seen[:] = [(place, number % 4 == 3) for place, most in ((0, few), (1, many)) if number < most]
             module(torch.from_numpy(window[None]))

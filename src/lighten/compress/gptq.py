@@ -32,7 +32,7 @@ from lighten.compress.grid import QuantizedTensor
 from lighten.compress.minifloat import decode, encode, nvfp4_global_scale, round_array
 from lighten.compress.rtn import quantize_rtn
 from lighten.compress.scale_search import search_scales
-from lighten.compress.statistics import InputStatistics
+from lighten.compress.statistics import InputStatistics, some_rows
 from lighten.errors import ModelError
 from lighten.model.spec import PER_TENSOR, WeightFormat
 
@@ -55,7 +55,6 @@ _REFIT_ROWS = 512  # refitted at once: some copies of so many rows of the weight
 _REFIT_ELEMENTS = 1 << 24  # of their systems of equations, 64 MiB
 
 _BLOCK = 32  # columns between two matrix products
-_JUDGED_ROWS = 128  # rows that a damping is chosen on, evenly spread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +123,7 @@ class Factor:
     Attributes:
         moments: H = the sum of share · [I, I] over these pairs, which are not copied.
         added: [I] what damping adds to H's diagonal.
-        order: [I] columns by ascending H_ii; they are rounded from the last to the first.
+        order: [I] columns; they are rounded from the last to the first.
         unit: [I, I] in that order, unit upper triangular R; what lies below the diagonal has no meaning.
         residual: [I] D: what of each column's mean square the columns that are rounded after it cannot make up for.
     """
@@ -159,19 +158,20 @@ def sum_of(moments: tuple[tuple[float, Tensor], ...], rows: Tensor | None = None
     return total
 
 
-def factorize(*moments: tuple[float, Tensor], damping: float) -> Factor:
+def factorize(*moments: tuple[float, Tensor], damping: float, order: Tensor | None = None) -> Factor:
     """The factor of H = the sum of share · [I, I]. One [I, I] lives on in it; while it is made, there are two.
 
     Args:
         damping: what is added to H_ii, as a share of the geometric mean of H_ii and its mean over i, besides 1e-4 of the latter. Where
             float32 cannot factorize the sum, ten times as much is added, and so on.
+        order: [I] columns, of which the last is rounded first; None: by ascending H_ii.
 
     Raises:
         ModelError: the moments are not finite.
     """
     diagonal = sum((share * moment.diagonal() for share, moment in moments), torch.zeros(len(moments[0][1])))
     mean = diagonal.mean()
-    order = diagonal.argsort(stable=True)
+    order = diagonal.argsort(stable=True) if order is None else order
     for more in _MORE_DAMPING if mean.isfinite() else ():
         added = (damping * (diagonal * mean).sqrt() + _LEAST_DAMPING * mean) * more
         added = torch.where(diagonal > 0, added, mean if mean > 0 else torch.tensor(1.0))
@@ -219,7 +219,7 @@ def choose_factor(weight: Tensor, codes: Tensor, grid: Grid, statistics: InputSt
     first = first_factor(statistics) if first is None else first
     if statistics.held_out is None:
         return first
-    chosen = torch.linspace(0, len(weight) - 1, min(len(weight), _JUDGED_ROWS)).round().long()
+    chosen = some_rows(torch.arange(len(weight)))
     rounding, held_out = (weight[chosen] - grid.rows(chosen).values(codes[chosen])).T, statistics.held_out
 
     def error(factor: Factor) -> float:

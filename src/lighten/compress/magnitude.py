@@ -13,28 +13,12 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-
-def keep_largest(score: Tensor, *, count: int) -> Tensor:
-    """[O, I] bool: each row's `count` highest scores, neither more nor fewer. Ties go to the lower column, so a rerun gives the same mask."""
-    best_first = score.argsort(dim=1, descending=True, stable=True)
-    return torch.zeros_like(score, dtype=torch.bool).scatter(1, best_first[:, :count], True)
+from lighten.compress.masks import Keep
 
 
-def prune_rows(weight: Tensor, *, sparsity: float) -> Tensor:
-    """Zeros the `round(sparsity · I)` smallest weights of each row."""
-    kept = weight.shape[1] - round(sparsity * weight.shape[1])
-    return weight * keep_largest(weight.abs(), count=kept)
-
-
-def prune_tensor(weight: Tensor, *, sparsity: float) -> Tensor:
-    """Zeros the `round(sparsity · O · I)` smallest weights of the matrix."""
-    return prune_rows(weight.reshape(1, -1), sparsity=sparsity).reshape(weight.shape)
-
-
-def prune_pattern(weight: Tensor, *, kept: int, of: int) -> Tensor:
-    """Of each `of` neighbours in a row, the `kept` largest stay; `of` divides I."""
-    groups = weight.reshape(-1, of)
-    return (groups * keep_largest(groups.abs(), count=kept)).reshape(weight.shape)
+def prune_magnitude(weight: Tensor, keep: Keep) -> Tensor:
+    """[O, I] with all but the largest weights set to 0."""
+    return weight * keep.mask(weight.abs())
 
 
 def prune_threshold(weight: Tensor, *, threshold: float) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lighten.compress import awq, smoothquant
+from lighten.compress.admm import prune_admm
 from lighten.compress.awq import Rounder
 from lighten.compress.block import Block, Subset
 from lighten.compress.fake_quant import STATIC_LARGEST, round_dynamic
@@ -19,20 +20,23 @@ from lighten.compress.gptq import GptqSettings, layer_error, quantize_gptq
 from lighten.compress.grid import QuantizedTensor, Weight
 from lighten.compress.hadamard import plan_rotation
 from lighten.compress.hqq import quantize_hqq
-from lighten.compress.magnitude import global_threshold, prune_pattern, prune_rows, prune_tensor, prune_threshold
+from lighten.compress.magnitude import global_threshold, prune_magnitude, prune_threshold
+from lighten.compress.masks import Keep
 from lighten.compress.minifloat import quantize_float
 from lighten.compress.rtn import quantize_rtn
 from lighten.compress.scale_search import search_scales
 from lighten.compress.scaling import job_mappings, scale_then
+from lighten.compress.sparsegpt import prune_sparsegpt
 from lighten.compress.stage import Change, Renewed, Stage
 from lighten.compress.statistics import InputStatistics, bfloat16_units
 from lighten.compress.walk import DoBlock, Job, Method, Run, change_weights, walk_blocks
+from lighten.compress.wanda import prune_wanda
 from lighten.compress.whole import allocate_then, tune
 from lighten.errors import UnsupportedFamily
 from lighten.model.spec import Linear, ModelSpec, WeightFormat
 from lighten.recipe import Recipe, Step
+from lighten.recipe.prune import parse_pattern
 from lighten.recipe.quantize import AUTO
-from lighten.recipe.steps import parse_pattern
 
 REPORTED_OUTPUTS = 256
 """Outputs of a layer, evenly spread, that its reported error is measured on: choice; on all of them it took 6 % of the walk (benchmarks/LOG.md)."""
@@ -72,19 +76,23 @@ def _cast(job: Job) -> Change:
     return lambda name, weight: weight.to(dtype)
 
 
+def keep_of(step: Step, sparsity: float | None = None) -> Keep:
+    """What a pruning step's arguments ask of each weight. sparsity: of this weight, where it is not the step's."""
+    if step["pattern"]:
+        return Keep(pattern=parse_pattern(step["pattern"]))
+    return Keep(sparsity=step["sparsity"] if sparsity is None else sparsity, scope=step["scope"])
+
+
 def _magnitude(job: Job) -> Change:
     step = job.step
     prune: Callable[[Tensor], Tensor]
-    if step["pattern"]:
-        kept, of = parse_pattern(step["pattern"])
-        prune = partial(prune_pattern, kept=kept, of=of)
-    elif step["threshold"]:
+    if step["threshold"]:
         prune = partial(prune_threshold, threshold=step["threshold"])
     elif step["scope"] == "global":
         threshold = global_threshold(lambda: (job.value(name) for name in sorted(job.names)), sparsity=step["sparsity"])
         prune = partial(prune_threshold, threshold=threshold)
     else:
-        prune = partial(prune_rows if step["scope"] == "row" else prune_tensor, sparsity=step["sparsity"])
+        prune = partial(prune_magnitude, keep=keep_of(step))
     return lambda name, weight: job.stored(name, prune(job.matrix(name, weight)))
 
 
@@ -166,6 +174,21 @@ def _solve_gptq(job: Job, block: Block, subset: Subset, statistics: InputStatist
         else:
             found |= quantize_gptq(weights, statistics, format, settings)
     return found
+
+
+def _solve_pruned(job: Job, block: Block, subset: Subset, statistics: InputStatistics) -> Mapping[str, Weight]:
+    weights = {name: block.weight(name) for name in subset.names}
+    keeps = {name: keep_of(job.step) for name in weights}
+    if not statistics.rows:
+        pruned = {name: prune_magnitude(weight, keeps[name]) for name, weight in weights.items()}
+    else:
+        damping = job.step["damping"]
+        settings = {} if damping is None else {"damping": None if damping == AUTO else damping}
+        pruned = PRUNERS[job.step.method](weights, statistics, keeps, **settings)
+    return {name: job.stored(name, weight) for name, weight in pruned.items()}
+
+
+PRUNERS: dict[str, Callable[..., dict[str, Tensor]]] = {"wanda": prune_wanda, "sparsegpt": prune_sparsegpt, "admm": prune_admm}
 
 
 def _gptq_settings(step: Step) -> GptqSettings:
@@ -276,6 +299,7 @@ def require_possible(run: Run, spec: ModelSpec, recipe: Recipe) -> None:
 METHODS: dict[tuple[str, str], Method] = {
     **{("cast", dtype): by_weight(_cast) for dtype in ("float32", "float16", "bfloat16")},
     ("prune", "magnitude"): by_weight(_magnitude),
+    **{("prune", method): by_block(each_subset(_solve_pruned)) for method in PRUNERS},
     ("quantize", "rtn"): _calibrated_where_static(_rtn, each_subset(_solve_nearest)),
     ("quantize", "hqq"): by_weight(_hqq),
     ("quantize", "gptq"): by_block(each_subset(_solve_gptq)),

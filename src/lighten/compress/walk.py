@@ -381,7 +381,7 @@ def _finished(original: Original, stage: Stage, spec: ModelSpec) -> Iterator[tup
     for name in stage.names:
         weight = stage[name]
         if isinstance(weight, Tensor) and stage.touched(name) and weight.is_floating_point():
-            weight = weight.to(getattr(torch, dtypes.get(name, spec.dtype)))
+            weight = weight.to(getattr(torch, dtypes.get(name, spec.dtype))) + 0.0  # of a zero the sign is lost where zeros are not stored
         if name not in known or not stage.touched(name):
             yield name, weight, None
         else:

@@ -123,8 +123,8 @@ def _forwards(spec: ModelSpec, workload: Workload) -> list[tuple[Forward, int | 
 
 
 def _inference_bytes(part: Part, dtype: str) -> int:
-    quantized = isinstance(part, Linear | Embedding) and part.weight.bits is not None
-    return part_weight_bytes(part, dtype) if quantized else round(part.parameters * dtype_bytes(dtype))
+    packed = isinstance(part, Linear | Embedding) and (part.weight.bits is not None or part.weight.pattern is not None)
+    return part_weight_bytes(part, dtype) if packed else round(part.parameters * dtype_bytes(dtype))
 
 
 def _inference(spec: ModelSpec, workload: Workload, forward: Forward, cached: int | None) -> Ledger:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 SAFETENSORS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+SPARSE = "sparse.safetensors"
+"""Weights without their zeros (`bitmask`): a name that loaders who do not know them do not look for."""
 ONNX = "model.onnx"
 OPENVINO = "openvino_model.xml"
 GGUF = "model.gguf"
@@ -13,10 +14,16 @@ FLOAT_PRODUCTS = ("session.qdq_matmulnbits_accuracy_level", "1")
 Source: onnxruntime_session_options_config_keys.h."""
 
 
-def shard(number: int, count: int) -> str:
-    """The name of one of several files of weights, numbered from 1, as Hugging Face numbers them.
+def shard(number: int, count: int, whole: str = SAFETENSORS) -> str:
+    """The name of one of several files of weights, numbered from 1, as Hugging Face numbers them. whole: the name of a single one.
 
     >>> shard(2, 13)
     'model-00002-of-00013.safetensors'
     """
-    return f"model-{number:05}-of-{count:05}.safetensors"
+    stem, _, kind = whole.partition(".")
+    return f"{stem}-{number:05}-of-{count:05}.{kind}"
+
+
+def index(whole: str = SAFETENSORS) -> str:
+    """The file that says which shard has which tensor."""
+    return f"{whole}.index.json"

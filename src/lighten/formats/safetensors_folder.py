@@ -17,10 +17,13 @@ from lighten.compress.checkpoint import Checkpoint
 from lighten.compress.grid import Quantized, QuantizedTensor
 from lighten.errors import ModelError
 from lighten.formats import files
+from lighten.formats.bitmask import pack_bitmask, unpack_bitmask
 from lighten.formats.packing import pack, pack_codes, unpack, unpack_codes
 from lighten.formats.safetensors_file import SafetensorsWriter, split, write_index
 from lighten.model.quantized import FORMAT, METHOD, MXFP4, NVFP4, TURNED, kind_of, refuse_layouts, scheme, shares_codes, typed_tensors
 from lighten.model.quantized.kv import KVFormat
+from lighten.model.quantized.masked import SPARSITY_CONFIG, is_masked, sparsity_config
+from lighten.model.quantized.stored import BITMASK, VALUES
 from lighten.model.read import SIDE_FILES, weight_files
 from lighten.model.safetensors_header import read_header
 from lighten.model.spec import PER_TENSOR, Embedding, Linear, ModelSpec, Part, TensorSpec
@@ -56,8 +59,11 @@ def write_folder(
     copy_side_files(source, folder)
     config = dict(spec.config) | {"dtype": spec.dtype}
     config.pop("torch_dtype", None)
+    config.pop(SPARSITY_CONFIG, None)
     if quantization := quantization_config(spec, kv_cache):
         config["quantization_config"] = quantization
+    if sparsity := sparsity_config(spec.parts):
+        config[SPARSITY_CONFIG] = sparsity
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -65,13 +71,14 @@ class _Folder:
     """The weight files of a folder while they are written."""
 
     def __init__(self, spec: ModelSpec, source: Path, folder: Path, shard_bytes: int) -> None:
-        self._owners = _owners(spec)
+        self._owners, self._masked = _owners(spec), masked_weights(spec)
         self._heads = [part for part in spec.parts if isinstance(part, Linear) and shares_codes(part)]
         groups = stored_specs(spec, source)
         shards = split(groups, shard_bytes)
-        names = [files.SAFETENSORS] if len(shards) == 1 else [files.shard(number, len(shards)) for number in range(1, len(shards) + 1)]
+        whole = files.SPARSE if self._masked else files.SAFETENSORS
+        names = [whole] if len(shards) == 1 else [files.shard(number, len(shards), whole) for number in range(1, len(shards) + 1)]
         if len(shards) > 1:
-            write_index(folder, dict(zip(names, shards, strict=True)), files.INDEX)
+            write_index(folder, dict(zip(names, shards, strict=True)), files.index(whole))
         self._shards = {folder / name: tensors for name, tensors in zip(names, shards, strict=True)}
         self._types = {tensor.name: tensor.dtype for tensors in shards for tensor in tensors}
 
@@ -94,7 +101,9 @@ class _Folder:
     def _stored(self, name: str, weight: Tensor | Quantized) -> Iterator[tuple[str, Tensor]]:
         """The tensors of the file that one weight becomes."""
         if isinstance(weight, Tensor):
-            if name in self._types:
+            if name in self._masked:
+                yield from _apart(name, weight, self._masked[name])
+            elif name in self._types:
                 yield name, weight.to(getattr(torch, self._types[name]))
             return
         part = self._owners.get(name)
@@ -110,6 +119,24 @@ class _Folder:
         for head in self._heads:
             if head.tied_to == part.name:
                 yield from ((f"{head.name}.{key}", packed[key]) for key in ("weight_scale", "weight_zero_point") if key in packed)
+
+
+def masked_weights(spec: ModelSpec) -> dict[str, Matrix]:
+    """The part of each weight that is stored without its zeros, by its tensor's name."""
+    found: dict[str, Matrix] = {}
+    for part in spec.parts:
+        if isinstance(part, Linear | Embedding) and is_masked(part):
+            found |= {name: part for name, shape in part.tensors().items() if name.endswith(".weight") and len(shape) == 2}
+    return found
+
+
+def _apart(name: str, weight: Tensor, part: Matrix) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a weight without its zeros."""
+    assert part.weight.kept is not None, "asked for where zeros are not stored"
+    matrix = weight.T.contiguous() if isinstance(part, Linear) and part.transposed else weight
+    bits, values = pack_bitmask(matrix.to(getattr(torch, part.weight.dtype)), part.weight.kept)
+    yield f"{name}{BITMASK}", bits
+    yield f"{name}{VALUES}", values
 
 
 def _owners(spec: ModelSpec) -> dict[str, Matrix]:
@@ -150,7 +177,17 @@ def _matrices(part: Part) -> dict[str, str]:
     return {name: part.weight.dtype for name, shape in part.tensors().items() if len(shape) >= 2}
 
 
-_PIECES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_global_scale", "weight_shape", "input_scale", "weight")
+_PIECES = (
+    "weight_bitmask",
+    "weight_values",
+    "weight_packed",
+    "weight_scale",
+    "weight_zero_point",
+    "weight_global_scale",
+    "weight_shape",
+    "input_scale",
+    "weight",
+)
 
 
 def _group_of(name: str) -> str:
@@ -261,14 +298,20 @@ class StoredWeights:
 
     def __init__(self, folder: Path, spec: ModelSpec) -> None:
         refuse_layouts(spec.parts, str(folder))
-        self._owners = _owners(spec)
+        self._owners, self._masked = _owners(spec), masked_weights(spec)
         self._stored = Checkpoint(folder)  # which maps one tensor at a time, however large the files are
         pieces = {piece for name, part in self._owners.items() for piece in _pieces_of(name, part)}
         pieces |= {name for part in spec.parts for name in typed_tensors(part) if part.name and name not in pieces and _is_copy(part, name)}
-        self.names = [*sorted(set(self._stored.names) - pieces), *sorted(self._owners)]
+        pieces |= {f"{name}{piece}" for name in self._masked for piece in (BITMASK, VALUES)}
+        self.names = [*sorted(set(self._stored.names) - pieces), *sorted(self._masked), *sorted(self._owners)]
 
     def __getitem__(self, name: str) -> Tensor | QuantizedTensor:
-        """The weight as it is stored."""
+        """The weight as it is stored; one without zeros, with them."""
+        if name in self._masked:
+            part = self._masked[name]
+            bits, values = (self._stored.mapped(f"{name}{piece}") for piece in (BITMASK, VALUES))
+            matrix = unpack_bitmask(bits, values, part.in_features if isinstance(part, Linear) else part.embedding_dim, name=name)
+            return matrix.T.contiguous() if isinstance(part, Linear) and part.transposed else matrix
         return _read_quantized(self._stored, name, self._owners[name]) if name in self._owners else self._stored.mapped(name)
 
     def expanded(self, name: str) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from lighten.compress.fake_quant import simulate_activations
 from lighten.errors import ModelError, UnsupportedFamily
 from lighten.formats.safetensors_folder import StoredWeights
+from lighten.model.quantized.masked import SPARSITY_CONFIG
 from lighten.model.read import weight_files
 from lighten.model.spec import Linear, ModelSpec
 
@@ -66,11 +67,12 @@ def _load(folder: Path, spec: ModelSpec, kind: Any, *, dtype: str, attention: st
     import transformers
 
     torch_dtype: torch.dtype = getattr(torch, dtype)
-    if "quantization_config" not in spec.config:
+    if "quantization_config" not in spec.config and SPARSITY_CONFIG not in spec.config:
         loaded = kind.from_pretrained(folder, dtype=torch_dtype, attn_implementation=attention, use_safetensors=True, local_files_only=True)
         return loaded.eval()
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    del config.quantization_config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     config.dtype = torch_dtype
     stored = StoredWeights(folder, spec)
     weights = {name: _Unread(stored, name) for name in stored.names if not name.endswith(".input_scale")}

@@ -27,7 +27,7 @@ from lighten.compress.grid import Quantized, QuantizedTensor
 from lighten.compress.memory_plan import release_free, run_dtype
 from lighten.errors import OutputError
 from lighten.formats import files
-from lighten.formats.safetensors_folder import StoredWeights, read_weights, stored_specs
+from lighten.formats.safetensors_folder import StoredWeights, masked_weights, read_weights, stored_specs
 from lighten.model.read import read_folder
 from lighten.model.spec import Attention, Embedding, Linear, ModelSpec
 
@@ -62,6 +62,7 @@ class Witness:
 
     def __init__(self, spec: ModelSpec, source: Path) -> None:
         self._types = {tensor.name: tensor.dtype for group in stored_specs(spec, source) for tensor in group}
+        self._types |= {name: part.weight.dtype for name, part in masked_weights(spec).items()}
         self._quantized = {name for part in spec.parts if isinstance(part, Linear | Embedding) and part.weight.bits for name in part.tensors()}
         self.digests: dict[str, bytes] = {}
 

@@ -15,6 +15,8 @@ from lighten.model.families import FAMILIES, describe
 from lighten.model.families._config import SHAPES
 from lighten.model.leftovers import left_out
 from lighten.model.quantized import quantized_parts, scale_names, stored_tensors, with_stored_scales
+from lighten.model.quantized.masked import SPARSITY_CONFIG, is_masked, masked_parts
+from lighten.model.quantized.stored import VALUES
 from lighten.model.safetensors_header import read_header
 from lighten.model.spec import Embedding, Linear, ModelSpec, Part, TensorSpec
 from lighten.units import DTYPE_BITS
@@ -110,6 +112,8 @@ def config_spec(config: Mapping[str, Any], *, name: str, source: str) -> ModelSp
             method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
             why = str(error).removeprefix(f"{source}: ").rstrip(".")
             notes += (f"its quantization_config ({method}) is not applied: every weight is counted as {dtype} ({why})",)
+    if SPARSITY_CONFIG in config:
+        parts = masked_parts(parts, config[SPARSITY_CONFIG], source)
     parts = tuple(_in_dtype(part, dtype) for part in parts)
     return ModelSpec(
         name=name,
@@ -201,10 +205,14 @@ def _limited(path: Path, most: int) -> bytes:
     return path.read_bytes()
 
 
+INDICES = ("model.safetensors.index.json", "sparse.safetensors.index.json")
+"""Files that say which shard has which tensor: of the field's, and of weights that are stored without their zeros."""
+
+
 def _shards(folder: Path) -> set[str] | None:
     """The files that a folder's index names; None without an index."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
+    index = next((folder / name for name in INDICES if (folder / name).is_file()), None)
+    if index is None:
         return None
     shards = parse_config(_limited(index, MAX_INDEX_BYTES), str(index)).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(name, str) and Path(name).name == name for name in shards.values()):
@@ -289,6 +297,8 @@ def make_spec(config: Mapping[str, Any], tensors: tuple[TensorSpec, ...], *, nam
     parts = describe(config, architecture)
     if quantization := config.get("quantization_config"):
         parts = quantized_parts(parts, quantization, source, types={tensor.name: tensor.dtype for tensor in tensors})
+    if SPARSITY_CONFIG in config:
+        parts = masked_parts(parts, config[SPARSITY_CONFIG], source)
     stored = tuple(tensor for tensor in tensors if not (tensor.name == "lm_head.weight" and config.get("tie_word_embeddings")))
     expected = {name: shape for part in parts for name, shape in stored_tensors(part).items()}
     left = left_out(config, parts, [tensor for tensor in stored if tensor.name not in expected])
@@ -315,7 +325,7 @@ def _as_stored(part: Part, types: Mapping[str, str]) -> Part:
         return part
     name = (part.tied_to if isinstance(part, Linear) else None) or part.name
     if part.weight.bits is None:
-        stored = f"{name}.weight"
+        stored = f"{name}.weight{VALUES if is_masked(part) else ''}"
         if stored not in types:  # experts: a name for each, or one tensor of another name for all
             stored = next(iter(part.tensors()))
         return replace(part, weight=replace(part.weight, dtype=types[stored]))

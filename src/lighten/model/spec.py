@@ -64,7 +64,9 @@ class WeightFormat:
         activation_zero_points: dynamic int8 activations have a zero point for each token, so that the codes reach from its smallest value to its
             largest.
         activation_group_size: columns of an input that share one of a token's dynamic scales; None: all.
-        sparsity: the share of zeros that pruning left. A dense layout stores them like any other weight.
+        sparsity: the share of zeros that pruning left.
+        pattern: (n, m) where of each m neighbours in a row n are left: then n values and their places are what a device that skips zeros keeps.
+        kept: how many weights a file stores, behind a bit for each that says which; None: all.
         ggml_type: the quantized type of ggml that it is stored in, such as `Q4_K`, which then says its bytes; `bits` is the width of its codes.
         layout: the tensors of another method's checkpoint, which then say its bytes; None: codes without gaps, scales and zero points.
     """
@@ -80,6 +82,8 @@ class WeightFormat:
     activation_zero_points: bool = False
     activation_group_size: int | None = None
     sparsity: float = 0.0
+    pattern: tuple[int, int] | None = None
+    kept: int | None = None
     ggml_type: str | None = None
     layout: Layout | None = None
 
@@ -90,18 +94,33 @@ class WeightFormat:
         return rows * (1 if self.group_size == PER_CHANNEL else math.ceil(columns / self.group_size))
 
     def stored_bytes(self, rows: int, columns: int) -> int:
-        """Bytes of the weight with its scales and zero points, codes packed without gaps, rounded up to whole bytes a row."""
+        """Bytes of the weight with its scales and zero points, codes packed without gaps, rounded up to whole bytes a row.
+
+        Of n:m patterns: n values and for each its place in ⌈log2 m⌉ bits (Mishra et al. 2021, arXiv:2104.08378, section 3.1).
+        """
         if self.ggml_type is not None:
             return GGML_TYPES[self.ggml_type].stored_bytes(rows, columns)
         if self.layout is not None:
             tensors = self.layout.tensors(rows, columns, self.scale_dtype).values()
             return sum(round(math.prod(shape) * dtype_bytes(dtype)) for shape, dtype in tensors)
+        if self.bits is None and self.pattern is not None:
+            n, m = self.pattern
+            values = columns * n // m
+            return rows * (round(values * dtype_bytes(self.dtype)) + math.ceil(values * (m - 1).bit_length() / 8))
         if self.bits is None:
             return round(rows * columns * dtype_bytes(self.dtype))
         scales = self.scales(rows, columns)
         zero_points = 0 if self.symmetric else math.ceil(scales * self.bits / 8)
         once = 4 if self.global_scale else 0
         return rows * math.ceil(columns * self.bits / 8) + round(scales * dtype_bytes(self.scale_dtype)) + zero_points + once
+
+    def file_bytes(self, rows: int, columns: int) -> int:
+        """Bytes of the weight in a file: with `kept`, so many values and a bit for each weight, each row's in whole bytes."""
+        if self.bits is not None or self.layout is not None:
+            return self.stored_bytes(rows, columns)
+        if self.kept is None:
+            return round(rows * columns * dtype_bytes(self.dtype))
+        return rows * math.ceil(columns / 8) + round(self.kept * dtype_bytes(self.dtype))
 
 
 @dataclass(frozen=True, kw_only=True)

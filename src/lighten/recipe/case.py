@@ -16,8 +16,8 @@ from lighten.parallel.plan import Plan
 from lighten.recipe.estimate import Estimate, estimate, forward_passes
 from lighten.recipe.placement import Use
 from lighten.recipe.predict import apply_recipe
-from lighten.recipe.predicted import is_packed
 from lighten.recipe.recipe import Recipe
+from lighten.recipe.sparse import has_sparse_products
 
 Target: TypeAlias = Device | Profile | None
 """Where it runs: a device of published figures, a machine that was probed, or nowhere: then memory and FLOPs alone are known."""
@@ -120,7 +120,7 @@ def cost_of(case: Case, target: Target = None) -> Cost:
     """
     found = _estimated(case, target)
     placed, time = found.placed, found.time
-    if time is not None and any(isinstance(part, Linear) and is_packed(part.weight) for part in case.changed.parts):
+    if time is not None and any(isinstance(part, Linear) and part.weight.pattern == (2, 4) for part in case.changed.parts):
         time = _sparse_time(case, target, time)
     cost = Cost(
         estimate=found, memory=found.memory, needed_bytes=placed.needed_bytes if placed else found.memory.peak,
@@ -142,15 +142,6 @@ def device_name(target: Target) -> str | None:
     return None if target is None else target.name if isinstance(target, Device) else "this"
 
 
-def has_sparse_products(device: Device) -> bool:
-    """Whether its matrix units skip the zeros of 2:4, told by the types that came with the same generation.
-
-    Source: NVIDIA A100 whitepaper (2020): third-generation tensor cores bring bfloat16, TF32 and 2:4 at once; AMD's whitepaper of CDNA 3
-    (2023): float8 and 4:2 at once. Of others no source is known here.
-    """
-    return {"NVIDIA": "bfloat16", "AMD": "float8"}.get(device.vendor, "") in device.peak_flops_per_s
-
-
 def _estimated(case: Case, target: Target) -> Estimate:
     if isinstance(target, Device):
         return estimate(case.spec, case.workload, recipe=case.recipe, device=target, plan=case.plan, use=Use(stack=case.stack))
@@ -160,8 +151,7 @@ def _estimated(case: Case, target: Target) -> Estimate:
 def _sparse_time(case: Case, target: Target, packed: TimePrediction) -> TimePrediction | None:
     """Time of 2:4 weights: where the device's matrix units skip zeros, linears at twice the dense rate; elsewhere that of dense weights."""
     if not isinstance(target, Device) or not has_sparse_products(target):
-        dense = tuple(step for step in case.recipe.steps if (step.verb, step.method) != ("prune", "sparsegpt"))
-        return _estimated(replace(case, recipe=replace(case.recipe, steps=dense)), target).time
+        return packed
     doubled = {name: SPARSE_SPEEDUP * rate for name, rate in target.peak_flops_per_s.items()}
     fast = _estimated(case, replace(target, peak_flops_per_s=doubled)).time
     if fast is None:

@@ -24,6 +24,7 @@ from lighten.recipe.on_machine import place_followed, place_on_machine
 from lighten.recipe.placement import Placed, Use
 from lighten.recipe.predict import apply_recipe, artifact_bytes
 from lighten.recipe.recipe import Recipe
+from lighten.recipe.sparse import as_run
 from lighten.trace.allocator import simulate
 from lighten.trace.cache import follow_once
 from lighten.trace.program import Facts, Followed, Program
@@ -154,7 +155,7 @@ def estimate(
     recipe = recipe or Recipe()
     workload = _with_cache(workload, recipe)
     check_workload(spec, workload)
-    changed = apply_recipe(recipe, spec)
+    changed = as_run(apply_recipe(recipe, spec), device)
     if workload.phase == "train" and any(isinstance(p, Linear | Embedding) and p.weight.bits for p in changed.parts):
         raise WorkloadError("phase train of quantized weights is not supported: codes have no gradient; train first, then quantize.")
     flops = workload_flops(changed, workload)

@@ -103,7 +103,7 @@ def weight_format(arguments: Arguments, columns: int, name: str, *, before: Weig
         RecipeError: a format of fixed groups that do not divide the columns.
     """
     word = arguments.get("format", "int")
-    before = before or WeightFormat()
+    before = replace(before or WeightFormat(), kept=None)
     if word in RECIPE_TYPES:
         return replace(before, **_ggml(word, columns))
     activations = arguments.get("activations", "none")

@@ -10,62 +10,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from lighten.errors import RecipeError
-from lighten.model.spec import Attention, Elementwise, Embedding, Linear, ModelSpec, Norm, Part, WeightFormat, block_name
-from lighten.recipe.steps import STEPS, is_pattern, parse_pattern
+from lighten.model.spec import Attention, Elementwise, Linear, ModelSpec, Norm, Part, block_name
+from lighten.recipe.steps import STEPS
 from lighten.recipe.words import (
-    TARGETS,
     Arguments,
     Parameter,
     StepKind,
-    change_weights,
-    columns_of,
     is_number,
     is_whole,
     refuse_quantized,
 )
-from lighten.units import DTYPE_BITS
 
 Stored = dict[str, tuple[tuple[int, ...], str]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SparseLayout:
-    """n of each m neighbours of a row: the n values, and for each of them its place in ⌈log2 m⌉ bits.
-
-    `values` [O, I·n/m], `places` uint8 [O, I·n/m · ⌈log2 m⌉ / 8].
-
-    Source: Mishra et al. 2021 (arXiv:2104.08378), section 3.1 and figure 2: 2-bit indices of 2:4.
-    """
-
-    kept: int
-    of: int
-    dtype: str
-
-    def tensors(self, rows: int, columns: int, scale_dtype: str) -> Stored:
-        values = columns * self.kept // self.of
-        places = (values * (self.of - 1).bit_length() + 7) // 8
-        return {".values": ((rows, values), self.dtype), ".places": ((rows, places), "uint8")}
-
-
-def is_packed(weight: WeightFormat) -> bool:
-    """Whether a weight is stored without its zeros."""
-    return isinstance(weight.layout, SparseLayout)
-
-
-# n of each m neighbours
-
-
-def _predict_packed(spec: ModelSpec, arguments: Arguments) -> ModelSpec:
-    kept, of = parse_pattern(arguments["pattern"])
-
-    def format_of(part: Linear | Embedding) -> WeightFormat:
-        refuse_quantized(part, "prune(sparsegpt)")
-        if columns_of(part) % of:
-            raise RecipeError(f"pattern={arguments['pattern']}: {of} does not divide the {columns_of(part)} columns of {part.name}.")
-        layout = SparseLayout(kept=kept, of=of, dtype=part.weight.dtype)
-        return replace(part.weight, bits=DTYPE_BITS[part.weight.dtype], sparsity=1 - kept / of, layout=layout)
-
-    return change_weights(spec, arguments, format_of)
 
 
 # structured pruning
@@ -182,13 +138,6 @@ def _predict_window(spec: ModelSpec, arguments: Arguments) -> ModelSpec:
 
 
 PREDICTED: dict[tuple[str, str], StepKind] = {
-    ("prune", "sparsegpt"): StepKind(
-        parameters={
-            "pattern": Parameter(accepts=is_pattern, says="n:m such as 2:4, n of each m neighbours stay", default="2:4"),
-            **TARGETS,
-        },
-        predict=_predict_packed, calibrated=True,
-    ),
     ("prune", "structured"): StepKind(
         parameters={
             "sparsity": Parameter(accepts=lambda v: is_number(v) and 0 < v < 1, says="the share of inner features that go, 0 to 1", default=0.25)

@@ -87,7 +87,7 @@ def _gptq() -> StepKind:
     """What is done beside the paper's algorithm can be said, and left out."""
     kind = _weights_kind("gptq", bits=4, group_size=128)
     own = {
-        "damping": Parameter(accepts=_is_damping, says="auto, or a number above 0 up to 10", default=AUTO),
+        "damping": Parameter(accepts=is_damping, says="auto, or a number above 0 up to 10", default=AUTO),
         "refine": Parameter(
             accepts=lambda v: is_count(v) and v <= MOST_ROUNDS, says=f"a number of rounds up to {MOST_ROUNDS}; without it by the width"
         ),
@@ -96,7 +96,7 @@ def _gptq() -> StepKind:
     return replace(kind, parameters={**kind.parameters, **own}, check=_check_gptq)
 
 
-def _is_damping(value: object) -> bool:
+def is_damping(value: object) -> bool:
     return value == AUTO or (is_number(value) and 0 < value <= 10)  # type: ignore[operator]
 
 

@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 
 from lighten.model.ggml_types import exact_ggml_type
+from lighten.model.quantized.masked import is_masked
 from lighten.model.quantized.packed import kind_of, scheme
 from lighten.model.quantized.stored import typed_tensors
 from lighten.model.spec import Embedding, Linear, ModelSpec, Part, Table, part_weight_bytes
@@ -22,6 +23,8 @@ _ENTRY = len('"":{"dtype":"","shape":[],"data_offsets":[,]},')
 """What the header of a safetensors file says of a tensor beside its name, type, shape and two offsets. Source: the `safetensors` package, README."""
 _TYPE = 4
 """Letters of a type's name in it: `BF16`, and one less of `F16` or `I32`."""
+_COUNT = len('      "": 100000,\n')
+"""What it says of a pruned module beside its name; its number of values is taken to have six digits."""
 _LINE = len('            "",\n')
 """What a config says of a quantized module beside its name, indented by two spaces a level."""
 
@@ -62,6 +65,8 @@ def _in_folder(part: Part, dtype: str) -> int:
     found = 0
     for name, (shape, stored) in typed_tensors(part).items():
         found += round(math.prod(shape) * dtype_bytes(stored or own or (whole if len(shape) > 1 else dtype))) + _entry_bytes(name, shape)
+    if is_masked(part):
+        found += len(part.name) + _COUNT
     return found + (sum(len(name) + _LINE for name in part.tensors() if name.endswith(".weight")) if quantized else 0)
 
 

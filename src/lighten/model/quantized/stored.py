@@ -14,6 +14,9 @@ from lighten.model.spec import Embedding, Linear, Part, TensorSpec
 DESCRIBES = re.compile(r"\.weight\.quant_state\.bitsandbytes__\w+$")
 """bitsandbytes' description of a weight, as the bytes of a JSON text."""
 
+BITMASK, VALUES = "_bitmask", "_values"
+"""What follows the name of a weight that is stored without its zeros."""
+
 
 def stored_tensors(part: Part) -> dict[str, tuple[int, ...]]:
     """The tensors that a checkpoint holds for a part, packed where its weight is quantized."""
@@ -23,10 +26,13 @@ def stored_tensors(part: Part) -> dict[str, tuple[int, ...]]:
 def typed_tensors(part: Part) -> Stored:
     """The same with the types of those that stand for a quantized weight; "" for the others."""
     tensors: Stored = {name: (shape, "") for name, shape in part.tensors().items()}
-    if not isinstance(part, Linear | Embedding) or part.weight.bits is None:
+    if not isinstance(part, Linear | Embedding) or (part.weight.bits is None and part.weight.kept is None):
         return tensors
     found: Stored = {}
     for name, (shape, _) in tensors.items():
+        if part.weight.kept is not None and part.weight.bits is None and name.endswith(".weight") and len(shape) == 2:
+            found |= {f"{name}{suffix}": each for suffix, each in _masked(part, part.weight.kept).items()}
+            continue
         if not _is_codes(part, name, shape):
             found[name] = (shape, "")
             continue
@@ -35,6 +41,12 @@ def typed_tensors(part: Part) -> Stored:
     if shares_codes(part):
         found |= {f"{part.name}{suffix}": each for suffix, each in _codes(part).items() if suffix in (".weight_scale", ".weight_zero_point")}
     return found
+
+
+def _masked(part: Linear | Embedding, kept: int) -> Stored:
+    """What follows a pruned weight's name: a bit for each weight, each row's in whole bytes, and the values of those that are left."""
+    rows, columns = (part.out_features, part.in_features) if isinstance(part, Linear) else (part.num_embeddings, part.embedding_dim)
+    return {BITMASK: ((rows, -(-columns // 8)), "uint8"), VALUES: ((kept,), part.weight.dtype)}
 
 
 def _is_codes(part: Linear | Embedding, name: str, shape: tuple[int, ...]) -> bool:

@@ -1,0 +1,61 @@
+"""Weights with zeros: how many stay, what a file needs for them, and where a device skips them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from lighten.model.spec import Embedding, Linear, ModelSpec, Part, WeightFormat
+
+if TYPE_CHECKING:
+    from lighten.device.device import Device
+
+
+def kept_weights(rows: int, columns: int, *, sparsity: float, by_row: bool, pattern: tuple[int, int] | None) -> int:
+    """How many weights of a matrix stay.
+
+    Args:
+        sparsity: the share that goes.
+        by_row: it is counted over each row, else over the matrix.
+        pattern: (n, m): of each m neighbours in a row n stay, whatever the sparsity.
+
+    >>> kept_weights(10, 5, sparsity=0.3, by_row=True, pattern=None), kept_weights(10, 5, sparsity=0.3, by_row=False, pattern=None)
+    (30, 35)
+    """
+    if pattern is not None:
+        return rows * columns // pattern[1] * pattern[0]
+    if by_row:
+        return rows * (columns - round(sparsity * columns))
+    return rows * columns - round(sparsity * rows * columns)
+
+
+def with_kept(weight: WeightFormat, rows: int, columns: int, kept: int) -> WeightFormat:
+    """The format that stores so many weights and a bit for each, where that takes less than all of them do."""
+    sparse = replace(weight, kept=kept)
+    return sparse if sparse.file_bytes(rows, columns) < replace(weight, kept=None).file_bytes(rows, columns) else replace(weight, kept=None)
+
+
+def has_sparse_products(device: Device) -> bool:
+    """Whether its matrix units skip the zeros of 2:4, told by the types that came with the same generation.
+
+    Source: NVIDIA A100 whitepaper (2020): third-generation tensor cores bring bfloat16, TF32 and 2:4 at once; AMD's whitepaper of CDNA 3
+    (2023): float8 and 4:2 at once. Of others no source is known here.
+    """
+    return {"NVIDIA": "bfloat16", "AMD": "float8"}.get(device.vendor, "") in device.peak_flops_per_s
+
+
+def as_run(spec: ModelSpec, device: Any) -> ModelSpec:
+    """The spec whose weights take what they take where it runs: n:m patterns without their zeros where the device skips those, else all dense.
+
+    Args:
+        device: a Device, a measured machine, or None.
+    """
+    if hasattr(device, "peak_flops_per_s") and has_sparse_products(device):
+        return spec
+
+    def dense(part: Part) -> Part:
+        if isinstance(part, Linear | Embedding) and part.weight.pattern is not None:
+            return replace(part, weight=replace(part.weight, pattern=None))
+        return part
+
+    return spec.with_parts(dense)
