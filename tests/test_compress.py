@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lighten.compress.grid import QuantizedTensor, to_groups
-from lighten.compress.magnitude import global_threshold, keep_largest, prune_pattern, prune_rows, prune_tensor, prune_threshold
+from lighten.compress.magnitude import global_threshold, prune_threshold
 from lighten.compress.rtn import quantize_rtn
 from lighten.compress.walk import Checkpoint, compress_weights
 from lighten.errors import ModelError
@@ -176,36 +176,6 @@ def test_scales_below_float16s_normal_numbers_are_coarse_but_never_add_more_than
 # ---- magnitude ----
 
 shares = st.floats(0.01, 0.99)
-
-
-def smallest(weight: torch.Tensor, zeros: int) -> set[int]:
-    """Brute force: indices of the smallest magnitudes, of equals the later ones."""
-    flat = weight.abs().reshape(-1).tolist()
-    return set(sorted(range(len(flat)), key=lambda i: (flat[i], -i))[:zeros])
-
-
-@given(layers, shares)
-def test_pruning_by_row_and_by_layer_zeroes_exactly_the_smallest(layer, sparsity):
-    by_row, by_layer = prune_rows(layer, sparsity=sparsity), prune_tensor(layer, sparsity=sparsity)
-    for row, pruned in [*zip(layer, by_row, strict=True), (layer.reshape(-1), by_layer.reshape(-1))]:
-        gone = smallest(row, round(sparsity * row.numel()))
-        expected = torch.tensor([0.0 if i in gone else float(value) for i, value in enumerate(row)])
-        assert torch.equal(pruned, expected)
-
-
-@given(layers, st.sampled_from([(1, 2), (2, 4), (3, 8), (1, 16), (7, 8)]))
-def test_patterns_keep_exactly_the_largest_of_each_group(layer, pattern):
-    kept, of = pattern
-    pruned = prune_pattern(layer, kept=kept, of=of)
-    for group, after in zip(layer.reshape(-1, of), pruned.reshape(-1, of), strict=True):
-        gone = smallest(group, of - kept)
-        assert torch.equal(after, torch.tensor([0.0 if i in gone else float(value) for i, value in enumerate(group)]))
-
-
-def test_ties_keep_the_first_and_the_count():
-    assert keep_largest(torch.ones(2, 5), count=2).tolist() == [[True, True, False, False, False]] * 2
-    assert prune_pattern(torch.tensor([[1.0, -1, 1, -1]]), kept=2, of=4).tolist() == [[1, -1, 0, 0]]
-    assert int((prune_tensor(torch.ones(3, 3), sparsity=0.5) == 0).sum()) == 4  # round(4.5), to even
 
 
 @given(layers, st.floats(1e-3, 1e3))

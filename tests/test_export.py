@@ -25,7 +25,7 @@ from lighten.compress.rtn import quantize_rtn
 from lighten.compress.walk import Checkpoint
 from lighten.errors import LightenError
 from lighten.formats import export as module
-from lighten.formats.export import DENSE, GGUF, PACKED, TARGETS, Exported, export
+from lighten.formats.export import DENSE, GGUF, PACKED, SPARSE, TARGETS, Exported, export
 from lighten.formats.gguf_file import write_gguf
 from lighten.formats.safetensors_folder import expanded_weights, write_folder
 from lighten.model import read_spec
@@ -87,7 +87,7 @@ def refused(call: Any) -> str:
 
 def test_every_pair_of_formats_is_done_or_refused():
     """The two tables are one: each pair in exactly one of them."""
-    pairs = {(kind, target) for kind in (DENSE, PACKED, GGUF) for target in TARGETS}
+    pairs = {(kind, target) for kind in (DENSE, SPARSE, PACKED, GGUF) for target in TARGETS}
     assert set(module._WAYS) | set(module._REFUSED) == pairs
     assert not set(module._WAYS) & set(module._REFUSED)
     assert tuple(command.TARGETS) == TARGETS

@@ -19,7 +19,7 @@ from torch import Tensor
 from lighten.compress import fake_quant
 from lighten.compress.checkpoint import Checkpoint
 from lighten.compress.journal import Journal
-from lighten.compress.methods import METHODS
+from lighten.compress.methods import METHODS, PRUNERS
 from lighten.compress.skeleton import Skeleton
 from lighten.compress.walk import Done, LayerReport, do_recipe, inputs_of
 from lighten.errors import LightenError, RecipeError, UnsupportedFamily
@@ -116,8 +116,9 @@ def test_a_method_keeps_what_a_model_computes_or_refuses_before_any_work(folders
 def test_every_registered_method_is_in_the_contract() -> None:
     covered = {(step.verb, step.method) for text in RECIPES.values() for step in parse_recipe(text).steps}
     by_weight = {("cast", dtype) for dtype in ("float32", "float16", "bfloat16")} | {("prune", "magnitude")}  # tests/test_compress.py
+    pruning = {("prune", method) for method in PRUNERS}  # tests/test_prune.py
     by_runtime = {("quantize", "dynamic"), ("quantize", "static")}  # tests/test_formats.py
-    assert METHODS.keys() == STEPS.keys() == covered | by_weight | by_runtime
+    assert METHODS.keys() == STEPS.keys() == covered | by_weight | by_runtime | pruning
 
 
 def test_the_same_seed_gives_the_same_bytes(folders: Folders, tmp_path: Path) -> None:

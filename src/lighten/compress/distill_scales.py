@@ -58,6 +58,7 @@ class Task:
         transposed: names of weights that the checkpoint stores as [I, O].
         batches: inputs that the original is asked on.
         folder: where its answers wait meanwhile, one hidden state a position.
+        pruned: names of weights whose zeros stay.
         rounding: while it is entered, the module rounds the activations that the quantized model rounds.
         log: is told how it goes on.
     """
@@ -68,6 +69,7 @@ class Task:
     transposed: frozenset[str] = frozenset()
     batches: Sequence[Sample]
     folder: Path
+    pruned: frozenset[str] = frozenset()
     rounding: Callable[[], AbstractContextManager[None]] = nullcontext
     log: Callable[[str], None] = lambda line: None
 

@@ -64,6 +64,8 @@ def quantize_ggml_together(
     scale, offset = (torch.cat([getattr(grid, kind) for grid in grids.values()]) for kind in ("scale", "offset"))
     general = Grid(scale=torch.where(scale == 0, torch.full_like(scale, _NOTHING), scale), offset=offset, levels=layout.levels)
     joined = torch.cat([weight.float() for weight in weights.values()])
+    if settings.keep_zeros and layout.middle is not None:  # with minima 0 is seldom on the grid
+        general = replace(general, zeros=joined == 0)
     nearest = torch.cat([grid.nearest(weight) for grid, weight in zip(grids.values(), weights.values(), strict=True)])
     factor = first if settings.damping is not None else choose_factor(joined, nearest, general, statistics, first=first)
     codes = gptq_codes(joined, factor, general)

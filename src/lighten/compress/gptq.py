@@ -65,11 +65,13 @@ class GptqSettings:
         damping: see `factorize`; None: chosen on held-out rows, which choose codes too where nothing is held out.
         refine: rounds of refitting scales and refining codes; None: as many as the width is worth.
         search: whole-number codes have searched scales and not those that span a group.
+        keep_zeros: weights that are 0 stay 0, as pruned ones should.
     """
 
     damping: float | None = None
     refine: int | None = None
     search: bool = True
+    keep_zeros: bool = False
 
     def rounds(self, bits: int | None) -> int:
         return _ROUNDS.get(bits or 0, 0) if self.refine is None else self.refine
@@ -87,11 +89,13 @@ class Grid:
         offset: [O, G] float32, or None for 0.
         levels: how many whole numbers from 0 on a code may be; or the numbers [L] that codes stand for, ascending; or a float, whose bit
             patterns codes are.
+        zeros: [O, I] weights that stay exactly 0, where the grid has a 0: pruned ones. None: none has to.
     """
 
     scale: Tensor
     offset: Tensor | None
     levels: int | Tensor | Literal["e4m3", "e2m1"]
+    zeros: Tensor | None = None
 
     @classmethod
     def of(cls, weight: QuantizedTensor) -> Grid:
@@ -104,7 +108,8 @@ class Grid:
 
     def rows(self, chosen: Tensor) -> Grid:
         """The grid of some rows."""
-        return Grid(scale=self.scale[chosen], offset=None if self.offset is None else self.offset[chosen], levels=self.levels)
+        offset, zeros = (None if each is None else each[chosen] for each in (self.offset, self.zeros))
+        return Grid(scale=self.scale[chosen], offset=offset, levels=self.levels, zeros=zeros)
 
     def values(self, codes: Tensor) -> Tensor:
         """[O, I] float32 that codes stand for."""
@@ -303,7 +308,7 @@ def refit_scales(weight: Tensor, codes: Tensor, factor: Factor, grid: Grid, *, d
         better = (gain > 0) & ((own.scale + moved).abs() > torch.finfo(dtype).tiny).all(-1)  # also not where a scale overflowed
         scale[chosen] += torch.where(better[:, None], moved, torch.zeros_like(moved))
     offset = None if grid.offset is None else grid.offset / grid.scale * scale
-    return Grid(scale=scale, offset=offset, levels=grid.levels)
+    return replace(grid, scale=scale, offset=offset)
 
 
 def _curvature(unscaled: Tensor, hessian: Tensor) -> Tensor:
@@ -353,7 +358,7 @@ def quantize_gptq(
     found = _with_scales(weights, first.residual, format, search=settings.search)
     sizes = [len(weight) for weight in weights.values()]
     joined = torch.cat([weight.float() for weight in weights.values()])
-    grid = _joined([Grid.of(weight) for weight in found.values()])
+    grid = replace(_joined([Grid.of(weight) for weight in found.values()]), zeros=joined == 0 if settings.keep_zeros else None)
     nearest = torch.cat([weight.codes for weight in found.values()])
     factor = first if settings.damping is not None else choose_factor(joined, nearest, grid, statistics, first=first)
     del first, nearest
@@ -402,6 +407,7 @@ class _Columns:
         self._scale = grid.scale.T.contiguous().numpy()
         self._offset = None if grid.offset is None else grid.offset.T.contiguous().numpy()
         self._shift = None if self._offset is None else self._offset / self._scale
+        self._zeros = None if grid.zeros is None else grid.zeros.T[order].contiguous().numpy()
         self._found = torch.empty(self.weight.shape, dtype=torch.uint8)
         if isinstance(grid.levels, Tensor):
             self._numbers, self._edges = grid.levels.numpy(), _edges(grid.levels).numpy()
@@ -423,6 +429,8 @@ class _Columns:
             if i + 1 < len(wanted):
                 target += pull[i, i + 1 :] @ moved[i + 1 :]
             value = self._round(self._groups[start + i], target, levels[i])
+            if self._zeros is not None:
+                self._clear(self._zeros[start + i], self._groups[start + i], value, levels[i])
             np.subtract(weight[i], value, out=wrong[i])
             if old is not None:
                 np.subtract(wrong[i], moved[i], out=moved[i])
@@ -448,6 +456,14 @@ class _Columns:
         if self._offset is not None:
             target += self._offset[group]
         return target
+
+    def _clear(self, zeros: npt.NDArray[np.bool_], group: int, value: Floats, level: Floats) -> None:
+        """The values that stay 0, and what stands for 0, which is on the grid to the last bit."""
+        value[zeros] = 0
+        if isinstance(self._levels, Tensor):
+            level[zeros] = int(np.abs(self._numbers).argmin())
+        else:
+            level[zeros] = 0 if self._shift is None else np.rint(-self._shift[group][zeros])
 
     def codes(self) -> Tensor:
         """[O, I] of all columns rounded last."""

@@ -29,14 +29,15 @@ from lighten.compress.scaling import job_mappings, scale_then
 from lighten.compress.sparsegpt import prune_sparsegpt
 from lighten.compress.stage import Change, Renewed, Stage
 from lighten.compress.statistics import InputStatistics, bfloat16_units
-from lighten.compress.walk import DoBlock, Job, Method, Run, change_weights, walk_blocks
+from lighten.compress.walk import DoBlock, Job, Method, Run, change_weights, walk_blocks, weights_of
 from lighten.compress.wanda import prune_wanda
 from lighten.compress.whole import allocate_then, tune
 from lighten.errors import UnsupportedFamily
-from lighten.model.spec import Linear, ModelSpec, WeightFormat
+from lighten.model.spec import Embedding, Linear, ModelSpec, WeightFormat
 from lighten.recipe import Recipe, Step
-from lighten.recipe.prune import parse_pattern
+from lighten.recipe.prune import IN_FOLDER, parse_pattern
 from lighten.recipe.quantize import AUTO
+from lighten.recipe.sparse import with_counts
 
 REPORTED_OUTPUTS = 256
 """Outputs of a layer, evenly spread, that its reported error is measured on: choice; on all of them it took 6 % of the walk (benchmarks/LOG.md)."""
@@ -94,6 +95,16 @@ def _magnitude(job: Job) -> Change:
     else:
         prune = partial(prune_magnitude, keep=keep_of(step))
     return lambda name, weight: job.stored(name, prune(job.matrix(name, weight)))
+
+
+def _prune_magnitude(job: Job) -> tuple[Stage, ModelSpec]:
+    """A threshold leaves as many as it leaves: they are counted."""
+    stage, spec = change_weights(job, _magnitude(job))
+    if job.step["threshold"] or job.step["scope"] == "global":
+        parts = [part for part in spec.parts if isinstance(part, Linear | Embedding) and not job.names.isdisjoint(weights_of(part))]
+        kept = {part.name: max(int(_value(stage[name]).count_nonzero()) for name in weights_of(part)) for part in parts}
+        spec = with_counts(spec, kept, in_folder=job.run.runtime in IN_FOLDER)
+    return stage, spec
 
 
 def _rtn(job: Job) -> Change:
@@ -159,6 +170,8 @@ def each_subset(solve: Callable[[Job, Block, Subset, InputStatistics], Mapping[s
 
 def _solve_gptq(job: Job, block: Block, subset: Subset, statistics: InputStatistics) -> Mapping[str, Weight]:
     settings = _gptq_settings(job.step) if job.step.method == "gptq" else GptqSettings()
+    pruned = any(job.formats[name].sparsity for name in subset.names)
+    settings = replace(settings, keep_zeros=pruned)
     found: dict[str, Weight] = {}
     by_format: dict[WeightFormat, list[str]] = {}
     for name in subset.names:
@@ -298,7 +311,7 @@ def require_possible(run: Run, spec: ModelSpec, recipe: Recipe) -> None:
 
 METHODS: dict[tuple[str, str], Method] = {
     **{("cast", dtype): by_weight(_cast) for dtype in ("float32", "float16", "bfloat16")},
-    ("prune", "magnitude"): by_weight(_magnitude),
+    ("prune", "magnitude"): _prune_magnitude,
     **{("prune", method): by_block(each_subset(_solve_pruned)) for method in PRUNERS},
     ("quantize", "rtn"): _calibrated_where_static(_rtn, each_subset(_solve_nearest)),
     ("quantize", "hqq"): by_weight(_hqq),

@@ -50,9 +50,10 @@ class Codes:
     Args:
         weight: whole-number codes under real scales.
         original: [O, I] what they stand for: a weight that lies between two codes can go to the other one sooner.
+        keep_zeros: codes that stand for 0 stay.
     """
 
-    def __init__(self, weight: QuantizedTensor, original: Tensor, pace: Pace, *, dtype: torch.dtype) -> None:
+    def __init__(self, weight: QuantizedTensor, original: Tensor, pace: Pace, *, dtype: torch.dtype, keep_zeros: bool = False) -> None:
         self._weight, self._dtype, self._pace = weight, dtype, pace
         self._scale = weight.scales()
         self._leaf = torch.zeros_like(self._scale).requires_grad_()
@@ -60,6 +61,8 @@ class Codes:
         zero = middle if weight.zero_point is None else weight.zero_point.float()[..., None]
         position = (to_groups(original.float(), weight.group_size) / self._scale[..., None] + zero).reshape(weight.codes.shape)
         self._apart = (position - weight.codes).clamp_(-0.5, 0.5).mul_(_MARGIN).half()
+        self._fixed = self.levels() == 0 if keep_zeros else None
+        self._hold()
 
     def value(self) -> Tensor:
         found: Tensor = _Rounded.apply(self._moved(), self)  # type: ignore[no-untyped-call]
@@ -96,7 +99,12 @@ class Codes:
         codes = self._weight.codes
         low, high = -0.5 - codes.half(), 2**self._weight.bits - 0.5 - codes.half()
         torch.clamp(self._apart, low, high, out=self._apart)  # at the end of the grid a number waits, instead of walking on without gradient
+        self._hold()
         return of_scale
+
+    def _hold(self) -> None:
+        if self._fixed is not None:
+            self._apart[self._fixed] = 0
 
     def _moved(self) -> Tensor:
         return self._scale * scale_factor(self._leaf, bits=self._weight.bits)
@@ -133,7 +141,7 @@ def train_codes(task: Task, settings: TuneSettings, *, code_rate: float = CODE_R
         if weight.element != "int":
             return Scales(weight, dtype=dtype)
         original = task.source(name)
-        return Codes(weight, original.T if name in task.transposed else original, pace, dtype=dtype)
+        return Codes(weight, original.T if name in task.transposed else original, pace, dtype=dtype, keep_zeros=name in task.pruned)
 
     def before_step(left: float) -> None:
         pace.rate = code_rate * left

@@ -1,7 +1,8 @@
 """SparseGPT: columns are pruned from the first to the last, and what each one's zeros do to the outputs is made up for by the columns to come.
 
 With the damped H = RᵀDR as in `gptq.py`, columns taken in their natural order, the best value of column i is w_i + Σ_j R_ij e_j over the columns j
-that are done, e = w - ŵ, and setting it to 0 costs D_i times its square, which is what the mask goes by.
+that are done, e = w - ŵ, and setting it to 0 costs D_i times its square. The mask of a block goes by that cost, with the values that its columns
+have while all of them are still free: w + R_bb⁻¹ R_b e.
 
 Source: Frantar & Alistarh 2023 (arXiv:2301.00774), algorithm 1: the mask of each block of columns is chosen when the block is reached, n of each m
 neighbours when these are. Deviations: none but the form, and what the damping is measured by (`gptq.factorize`).
@@ -58,10 +59,12 @@ def prune(weight: Tensor, factor: Factor, keep: Keep) -> Tensor:
     width = keep.pattern[1] if keep.pattern is not None else BLOCK
     for end in range(len(columns), 0, -width):
         start = max(0, end - width)
-        targets = torch.addmm(columns[start:end], factor.unit[start:end, end:], error[end:]) if end < len(error) else columns[start:end].clone()
-        kept = _kept((targets.square() * residual[start:end, None]).T.flip(1), keep, first=len(columns) - end).flip(1).T
+        moved = factor.unit[start:end, end:] @ error[end:]
+        alone = torch.linalg.solve_triangular(factor.unit[start:end, start:end], moved, upper=True, unitriangular=True)
+        score = (columns[start:end] + alone).square() * residual[start:end, None]
+        kept = _kept(score.T.flip(1), keep, first=len(columns) - end).flip(1).T
         for i in reversed(range(start, end)):
-            target = targets[i - start] + factor.unit[i, i + 1 : end] @ error[i + 1 : end]
+            target = columns[i] + moved[i - start] + factor.unit[i, i + 1 : end] @ error[i + 1 : end]
             error[i] = columns[i] - torch.where(kept[i - start], target, torch.zeros(()))
     pruned = torch.empty_like(columns)
     pruned[factor.order] = columns - error

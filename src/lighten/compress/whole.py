@@ -24,7 +24,7 @@ from lighten.compress.sensitivity import measure_sensitivity, option_errors
 from lighten.compress.skeleton import Skeleton
 from lighten.compress.stage import Journaled, Stage
 from lighten.compress.walk import DoBlock, Job, inputs_of, original_value, walk_blocks, weights_of
-from lighten.model.spec import ModelSpec, WeightFormat
+from lighten.model.spec import Embedding, Linear, ModelSpec, WeightFormat
 from lighten.recipe.automatic import Budget, budget, with_formats
 from lighten.recipe.number_formats import dividing_group
 
@@ -89,13 +89,21 @@ def tune(job: Job) -> tuple[Stage, ModelSpec]:
         task = Task(
             skeleton=skeleton, source=partial(original_value, job), weights=changed,
             transposed=job.transposed, batches=[inputs_of(skeleton.module, batch) for batch in _texts(job, skeleton)],
-            folder=journal.scratch, rounding=partial(simulating, skeleton.module, job.before, _input_scales(changed)), log=job.run.log,
+            folder=journal.scratch, pruned=pruned_names(job.before),
+            rounding=partial(simulating, skeleton.module, job.before, _input_scales(changed)),
+            log=job.run.log,
         )  # fmt: skip
         settings = TuneSettings(steps=job.step["steps"], learning_rate=job.step["learning_rate"])
         done: Mapping[str, Weight] = tune_scales(task, settings) if job.step.method == "scales" else train_codes(task, settings)
         journal.write(job.number, ALL, {name: _as_stored(job, name, weight) for name, weight in done.items()})
     names = journal.read(job.number, ALL).weights
     return Journaled(before=job.stage, journal=journal, pass_index=job.number, blocks=dict.fromkeys(names, ALL)), job.after
+
+
+def pruned_names(spec: ModelSpec) -> frozenset[str]:
+    """The weights whose zeros are to stay."""
+    found = (part for part in spec.parts if isinstance(part, Linear | Embedding) and part.weight.sparsity > 0)
+    return frozenset(name for part in found for name in weights_of(part))
 
 
 def _texts(job: Job, skeleton: Skeleton) -> list[dict[str, Tensor]]:

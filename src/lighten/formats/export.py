@@ -3,6 +3,7 @@
 | from \\ to | safetensors | compressed-tensors | gguf | onnx, openvino |
 |---|---|---|---|---|
 | dense safetensors | is one | refused: rounds | the same floats | the same floats, or float32 |
+| without its zeros | the same floats | refused: rounds | the same floats | the same floats, or float32 |
 | compressed-tensors | dequantized, float32 | is one | the type that holds the codes | the same codes, or float32 where the runtime has none such |
 | gguf | the narrowest float that holds all | Q4_0 and Q8_0 | is one | refused: by way of safetensors |
 
@@ -41,12 +42,15 @@ from lighten.model import ModelSpec, read_spec
 from lighten.model.ggml_types import exact_ggml_type, ggml_format
 from lighten.model.gguf_header import GgufHeader, read_gguf_header
 from lighten.model.quantized import refuse_layouts
+from lighten.model.quantized.masked import SPARSITY_CONFIG, is_masked
 from lighten.model.spec import Embedding, Linear, Part, TensorSpec, WeightFormat
 from lighten.recipe import Recipe, apply_recipe
 from lighten.recipe.targets import carries
 
 Weight: TypeAlias = Tensor | Quantized
 DENSE, PACKED, GGUF = "safetensors", "compressed-tensors", "gguf"
+SPARSE = "sparse safetensors"
+"""A source alone: `lighten compress` writes it."""
 GRAPHS = {"onnx": "onnxruntime", "openvino": "openvino"}
 """Format → the runtime whose artifact it is."""
 TARGETS = (DENSE, PACKED, GGUF, *GRAPHS)
@@ -138,7 +142,7 @@ class Source:
     """An opened source.
 
     Attributes:
-        kind: DENSE, PACKED or GGUF.
+        kind: DENSE, SPARSE, PACKED or GGUF.
         spec: by Hugging Face's names; its parts say how each weight is stored.
         weights: each weight by those names, as stored; anew at each call.
         side: a context with a folder that holds config and tokenizer, and the headers of the tensors that `spec` has.
@@ -161,7 +165,8 @@ def open_source(path: Path) -> Source:
         spec = read_spec(path)
         refuse_layouts(spec.parts, spec.source)
         quantized = any(part.weight.bits is not None for part in _matrices(spec))
-        return Source(path=path, kind=PACKED if quantized else DENSE, spec=spec, weights=lambda: iter(read_weights(path, spec)))
+        kind = PACKED if quantized else SPARSE if any(is_masked(part) for part in spec.parts) else DENSE
+        return Source(path=path, kind=kind, spec=_with_zeros(spec), weights=lambda: iter(read_weights(path, spec)))
     if path.is_dir() and (path / files.GGUF).is_file():
         path = path / files.GGUF
     elif graph:
@@ -171,6 +176,16 @@ def open_source(path: Path) -> Source:
         raise ModelError(f"{path}: no weights; a source is a folder of safetensors, or a .gguf file.")
     header = read_gguf_header(path)
     return Source(path=path, kind=GGUF, spec=_returned(spec, header), weights=lambda: _gguf_weights(path, spec))
+
+
+def _with_zeros(spec: ModelSpec) -> ModelSpec:
+    """The spec whose files hold all zeros, as its weights are read."""
+
+    def whole(part: Part) -> Part:
+        return replace(part, weight=replace(part.weight, kept=None)) if isinstance(part, Linear | Embedding) and is_masked(part) else part
+
+    config = {key: value for key, value in spec.config.items() if key != SPARSITY_CONFIG}
+    return replace(spec.with_parts(whole), config=config)
 
 
 def _original(folder: Path) -> str:
@@ -214,6 +229,10 @@ def _dequantized_folder(source: Source, folder: Path) -> Exported:
     spec = _plain(source.spec, "float32")
     _refuse_activations(source)
     return _write_folder(source, folder, spec, expanded_weights(source.path, source.spec), source.path)
+
+
+def _dense_folder(source: Source, folder: Path) -> Exported:
+    return _write_folder(source, folder, source.spec, source.weights(), source.path)
 
 
 def _write_folder(source: Source, folder: Path, spec: ModelSpec, weights: Iterable[tuple[str, Weight]], like: Path) -> Exported:
@@ -347,7 +366,7 @@ def _to_graph(format_name: str) -> Callable[[Source, Path], Exported]:
     runtime = GRAPHS[format_name]
 
     def write(source: Source, folder: Path) -> Exported:
-        kept = source.kind == DENSE or all(carries(runtime, part.weight, decoder=source.spec.is_decoder) for part in _matrices(source.spec))
+        kept = source.kind in (DENSE, SPARSE) or all(carries(runtime, part.weight, decoder=source.spec.is_decoder) for part in _matrices(source.spec))
         if not kept:
             _refuse_activations(source)
         spec = apply_recipe(Recipe(runtime=runtime), source.spec if kept else _plain(source.spec, "float32"))
@@ -455,17 +474,17 @@ def _write_tokenizer(path: Path, folder: Path) -> None:
 
 _Way: TypeAlias = Callable[[Source, Path], Exported]
 _WAYS: dict[tuple[str, str], _Way] = {
-    (PACKED, DENSE): _dequantized_folder, (GGUF, DENSE): _from_gguf, (GGUF, PACKED): _packed_from_gguf, (DENSE, GGUF): _to_gguf,
-    (PACKED, GGUF): _to_gguf, **{(kind, graph): _to_graph(graph) for kind in (DENSE, PACKED) for graph in GRAPHS},
+    (PACKED, DENSE): _dequantized_folder, (SPARSE, DENSE): _dense_folder, (GGUF, DENSE): _from_gguf, (GGUF, PACKED): _packed_from_gguf,
+    **dict.fromkeys(((DENSE, GGUF), (SPARSE, GGUF), (PACKED, GGUF)), _to_gguf),
+    **{(kind, graph): _to_graph(graph) for kind in (DENSE, SPARSE, PACKED) for graph in GRAPHS},
 }  # fmt: skip
+_ROUNDS = "is not quantized, and rounding loses; lighten compress {source} --recipe 'quantize(gptq, bits=4, group_size=64)' chooses codes."
 _REFUSED = {
     (DENSE, DENSE): "is dense safetensors already.",
     (PACKED, PACKED): "is compressed-tensors already.",
     (GGUF, GGUF): "is a GGUF file already.",
-    (
-        DENSE,
-        PACKED,
-    ): "is not quantized, and rounding loses; lighten compress {source} --recipe 'quantize(gptq, bits=4, group_size=64)' chooses codes.",
+    (DENSE, PACKED): _ROUNDS,
+    (SPARSE, PACKED): _ROUNDS,
     (GGUF, "onnx"): "becomes a graph by way of safetensors: lighten export {source} --to safetensors first.",
     (GGUF, "openvino"): "becomes a graph by way of safetensors: lighten export {source} --to safetensors first.",
 }

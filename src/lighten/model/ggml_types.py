@@ -81,6 +81,10 @@ def ggml_fallback(name: str, columns: int) -> str:
     return found if columns % GGML_TYPES[found].block == 0 else "F16"
 
 
+OFFSET = ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K")
+"""Types whose groups have an offset, so that 0 is seldom one of their values. Source: ggml-common.h, the blocks with `m` or `dmin`."""
+
+
 def ggml_format(name: str, columns: int) -> dict[str, Any]:
     """The fields of a `WeightFormat` for a matrix that is asked for in a type: those that `read_gguf` gives it.
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lighten.model.spec import Linear, ModelSpec
+from lighten.model.ggml_types import OFFSET
+from lighten.model.spec import Embedding, Linear, ModelSpec
 from lighten.recipe.number_formats import fallback_of, input_fallback_of
 from lighten.recipe.predict import apply_step
 from lighten.recipe.recipe import Recipe, Step
@@ -23,6 +24,8 @@ def notes(recipe: Recipe, spec: ModelSpec) -> list[str]:
         after = apply_step(step, spec, recipe.runtime)
         if step.verb == "quantize" and step["group_size"] is not None and step.method != "kv":
             found += _fallbacks(step, spec, fallback_of)
+        if filled := _filled(spec, after):
+            found.append(f"{step}: {_several(filled)} {'were' if len(filled) > 1 else 'was'} pruned, and this format has no exact 0.")
         if step["activation_group_size"] is not None:
             found += _fallbacks(step, spec, input_fallback_of)
         if (step.verb, step.method) == ("quantize", "auto"):
@@ -44,6 +47,13 @@ def _fallbacks(step: Step, spec: ModelSpec, fallback: Callable[[Arguments, int],
         f"{why} the {columns} columns of {_several(parts)}, which {'get' if len(parts) > 1 else 'gets'} {taken}."
         for (columns, why, taken), parts in names.items()
     ]
+
+
+def _filled(before: ModelSpec, after: ModelSpec) -> list[str]:
+    """Pruned weights that a step gives a type of ggml whose groups have offsets."""
+    pairs = ((one.weight, other.weight, one.name) for one, other in zip(before.parts, after.parts, strict=False)
+             if isinstance(one, Linear | Embedding) and isinstance(other, Linear | Embedding))  # fmt: skip
+    return [name for one, other, name in pairs if one.sparsity and one.ggml_type is None and other.ggml_type in OFFSET]
 
 
 def _several(names: list[str]) -> str:

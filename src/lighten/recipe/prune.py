@@ -13,7 +13,7 @@ from typing import Any
 from lighten.errors import RecipeError
 from lighten.model.spec import Embedding, Linear, ModelSpec, WeightFormat
 from lighten.recipe.quantize import AUTO, CALIBRATION, is_damping
-from lighten.recipe.sparse import kept_weights, with_kept
+from lighten.recipe.sparse import kept_weights, size_of, with_kept
 from lighten.recipe.words import TARGETS, Arguments, Parameter, StepKind, change_weights, columns_of, is_number, one_of, refuse_quantized
 
 LARGEST = 3e38
@@ -68,11 +68,11 @@ def _predict(method: str) -> Callable[[ModelSpec, Arguments], ModelSpec]:
             if pattern and columns_of(part) % pattern[1]:
                 raise RecipeError(f"pattern={arguments['pattern']}: {pattern[1]} does not divide the {columns_of(part)} columns of {part.name}.")
             weight = replace(part.weight, sparsity=sparsity, pattern=pattern, kept=None)
-            if not in_folder or "threshold" in arguments or arguments["scope"] == "global":
+            if not in_folder or "threshold" in arguments:
                 return weight
-            rows = part.out_features if isinstance(part, Linear) else part.num_embeddings
-            kept = kept_weights(rows, columns_of(part), sparsity=sparsity, by_row=arguments["scope"] == "row", pattern=pattern)
-            return with_kept(weight, rows, columns_of(part), kept)
+            rows, columns = size_of(part)
+            kept = kept_weights(rows, columns, sparsity=sparsity, by_row=arguments["scope"] == "row", pattern=pattern)
+            return with_kept(weight, rows, columns, kept)
 
         return change_weights(spec, arguments, format_of)
 

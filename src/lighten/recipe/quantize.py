@@ -159,11 +159,13 @@ def _predict_rotated(spec: ModelSpec, arguments: Arguments) -> ModelSpec:
     Whether a rotation passes through a model is seen in its traced graph, before any work on the weights.
 
     Raises:
-        RecipeError: a quantized weight.
+        RecipeError: a quantized weight, or a pruned one.
     """
     for part in spec.parts:
         if isinstance(part, Linear | Embedding):
             refuse_quantized(part, "rotate(hadamard)")
+            if part.weight.sparsity:
+                raise RecipeError(f"rotate(hadamard): {part.name} is pruned and a rotation leaves no zeros; put this step before prune.")
 
     def untied(part: Part) -> Part:
         return replace(part, tied_to=None) if isinstance(part, Linear) and part.component == "head" and part.tied_to else part

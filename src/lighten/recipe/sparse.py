@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,24 @@ def with_kept(weight: WeightFormat, rows: int, columns: int, kept: int) -> Weigh
     """The format that stores so many weights and a bit for each, where that takes less than all of them do."""
     sparse = replace(weight, kept=kept)
     return sparse if sparse.file_bytes(rows, columns) < replace(weight, kept=None).file_bytes(rows, columns) else replace(weight, kept=None)
+
+
+def with_counts(spec: ModelSpec, kept: Mapping[str, int], *, in_folder: bool) -> ModelSpec:
+    """The spec whose weights keep so many values, by the name of the module; of several experts the most."""
+
+    def counted(part: Part) -> Part:
+        if not isinstance(part, Linear | Embedding) or part.name not in kept:
+            return part
+        rows, columns = size_of(part)
+        weight = replace(part.weight, sparsity=1 - kept[part.name] / (rows * columns), pattern=None)
+        return replace(part, weight=with_kept(weight, rows, columns, kept[part.name]) if in_folder else weight)
+
+    return spec.with_parts(counted)
+
+
+def size_of(part: Linear | Embedding) -> tuple[int, int]:
+    """Output features and input features, or rows and columns of a table."""
+    return (part.out_features, part.in_features) if isinstance(part, Linear) else (part.num_embeddings, part.embedding_dim)
 
 
 def has_sparse_products(device: Device) -> bool:
