@@ -32,12 +32,14 @@ class Evaluator:
         windows: [windows, length] token ids of the test part.
         dtype: the type that weights and activations are computed in.
         cache: a folder that keeps the original's logits between calls.
+        architecture: a folder whose config builds the module of other weights than the original's; None: the original's.
     """
 
     model: Path
     windows: Ids
     dtype: torch.dtype
     cache: Path
+    architecture: Path | None = None
 
     def scores(self, weights: Mapping[str, Tensor] | None, *, int8_inputs: frozenset[str] = frozenset()) -> dict[str, Score]:
         """`language_fidelity` of the weights (None: the original's own) against the original in the same type.
@@ -67,7 +69,7 @@ class Evaluator:
         if weights is None:
             original: nn.Module = AutoModelForCausalLM.from_pretrained(self.model, dtype=self.dtype)
             return original.eval()
-        config = AutoConfig.from_pretrained(self.model)
+        config = AutoConfig.from_pretrained(self.architecture or self.model)
         if "lm_head.weight" in weights:  # a rotation makes the head a weight of its own
             config.tie_word_embeddings = False
         module: nn.Module = AutoModelForCausalLM.from_config(config, dtype=self.dtype)

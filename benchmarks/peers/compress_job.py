@@ -208,8 +208,11 @@ def write_embeddings(job: Job, encode: Callable[[Any, Any], Any], *, batch_size:
     np.save(Path(job.dense) / "embeddings.npy", np.concatenate(rows))
 
 
-def write_dense(job: Job, tensors: Mapping[str, Any]) -> None:
+def write_dense(job: Job, tensors: Mapping[str, Any], *, smaller: bool = False) -> None:
     """Write a model's weights, names and shapes as the original's; of a tied head nothing is written where it still is the embedding.
+
+    Args:
+        smaller: shapes may differ from the original's and names may be missing.
 
     Raises:
         ValueError: a tensor that the original lacks, one of another shape, or one that is missing.
@@ -226,12 +229,18 @@ def write_dense(job: Job, tensors: Mapping[str, Any]) -> None:
         else:  # a rotation makes the head a weight of its own
             shapes["lm_head.weight"] = list(table.shape)
     kept = {name: tensor for name, tensor in tensors.items() if name in shapes or not (name in left or name.rpartition(".")[2] in left)}
-    wrong = [name for name, tensor in kept.items() if shapes.get(name) != list(tensor.shape)] + sorted(set(shapes) - set(kept))
+    wrong = [] if smaller else [name for name, tensor in kept.items() if shapes.get(name) != list(tensor.shape)] + sorted(set(shapes) - set(kept))
     if wrong:
         raise ValueError(f"{len(wrong)} tensors differ from the original's in name or shape, {', '.join(wrong[:3])} for some.")
     Path(job.dense).mkdir(parents=True, exist_ok=True)
     plain = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in kept.items()}
     save_file(plain, Path(job.dense) / "model.safetensors", metadata={"format": "pt"})
+
+
+def share_of_zeros(tensors: Mapping[str, Any], linears: Mapping[str, int]) -> float:
+    """Of the weights of some linears; those that are gone altogether are not counted."""
+    kept = [tensors[f"{name}.weight"] for name in linears if f"{name}.weight" in tensors]
+    return float(sum(int((tensor == 0).sum()) for tensor in kept) / sum(tensor.numel() for tensor in kept))
 
 
 def unpack_gptq(tensors: Mapping[str, Any], bits: int) -> Any:

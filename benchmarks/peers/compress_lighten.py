@@ -59,6 +59,11 @@ def main() -> None:
         return
     spec = read_spec(artifact)
     linears = compress_job.linears_of(job.model)
+    if all(part.weight.bits is None for part in spec.parts if isinstance(part, Linear)):
+        dense = dict(expanded_weights(artifact, spec))
+        compress_job.write_dense(job, dense, smaller=True)
+        meter.report(job, "lighten", {"sparsity": compress_job.share_of_zeros(dense, linears)})
+        return
     bits: dict[str, Any] = compress_job.counted_bits(artifact, linears, code_bits=code_bits(spec, linears), symmetric=False)
     formats = {part.name: part.weight for part in spec.parts if isinstance(part, Linear)}
     bits["int8_inputs"] = sorted(name for name in linears if formats[name].activations is not None)

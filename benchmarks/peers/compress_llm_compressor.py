@@ -1,4 +1,5 @@
-"""llm-compressor: GPTQ, AWQ, RTN, and SmoothQuant followed by GPTQ, saved as compressed-tensors. Run by benchmarks/compression.py."""
+"""llm-compressor: GPTQ, AWQ, RTN, and SmoothQuant followed by GPTQ, saved as compressed-tensors; SparseGPT and Wanda, saved densely.
+Run by benchmarks/compression.py and benchmarks/pruning.py."""
 
 from __future__ import annotations
 
@@ -26,8 +27,17 @@ def scheme(settings: dict[str, Any]) -> dict[str, Any]:
     return {"targets": ["Linear"], "weights": weights, "input_activations": activations if settings.get("activations") else None}
 
 
+def pruning(settings: dict[str, Any]) -> list[Any]:
+    from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
+
+    kind = {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}[settings["method"]]
+    return [kind(sparsity=settings["sparsity"], mask_structure=settings["mask_structure"], targets=["Linear"], ignore=["re:.*lm_head"])]
+
+
 def modifiers(settings: dict[str, Any]) -> list[Any]:
     """The recipe of a method, each modifier with its package's defaults."""
+    if "mask_structure" in settings:
+        return pruning(settings)
     groups = {"group_0": scheme(settings)}
     if settings["method"] == "rtn":
         return [QuantizationModifier(config_groups=groups, ignore=["lm_head"])]
@@ -56,6 +66,11 @@ def main() -> None:
     model.save_pretrained(job.artifact, save_compressed=True)
     meter.saved()
     linears = compress_job.linears_of(job.model)
+    if "mask_structure" in job.settings:
+        dense = model.state_dict()
+        compress_job.write_dense(job, dense)
+        meter.report(job, "llmcompressor", {"sparsity": compress_job.share_of_zeros(dense, linears)})
+        return
     bits: dict[str, Any] = compress_job.counted_bits(Path(job.artifact), linears, code_bits=job.settings["bits"], symmetric=job.settings["symmetric"])
     from transformers import CompressedTensorsConfig
 
