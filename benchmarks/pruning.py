@@ -5,8 +5,8 @@
     python benchmarks/pruning.py --recipe "prune(admm, sparsity=0.6, tokens={tokens})"
 
 Everybody gets the same calibration tokens, `--tokens` in windows of 1,024 of the text's calibration part, and everybody's dense weights are scored by
-one evaluator: 20 windows of 1,024 tokens of the test part, perplexity and divergence from the original, both in bfloat16. A row's figures are those of
-benchmarks/compression.py, and
+one evaluator: 20 windows of 1,024 tokens of the test part, perplexity and divergence from the original, both in bfloat16. A row's figures are those
+of benchmarks/compression.py, and
 
     sparsity     the share of zeros in the linears that the step prunes
     excess       the logarithm of perplexity over the original's

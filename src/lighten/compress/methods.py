@@ -31,7 +31,7 @@ from lighten.compress.stage import Change, Renewed, Stage
 from lighten.compress.statistics import InputStatistics, bfloat16_units
 from lighten.compress.walk import DoBlock, Job, Method, Run, change_weights, walk_blocks, weights_of
 from lighten.compress.wanda import prune_wanda
-from lighten.compress.whole import allocate_then, tune
+from lighten.compress.whole import allocate_then, prune_then, tune
 from lighten.errors import UnsupportedFamily
 from lighten.model.spec import Embedding, Linear, ModelSpec, WeightFormat
 from lighten.recipe import Recipe, Step
@@ -191,7 +191,7 @@ def _solve_gptq(job: Job, block: Block, subset: Subset, statistics: InputStatist
 
 def _solve_pruned(job: Job, block: Block, subset: Subset, statistics: InputStatistics) -> Mapping[str, Weight]:
     weights = {name: block.weight(name) for name in subset.names}
-    keeps = {name: keep_of(job.step) for name in weights}
+    keeps = {name: keep_of(job.step, job.formats[name].sparsity) for name in weights}
     if not statistics.rows:
         pruned = {name: prune_magnitude(weight, keeps[name]) for name, weight in weights.items()}
     else:
@@ -312,7 +312,7 @@ def require_possible(run: Run, spec: ModelSpec, recipe: Recipe) -> None:
 METHODS: dict[tuple[str, str], Method] = {
     **{("cast", dtype): by_weight(_cast) for dtype in ("float32", "float16", "bfloat16")},
     ("prune", "magnitude"): _prune_magnitude,
-    **{("prune", method): by_block(each_subset(_solve_pruned)) for method in PRUNERS},
+    **{("prune", method): prune_then(each_subset(_solve_pruned)) for method in PRUNERS},
     ("quantize", "rtn"): _calibrated_where_static(_rtn, each_subset(_solve_nearest)),
     ("quantize", "hqq"): by_weight(_hqq),
     ("quantize", "gptq"): by_block(each_subset(_solve_gptq)),

@@ -5,9 +5,10 @@ Weights come block by block here too; what tuning changes, all codes among it, i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -19,14 +20,17 @@ from lighten.compress.fake_quant import simulating
 from lighten.compress.grid import QuantizedTensor, Weight
 from lighten.compress.memory_plan import SELF_LENGTH, SENSITIVITY_WINDOW, release_free
 from lighten.compress.qat import train_codes
+from lighten.compress.ratios import choose_kept
 from lighten.compress.self_text import prefixes_of, sample_text
-from lighten.compress.sensitivity import measure_sensitivity, option_errors
+from lighten.compress.sensitivity import Sensitivity, measure_sensitivity, option_errors
 from lighten.compress.skeleton import Skeleton
 from lighten.compress.stage import Journaled, Stage
 from lighten.compress.walk import DoBlock, Job, inputs_of, original_value, walk_blocks, weights_of
 from lighten.model.spec import Embedding, Linear, ModelSpec, WeightFormat
 from lighten.recipe.automatic import Budget, budget, with_formats
 from lighten.recipe.number_formats import dividing_group
+from lighten.recipe.prune import IN_FOLDER, UNIFORM
+from lighten.recipe.sparse import size_of, with_counts
 
 PROBE_BITS, PROBE_GROUP = 4, 64
 """How each weight is rounded to measure what its rounding costs; other widths follow from it. Choice: the commonest format."""
@@ -57,15 +61,39 @@ def allocate_then(do: DoBlock) -> Callable[[Job], tuple[Stage, ModelSpec]]:
     return method
 
 
+def prune_then(do: DoBlock) -> Callable[[Job], tuple[Stage, ModelSpec]]:
+    """Choose how many zeros each weight gets, where they are not to be spread evenly, then prune block by block."""
+
+    def method(job: Job) -> tuple[Stage, ModelSpec]:
+        if job.step["allocation"] == UNIFORM:
+            return walk_blocks(job, do)
+        journal = job.run.journal
+        if not journal.has(job.number, "allocation"):
+            parts = [part for part in job.before.parts if isinstance(part, Linear | Embedding) and not job.names.isdisjoint(weights_of(part))]
+            tensors = {part.name: weights_of(part) for part in parts}
+            sizes = {part.name: prod(size_of(part)) for part in parts}
+            seen = _seen(job, tensors)
+            kept = choose_kept(sizes, job.step["sparsity"], seen, tensors, lambda name: job.matrix(name, job.value(name)))
+            journal.write(job.number, "allocation", {}, [{"kept": kept}])
+        kept = journal.read(job.number, "allocation").reports[0]["kept"]
+        return walk_blocks(replace(job, after=with_counts(job.after, kept, in_folder=job.run.runtime in IN_FOLDER)), do)
+
+    return method
+
+
 def _errors(job: Job, limits: Budget) -> dict[str, list[float]]:
-    """What each weight's options cost, as a few backward passes tell it."""
+    """What each weight's options cost."""
     tensors = {part.name: weights_of(part) for part in job.before.parts if part.name in limits.options}
+    return option_errors(limits, _seen(job, tensors), job.value, tensors, matrix=job.matrix)
+
+
+def _seen(job: Job, tensors: Mapping[str, Sequence[str]]) -> dict[str, Sensitivity]:
+    """What a few backward passes tell of each matrix of some modules."""
     skeleton = job.skeleton(dtype=torch.bfloat16)
     shapes = {name: job.matrix(name, job.value(name)).shape for names in tensors.values() for name in names}
     probes = {name: WeightFormat(bits=PROBE_BITS, group_size=dividing_group(shape[1], PROBE_GROUP), symmetric=True) for name, shape in shapes.items()}
-    job.run.log("measuring what each weight's rounding costs")
-    seen = measure_sensitivity(skeleton, job.value, _short(job, skeleton), probes, matrix=job.matrix)
-    return option_errors(limits, seen, job.value, tensors, matrix=job.matrix)
+    job.run.log("measuring what an error in each weight costs")
+    return measure_sensitivity(skeleton, job.value, _short(job, skeleton), probes, matrix=job.matrix)
 
 
 def _short(job: Job, skeleton: Skeleton) -> list[dict[str, Any]]:

@@ -20,6 +20,8 @@ LARGEST = 3e38
 """A threshold above float32's largest number (3.4e38, IEEE 754) would keep nothing."""
 
 
+UNIFORM, BY_SENSITIVITY = "uniform", "sensitivity"
+"""Every weight has the same share of zeros; or more of them are where they cost less."""
 IN_FOLDER = ("torch", "torch-compile")
 """Runtimes whose artifact is a folder that lighten loads itself: it stores what is left of a pruned weight."""
 
@@ -52,6 +54,8 @@ def _check(*ways: str, scope: str) -> Callable[[Arguments], str | None]:
             return f"give exactly one of {', '.join(ways[:-1])} and {ways[-1]}; given: {', '.join(given) or 'none'}."
         if given != ["sparsity"] and arguments["scope"] != scope:
             return f"scope={arguments['scope']} has no effect with {given[0]}; it says over what a sparsity is counted."
+        if arguments.get("allocation", UNIFORM) != UNIFORM and (given != ["sparsity"] or arguments["scope"] != "layer"):
+            return f"allocation={arguments['allocation']} gives each layer a sparsity of its own; it goes with sparsity and scope=layer."
         return None
 
     return check
@@ -81,7 +85,8 @@ def _predict(method: str) -> Callable[[ModelSpec, Arguments], ModelSpec]:
 
 def _calibrated(method: str, *, scope: str, more: Mapping[str, Parameter]) -> StepKind:
     return StepKind(
-        parameters={"sparsity": SPARSITY, "pattern": PATTERN, "scope": one_of("row", "layer", default=scope), **more, **TARGETS, **CALIBRATION},
+        parameters={"sparsity": SPARSITY, "pattern": PATTERN, "scope": one_of("row", "layer", default=scope),
+            "allocation": one_of(UNIFORM, BY_SENSITIVITY, default=UNIFORM), **more, **TARGETS, **CALIBRATION},
         predict=_predict(method), check=_check("sparsity", "pattern", scope=scope), calibrated=True,
     )  # fmt: skip
 

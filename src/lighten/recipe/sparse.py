@@ -43,7 +43,7 @@ def with_counts(spec: ModelSpec, kept: Mapping[str, int], *, in_folder: bool) ->
         if not isinstance(part, Linear | Embedding) or part.name not in kept:
             return part
         rows, columns = size_of(part)
-        weight = replace(part.weight, sparsity=1 - kept[part.name] / (rows * columns), pattern=None)
+        weight = replace(part.weight, sparsity=1 - kept[part.name] / (rows * columns))
         return replace(part, weight=with_kept(weight, rows, columns, kept[part.name]) if in_folder else weight)
 
     return spec.with_parts(counted)
