@@ -222,11 +222,11 @@ def _sparse(case: Case, target: Target) -> Iterator[Lever]:
 
 
 def _narrow(case: Case, target: Target) -> Iterator[Lever]:
-    yield from (_recipe("narrow", case, f"prune(structured, sparsity={share})") for share in PRUNED_SHARES)
+    yield from (_recipe("narrow", case, f"shrink(ffn, ratio={share})") for share in PRUNED_SHARES)
 
 
 def _shallow(case: Case, target: Target) -> Iterator[Lever]:
-    yield _recipe("student", case, "distill(student, depth=0.5)")
+    yield _recipe("student", case, "shrink(layers, ratio=0.5)")
 
 
 def _windows(case: Case, target: Target) -> Iterator[Lever]:

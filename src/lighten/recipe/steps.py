@@ -14,6 +14,7 @@ from lighten.errors import RecipeError
 from lighten.model.spec import Embedding, Linear, ModelSpec, Part, WeightFormat
 from lighten.recipe.number_formats import group_columns
 from lighten.recipe.quantize import QUANTIZING
+from lighten.recipe.shrink import SHRINKING
 from lighten.recipe.words import TARGETS, Arguments, Parameter, StepKind, change_weights, columns_of, is_number, refuse_quantized, selected_names
 
 __all__ = ["STEPS", "Parameter", "StepKind", "group_columns", "is_pattern", "parse_pattern", "selected_names"]
@@ -96,5 +97,6 @@ STEPS: dict[tuple[str, str], StepKind] = {
         check=_check_magnitude,
     ),
     **QUANTIZING,
+    **SHRINKING,
 }  # fmt: skip
 """(verb, method) → its kind."""
