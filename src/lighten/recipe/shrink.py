@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate, chain
 from typing import Any
 
@@ -259,9 +260,11 @@ def _has_width(base: Parts, parts: Parts, before: int, after: int, *, heads: boo
 
     def as_wanted(one: Part, other: Part) -> bool:
         if isinstance(one, Attention) and isinstance(other, Attention):
-            query = one.num_attention_heads * after == other.num_attention_heads * before if heads else one == other
+            if not heads:
+                return one == other
             counts = {"num_attention_heads": other.num_attention_heads, "num_key_value_heads": other.num_key_value_heads}
-            return query and other == replace(one, **counts)  # type: ignore[arg-type]
+            share = all(getattr(one, name) * after == new * before for name, new in counts.items())
+            return share and other == replace(one, **counts)  # type: ignore[arg-type]
         if not isinstance(one, Linear | Embedding | Norm | Conv | Table | Elementwise):
             return one == other
         shapes = list(zip(one.tensors().items(), other.tensors().items(), strict=False))
@@ -338,7 +341,7 @@ def keep_blocks(spec: ModelSpec, kept: Mapping[str, tuple[int, ...]]) -> ModelSp
             raise RecipeError(f"{step}: the blocks of {stack} have different widths; a stack of equal blocks can lose some.")
     names = {name for part in base for name in (part.name, *part.tensors())}
     renamed = {f"{stack}.{new}": stacks[stack][old] for stack, places in kept.items() for new, old in enumerate(places)}
-    origin = lambda name: origin_of(name, renamed, names)  # noqa: E731
+    origin = partial(origin_of, renamed=renamed, known=names)
     shapes = {name: shape for part in base for name, shape in part.tensors().items()}
     attentions = {part.name: part for part in base if isinstance(part, Attention)}
 
@@ -405,9 +408,10 @@ def _predict_experts(spec: ModelSpec, arguments: Arguments) -> ModelSpec:
     if all(before == after for before, after in kept.items()):
         raise _all_stay(step, spec, arguments, f"{_listed(kept)} experts")
     for part in routed:
-        if kept[part.experts] < part.experts_per_row:
+        if kept[part.experts] < (least := max(2, part.experts_per_row)):
             raise RecipeError(
-                f"{step}: ratio={arguments['ratio']} leaves {kept[part.experts]} of {part.experts} experts, and a token meets {part.experts_per_row}."
+                f"{step}: ratio={arguments['ratio']} leaves {kept[part.experts]} of {part.experts} experts; at least {least} have to stay, "
+                f"for a token meets {part.experts_per_row} and a router chooses."
             )
     changes = {old: new for old, new in kept.items() if old != new}
     goal = Wanted(changes=changes, explicit=(), fits=lambda parts: _has_experts(base, parts, kept))
