@@ -35,13 +35,14 @@ from lighten.compress.block import Block, Subset
 from lighten.compress.channels import ChannelSet, find_sets
 from lighten.compress.graph import Graph
 from lighten.compress.look import look_at_blocks
-from lighten.compress.mappings import Channels
+from lighten.compress.mappings import Channels, names_by_key
 from lighten.compress.skeleton import Place, Skeleton
 from lighten.compress.smaller import Masked, Smaller, joined
 from lighten.compress.stage import Stage
 from lighten.compress.statistics import InputStatistics
 from lighten.compress.structured import group_costs, keep_groups, refit
 from lighten.compress.walk import Job, walk_blocks, weights_of
+from lighten.compress.width_constants import constant_factors
 from lighten.errors import RecipeError
 from lighten.model.spec import Linear, ModelSpec, Norm, block_name
 from lighten.recipe.shrink import keep_blocks, kept_count, origin_of, spread_evenly, stacks_of
@@ -142,6 +143,7 @@ def _shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 def shrink_channels(job: Job) -> tuple[Stage, ModelSpec]:
     """shrink(ffn), shrink(heads) and shrink(width)."""
     cuts = plan_cuts(job.graph, job.skeleton().places, job.before, job.after, _said(job))
+    scales = _scales(job, cuts)
     journal = job.run.journal
     if not journal.has(job.number, CHOICE):
         chosen = _choose_at_once(job, {index: cut for index, cut in enumerate(cuts) if not cut.local})
@@ -159,7 +161,7 @@ def shrink_channels(job: Job) -> tuple[Stage, ModelSpec]:
     for index, cut in enumerate(cuts):
         if index not in kept:  # no calibration row reaches it
             kept[index] = _best(_weight_scores(job, cut), cut.kept)
-    return _cut_down(job, stage, cuts, kept), job.after
+    return replace(_cut_down(job, stage, cuts, kept), scales=scales), job.after
 
 
 def _said(job: Job) -> str:
@@ -189,29 +191,32 @@ def _cut_down(job: Job, stage: Stage, cuts: Sequence[Cut], kept: Mapping[int, Te
     ends = [(end, index) for index, cut in enumerate(cuts) for end in cut.set.ends]
     changed = {end.name for end, _ in ends}
     names = [name for name in stage.names if name in known or name not in changed]
-    return Smaller(
-        before=stage, sources={name: name for name in names}, cuts=joined((end.name, end.axis, _indices(end, kept[index])) for end, index in ends),
-        scales=_norm_scales(job, cuts),
-    )  # fmt: skip
+    indices = joined((end.name, end.axis, _indices(end, kept[index])) for end, index in ends)
+    return Smaller(before=stage, sources={name: name for name in names}, cuts=indices)
 
 
-def _norm_scales(job: Job, cuts: Sequence[Cut]) -> dict[str, tuple[float, float]]:
-    """What the weight of each norm over fewer channels is multiplied by.
+def _scales(job: Job, cuts: Sequence[Cut]) -> dict[str, tuple[float, float]]:
+    """What the weight of each norm over fewer channels is multiplied by, and what makes up for numbers that follow from their count.
 
     Raises:
-        RecipeError: one has no weight.
+        RecipeError: a norm has no weight, or such a number is not made up for.
     """
     after = {part.name: part for part in job.after.parts if isinstance(part, Norm)}
-    offsets = {end.name: end.offset for cut in cuts if cut.set.normed for end in cut.set.ends}
-    found = {}
+    normed = [cut for cut in cuts if cut.set.normed]
+    factors: dict[str, float] = {}
     for part in job.before.parts:
-        if not isinstance(part, Norm) or part.size == after[part.name].size:
-            continue
-        if not part.affine:
-            raise RecipeError(f"{_said(job)}: {part.name} has no weight to take up that its mean is over fewer channels.")
-        name = f"{part.name}.weight"
-        found[name] = (math.sqrt(part.size / after[part.name].size), offsets.get(name, 0.0))
-    return found
+        if isinstance(part, Norm) and part.size != after[part.name].size:
+            if not part.affine:
+                raise RecipeError(f"{_said(job)}: {part.name} has no weight to take up that its mean is over fewer channels.")
+            factors[f"{part.name}.weight"] = math.sqrt(part.size / after[part.name].size)
+    if normed:
+        named = names_by_key(job.skeleton().places, job.graph.tied)
+        made_up = constant_factors(job.graph, job.run.graph(job.after), (job.before.config, job.after.config), _said(job))
+        for key, factor in made_up.items():
+            for name, _ in named.get(key, []):
+                factors[name] = factors.get(name, 1.0) * factor
+    offsets = {end.name: end.offset for cut in normed for end in cut.set.ends}
+    return {name: (factor, offsets.get(name, 0.0)) for name, factor in factors.items()}
 
 
 # block by block
