@@ -182,7 +182,7 @@ def _kept_heads(spec: ModelSpec, part: Attention, parts: Parts, ratio: float) ->
     """(query heads, key and value heads) that stay."""
     heads, groups = part.num_attention_heads, part.num_key_value_heads
     each, units = (heads // groups, groups) if groups > 1 else (1, heads)
-    width = _width(parts)
+    width = stream_width(parts)
     bound = spec.family in DIVISIBLE and width % heads == 0
     kept = next(count for count in range(_kept(units, ratio), units + 1) if not bound or width % (count * each) == 0)
     return kept * each, kept if groups > 1 else 1
@@ -215,7 +215,7 @@ def _alike(base: Parts, parts: Parts, as_wanted: Callable[[Part, Part], bool]) -
 # width
 
 
-def _width(parts: Parts) -> int:
+def stream_width(parts: Parts) -> int:
     """Channels of the stream that the blocks add to: what attention's projections read; of a model without, the embedding's."""
     linears = (part.in_features for part in parts if isinstance(part, Linear) and part.component == "attention")
     return next(chain(linears, (part.embedding_dim for part in parts if isinstance(part, Embedding))), 0)
@@ -225,13 +225,13 @@ def _predict_width(spec: ModelSpec, arguments: Arguments) -> ModelSpec:
     """The stream between the blocks loses channels, and each norm's eps rises as the sum of squares is over fewer; where a head's size follows
     from the width, as many heads go with them."""
     step, base = "shrink(width)", _base(spec, "shrink(width)")
-    before, ratio = _width(base), float(arguments["ratio"])
+    before, ratio = stream_width(base), float(arguments["ratio"])
     goals = list(_width_goals(spec, base, before, ratio))
     if not goals:
         raise _all_stay(step, spec, arguments, f"{before} channels")
     refusal = f"no fields of {spec.name}'s config say its width of {before} channels alone, or its width and heads."
     smaller = _apply(spec, step, base, (goal for _, goal in goals), refusal)
-    return replace(smaller, config=_scaled_eps(smaller.config, before / _width(smaller.parts)))
+    return replace(smaller, config=_scaled_eps(smaller.config, before / stream_width(smaller.parts)))
 
 
 def _width_goals(spec: ModelSpec, base: Parts, before: int, ratio: float) -> Iterator[tuple[int, Wanted]]:
@@ -272,7 +272,7 @@ def _has_width(base: Parts, parts: Parts, before: int, after: int, *, heads: boo
         return same and all(len(old) == len(new) and all(map(fits, old, new)) for (_, old), (_, new) in shapes)
 
     widths = [[layer.width for layer in _feed_forwards(each)] for each in (base, parts)]
-    return _alike(base, parts, as_wanted) and widths[0] == widths[1] and _width(parts) == after
+    return _alike(base, parts, as_wanted) and widths[0] == widths[1] and stream_width(parts) == after
 
 
 def _scaled_eps(config: Mapping[str, Any], factor: float) -> dict[str, Any]:
