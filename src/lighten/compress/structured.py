@@ -26,6 +26,8 @@ ROUNDS = 64
 def keep_groups(weight: Tensor, hessian: Tensor, groups: Tensor, *, count: int) -> Tensor:
     """The `count` groups that stay, rising, neither more nor fewer; of groups that cost the same the lower one stays.
 
+    Computed in the type of the moments.
+
     Args:
         weight: [O, I].
         hessian: [I, I], the mean of x xᵀ.
@@ -33,8 +35,9 @@ def keep_groups(weight: Tensor, hessian: Tensor, groups: Tensor, *, count: int) 
     """
     columns = groups.argsort(stable=True).reshape(int(groups.max()) + 1, -1)  # [C, G]
     left = torch.arange(len(columns))
-    value = weight.double()[:, columns.reshape(-1)]
-    inverse = torch.linalg.inv(damped(hessian)[columns.reshape(-1)][:, columns.reshape(-1)])
+    order = columns.reshape(-1)
+    value = weight.to(hessian.dtype)[:, order]
+    inverse = _inverse(damped(hessian), order)
     rounds = min(ROUNDS, len(columns) - count)
     for number in range(rounds):
         taken = -(-(len(left) - count) // (rounds - number))
@@ -52,7 +55,7 @@ def refit(weight: Tensor, hessian: Tensor, kept: Tensor) -> Tensor:
     Args:
         kept: [I] whether a column stays.
     """
-    known, matrix = weight.double(), damped(hessian)
+    known, matrix = weight.to(hessian.dtype), damped(hessian)
     made = torch.zeros_like(known)
     across = matrix[~kept][:, kept]
     made[:, kept] = known[:, kept] + known[:, ~kept] @ torch.linalg.solve(matrix[kept][:, kept], across.T).T
@@ -63,18 +66,27 @@ def group_costs(weight: Tensor, hessian: Tensor, groups: Tensor) -> Tensor:
     """[C] what each group costs that goes alone, relative to the output's mean square."""
     columns = groups.argsort(stable=True).reshape(int(groups.max()) + 1, -1)
     order = columns.reshape(-1)
-    value, matrix = weight.double()[:, order], damped(hessian)[order][:, order]
+    value, matrix = weight.to(hessian.dtype), damped(hessian)
     whole = ((value @ matrix) * value).sum()
-    return _costs(value, torch.linalg.inv(matrix), columns.shape[1]) / whole.clamp(min=torch.finfo(torch.float64).tiny)
+    return (_costs(value[:, order], _inverse(matrix, order), columns.shape[1]) / whole.clamp(min=torch.finfo(whole.dtype).tiny)).double()
+
+
+def _inverse(matrix: Tensor, order: Tensor) -> Tensor:
+    """The inverse with rows and columns in another order, in as few copies as there can be."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+    if torch.equal(order, torch.arange(len(order))):
+        return inverse
+    return inverse[order][:, order]
 
 
 def damped(hessian: Tensor) -> Tensor:
-    """[I, I] float64, with something on the diagonal that keeps it invertible; the identity where nothing was seen."""
-    matrix = hessian.double()
-    mean = matrix.diagonal().mean()
+    """[I, I] with something on the diagonal that keeps it invertible; the identity where nothing was seen."""
+    mean = hessian.diagonal().mean()
     if not bool(mean > 0):
-        return torch.eye(len(matrix), dtype=torch.float64)
-    return matrix + DAMPING * mean * torch.eye(len(matrix), dtype=torch.float64)
+        return torch.eye(len(hessian), dtype=hessian.dtype)
+    matrix = hessian.clone()
+    matrix.diagonal().add_(DAMPING * mean)
+    return matrix
 
 
 def _costs(weight: Tensor, inverse: Tensor, size: int) -> Tensor:
@@ -88,5 +100,6 @@ def _costs(weight: Tensor, inverse: Tensor, size: int) -> Tensor:
 
 def _without(weight: Tensor, inverse: Tensor, gone: Tensor) -> tuple[Tensor, Tensor]:
     """Weight and inverse of what stays, once the others are made up for."""
-    share = torch.linalg.solve(inverse[gone][:, gone], inverse[gone][:, ~gone])
-    return weight[:, ~gone] - weight[:, gone] @ share, inverse[~gone][:, ~gone] - inverse[~gone][:, gone] @ share
+    across = inverse[gone][:, ~gone]
+    share = torch.linalg.solve(inverse[gone][:, gone], across)
+    return weight[:, ~gone] - weight[:, gone] @ share, inverse[~gone][:, ~gone].addmm_(across.T, share, alpha=-1)
