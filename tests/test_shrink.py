@@ -2,9 +2,10 @@
 
 Oracles: transformers' own classes, which load what was written; brute-force least squares; a search of all choices on small cases.
 
-Faults put in by hand, each caught: a group's columns taken in the wrong order where a Conv1D holds queries, keys and values; the weight of an RMSNorm
-left as it was over fewer channels; heads removed without the others that share their key; a refit by the moments of the columns that go; layers
-numbered in the order of their influence; the router's rows left in their old order; the first block's table of positions lost with it.
+Faults put in by hand, each caught: columns of a group taken as if they lay side by side; the weight of an RMSNorm left as it was over fewer channels,
+and its eps; heads removed without the others that share their key; a refit of the wrong sign; of equal groups the higher one kept; blocks numbered in
+the order of their influence; the router's rows left in their old order; the first block's table of positions lost with it; a number that follows from
+the width not made up for; lists with an entry a block left as they were; heads of each block chosen by themselves where a table binds them.
 """
 
 from __future__ import annotations
@@ -232,6 +233,20 @@ def test_a_head_whose_size_followed_from_others_has_it_in_the_config(tmp_path: P
     write(folder, "mixtral", METHODS["heads"], tmp_path / "out")
     assert read_config(tmp_path / "out")["head_dim"] == 16
     load(tmp_path / "out")
+
+
+def test_heads_that_share_a_table_of_positions_go_in_all_blocks_alike(folders: Folders, tmp_path: Path) -> None:
+    """T5's blocks add the first one's table to their scores, one row a head: two stacks, each with one choice for its two blocks."""
+    with done(folders["t5"], "t5", METHODS["heads"], tmp_path / "work") as result:
+        assert list(result.weights)
+    kept: dict[int, list[tuple[int, ...]]] = {}
+    with Journal.open(tmp_path / "work", {}, resume=True) as journal:
+        for block in journal.blocks(0):
+            for report in journal.read(0, block).reports:
+                if "cut" in report:
+                    kept.setdefault(report["cut"], []).append(tuple(report["kept"]))
+    assert sorted(map(len, kept.values())) == [1, 1, 3, 3]  # cross attention by itself; the choice, and the same again in two blocks
+    assert all(len(set(each)) == 1 for each in kept.values())
 
 
 @pytest.mark.parametrize(
