@@ -366,6 +366,13 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(
     assert (tmp_path / "out" / "config.json").read_bytes() == (tmp_path / "whole" / "config.json").read_bytes()
 
 
+def test_how_many_zeros_stay_is_not_known(folders: Folders) -> None:
+    """Of what is cut or solved for anew; what keeps its shape keeps its zeros."""
+    after = apply_recipe(parse_recipe("prune(magnitude, sparsity=0.5) | shrink(ffn, ratio=0.5)"), read_spec(folders["llama"]))
+    zeros = {part.component: part.weight.sparsity for part in after.parts if isinstance(part, Linear) and part.component in ("mlp", "attention")}
+    assert zeros == {"mlp": 0.0, "attention": 0.5}
+
+
 # ---- edges ----
 
 

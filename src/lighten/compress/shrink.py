@@ -44,7 +44,7 @@ from lighten.compress.structured import group_costs, keep_groups, refit
 from lighten.compress.walk import Job, walk_blocks, weights_of
 from lighten.compress.width_constants import constant_factors
 from lighten.errors import RecipeError
-from lighten.model.spec import Linear, ModelSpec, Norm, block_name
+from lighten.model.spec import Attention, Linear, ModelSpec, Norm, block_name
 from lighten.recipe.shrink import keep_blocks, kept_count, origin_of, spread_evenly, stacks_of
 
 CHOICE = "choice"
@@ -78,7 +78,7 @@ def plan_cuts(graph: Graph, places: Mapping[str, Place], before: ModelSpec, afte
     try:
         return _plan(find_sets(graph, places), before, after, step)
     except RecipeError:
-        if not any(part.num_key_value_heads == 1 for part in before.parts if hasattr(part, "num_key_value_heads")):
+        if not any(isinstance(part, Attention) and part.num_key_value_heads == 1 for part in before.parts):
             raise
     return _plan(find_sets(graph, places, grouped=False), before, after, step)
 
@@ -283,7 +283,7 @@ def _reader_scores(weight: Tensor, statistics: InputStatistics, groups: Tensor, 
     """
     if not cut.set.normed:
         return group_costs(weight, statistics.hessian, groups)
-    energy = (weight.double() ** 2).sum(0) * statistics.hessian.diagonal().double()
+    energy = torch.linalg.vector_norm(weight, dim=0).double() ** 2 * statistics.hessian.diagonal().double()
     total = torch.zeros(cut.set.channels, dtype=torch.float64).index_add(0, groups, energy)
     return total / total.sum().clamp(min=torch.finfo(torch.float64).tiny)
 
@@ -292,8 +292,8 @@ def _weight_scores(job: Job, cut: Cut) -> Tensor:
     """[C] of channels whose readers no calibration row reaches: the product of what writes and what reads them, in sums of squares."""
     sides = {False: torch.zeros(cut.set.channels, dtype=torch.float64), True: torch.zeros(cut.set.channels, dtype=torch.float64)}
     for end in cut.set.ends:
-        value = job.value(end.name).double()
-        squares = (value**2).movedim(end.axis, 0).reshape(value.shape[end.axis], -1).sum(1)
+        value = job.value(end.name).float()
+        squares = torch.linalg.vector_norm(value.movedim(end.axis, 0).flatten(1) if value.ndim > 1 else value[:, None], dim=1).double() ** 2
         sides[(end.name, end.axis) in cut.set.consumers].index_add_(0, end.channel, squares)
     given = [side for side in sides.values() if bool(side.any())]
     return torch.stack(given).prod(0) if given else sides[False]

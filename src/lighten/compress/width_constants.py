@@ -68,11 +68,12 @@ def constant_factors(before: Graph, after: Graph, configs: tuple[Mapping[str, An
 
 def _changed(before: Graph, after: Graph, configs: tuple[Mapping[str, Any], Mapping[str, Any]], step: str) -> Iterator[tuple[int, float]]:
     """Number of a node that multiplies or divides by another number in the smaller model → old over new."""
-    if [node.name for node in before.nodes] != [node.name for node in after.nodes]:
+    pair = [[(number, node) for number, node in enumerate(graph.nodes) if node.name not in MOVE | PASS] for graph in (before, after)]
+    if len(pair[0]) != len(pair[1]) or any(one.name != other.name for (_, one), (_, other) in zip(*pair, strict=True)):
         raise RecipeError(f"{step}: the smaller model would run other operators than the model does.")
     old, new = (_buffers(config) if graph.buffers else {} for config, graph in zip(configs, (before, after), strict=True))
     old_made, new_made = _Sources(before), _Sources(after)
-    for number, (one, other) in enumerate(zip(before.nodes, after.nodes, strict=True)):
+    for (number, one), (_, other) in zip(*pair, strict=True):  # copies and views come and go with sizes of 1
         if one.name in ("aten.mul", "aten.div"):
             values = _number(one, old_made, old), _number(other, new_made, new)
             if values[0] is not None and values[1] is not None and values[0] != values[1]:

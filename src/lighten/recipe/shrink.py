@@ -82,10 +82,15 @@ def _apply(spec: ModelSpec, step: str, base: Parts, goals: Iterator[Wanted], ref
 
 
 def _replaced(spec: ModelSpec, step: str, config: Mapping[str, Any], parts: Parts) -> ModelSpec:
-    for before, after in zip(spec.parts, parts, strict=True):
-        if isinstance(after, Linear | Embedding) and before.tensors() != after.tensors():
-            refuse_quantized(after, step)
-    return replace(spec, config=config, parts=parts, tensors=None)
+    """With other parts; how many zeros there are among the values that stay, or that are solved for anew, is not known before."""
+
+    def counted(before: Part, after: Part) -> Part:
+        if not isinstance(after, Linear | Embedding) or before.tensors() == after.tensors():
+            return after
+        refuse_quantized(after, step)
+        return replace(after, weight=replace(after.weight, sparsity=0.0))
+
+    return replace(spec, config=config, parts=tuple(map(counted, spec.parts, parts)), tensors=None)
 
 
 def _all_stay(step: str, spec: ModelSpec, arguments: Arguments, what: str) -> RecipeError:
@@ -333,12 +338,7 @@ def keep_blocks(spec: ModelSpec, kept: Mapping[str, tuple[int, ...]]) -> ModelSp
     stacks = stacks_of(base)
     if all(len(kept[stack]) == len(blocks) for stack, blocks in stacks.items()):
         raise RecipeError(f"{step}: all of {spec.name}'s {' and '.join(str(len(blocks)) for blocks in stacks.values()) or 'no'} blocks would stay.")
-    for stack, blocks in stacks.items():
-        widths = {
-            block: next((part.in_features for part in base if isinstance(part, Linear) and block_name(part) == block), None) for block in blocks
-        }
-        if len(set(widths.values())) > 1:
-            raise RecipeError(f"{step}: the blocks of {stack} have different widths; a stack of equal blocks can lose some.")
+    _refuse_unequal(stacks, base, step)
     names = {name for part in base for name in (part.name, *part.tensors())}
     renamed = {f"{stack}.{new}": stacks[stack][old] for stack, places in kept.items() for new, old in enumerate(places)}
     origin = partial(origin_of, renamed=renamed, known=names)
@@ -362,6 +362,19 @@ def keep_blocks(spec: ModelSpec, kept: Mapping[str, tuple[int, ...]]) -> ModelSp
         which = "; ".join(f"{stack} {', '.join(map(str, places))}" for stack, places in kept.items())
         raise RecipeError(f"{step}: no fields of {spec.name}'s config say its number of blocks alone ({which} would stay).")
     return replace(spec, config=found[0], parts=carried(spec, base, found[1], origin), tensors=None)
+
+
+def _refuse_unequal(stacks: Mapping[str, list[str]], base: Parts, step: str) -> None:
+    """Raises:
+    RecipeError: a stack of blocks of different widths, as pyramids have them.
+    """
+    widths: dict[str, int] = {}
+    for part in base:
+        if isinstance(part, Linear) and (block := block_name(part)) is not None:
+            widths.setdefault(block, part.in_features)
+    for stack, blocks in stacks.items():
+        if len({widths.get(block) for block in blocks}) > 1:
+            raise RecipeError(f"{step}: the blocks of {stack} have different widths; a stack of equal blocks can lose some.")
 
 
 def origin_of(name: str, renamed: Mapping[str, str], known: set[str]) -> str:
