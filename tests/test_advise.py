@@ -34,8 +34,9 @@ from lighten.recipe.advise import GOALS, Advice, Line, advise, gains, join, loss
 from lighten.recipe.case import Case, cost_of, has_sparse_products
 from lighten.recipe.draft import ACCEPTED, expected_tokens, speculate
 from lighten.recipe.levers import LEVERS, Lever, compatible, propose
-from lighten.recipe.predicted import PREDICTED, kept_features
+from lighten.recipe.predicted import PREDICTED
 from lighten.recipe.quality import BASELINE, SAME, Quality, quality_of_cache, quality_of_step, together
+from lighten.recipe.shrink import kept_features
 from lighten.recipe.steps import STEPS
 from lighten.verbs import open_spec
 
@@ -118,16 +119,16 @@ def test_doctests(module):
 @pytest.mark.parametrize(
     ("name", "recipe", "changes"),
     [
-        ("llama", "prune(structured, sparsity=0.25)", {"intermediate_size": 576}),
-        ("bert", "prune(structured, sparsity=0.5)", {"intermediate_size": 256}),
-        ("gpt2", "prune(structured, sparsity=0.5)", {"n_inner": 256}),
-        ("t5", "prune(structured, sparsity=0.5)", {"d_ff": 256}),
-        ("mixtral", "prune(structured, sparsity=0.5)", {"intermediate_size": 192}),
-        ("llama", "distill(student, depth=0.5)", {"num_hidden_layers": 2}),
-        ("bert", "distill(student, depth=0.6)", {"num_hidden_layers": 3}),
-        ("gpt2", "distill(student, depth=0.25)", {"n_layer": 1}),
-        ("t5", "distill(student, depth=0.5)", {"num_layers": 2, "num_decoder_layers": 2}),
-        ("mixtral", "distill(student, depth=0.5)", {"num_hidden_layers": 2}),
+        ("llama", "shrink(ffn, ratio=0.25)", {"intermediate_size": 576}),
+        ("bert", "shrink(ffn, ratio=0.5)", {"intermediate_size": 256}),
+        ("gpt2", "shrink(ffn, ratio=0.5)", {"n_inner": 256}),
+        ("t5", "shrink(ffn, ratio=0.5)", {"d_ff": 256}),
+        ("mixtral", "shrink(ffn, ratio=0.5)", {"intermediate_size": 192}),
+        ("llama", "shrink(layers, ratio=0.5)", {"num_hidden_layers": 2}),
+        ("bert", "shrink(layers, ratio=0.4)", {"num_hidden_layers": 3}),
+        ("gpt2", "shrink(layers, ratio=0.75)", {"n_layer": 1}),
+        ("t5", "shrink(layers, ratio=0.5)", {"num_layers": 2, "num_decoder_layers": 2}),
+        ("mixtral", "shrink(layers, ratio=0.5)", {"num_hidden_layers": 2}),
     ],
 )
 def test_a_smaller_model_is_that_of_a_smaller_config(folder, tmp_path, name, recipe, changes):
@@ -176,9 +177,9 @@ def test_compress_refuses_a_predicted_step_in_one_line(tmp_path, capsys):
     from tiny_models import llama_config, save
 
     model = save(llama_config(), tmp_path / "model")
-    assert main(["compress", str(model), "--recipe", "distill(student)", "-o", str(tmp_path / "out")]) == 2
+    assert main(["compress", str(model), "--recipe", "shrink(window)", "-o", str(tmp_path / "out")]) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("lighten: distill(student) is predicted alone")
+    assert line.startswith("lighten: shrink(window) is predicted alone")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
@@ -186,14 +187,14 @@ def test_compress_refuses_a_predicted_step_in_one_line(tmp_path, capsys):
     ("name", "recipe", "says"),
     [
         ("bert", "shrink(window, size=64)", "shrink(window): bert has no causal attention over more than 64 keys."),
-        ("llama", "quantize(rtn, bits=4) | prune(structured)", "prune(structured): model.layers.0.mlp.gate_proj is already quantized to 4 bits;"),
+        ("llama", "quantize(rtn, bits=4) | shrink(ffn)", "shrink(ffn): model.layers.0.mlp.gate_proj is already quantized to 4 bits;"),
         (
             "llama",
             "quantize(rtn, bits=4) | prune(sparsegpt, pattern=2:4)",
             "prune(sparsegpt): model.layers.0.self_attn.q_proj is already quantized to 4 bits;",
         ),
         ("llama", "prune(sparsegpt, pattern=2:5)", "pattern=2:5: 5 does not divide the 256 columns of model.layers.0.self_attn.q_proj."),
-        ("llama", "distill(student, depth=0.9)", "distill(student): depth=0.9 of llama's 4 blocks leaves all of them."),
+        ("llama", "shrink(layers, ratio=0.1)", "shrink(layers): all of llama's 4 blocks would stay."),
     ],
 )
 def test_what_a_predicted_step_cannot_take_is_said(folder, name, recipe, says):
@@ -208,8 +209,8 @@ def test_a_recipe_names_what_is_predicted_alone():
 
     for text, says in {
         "squeeze(rtn)": named(),
-        "distill(magic)": named("distill"),
-        "prune(magic)": f"methods: magnitude, wanda, sparsegpt, admm. {named('prune')}",
+        "shrink(magic)": named("shrink"),
+        "prune(magic)": "methods: magnitude, wanda, sparsegpt, admm.",
     }.items():
         with pytest.raises(RecipeError) as caught:
             parse_recipe(text)
@@ -248,7 +249,8 @@ def test_ranges_of_pruning(folder, recipe, low, high):
 
 
 @pytest.mark.parametrize(
-    "recipe", ["quantize(rtn, bits=2, group_size=64)", "prune(magnitude, sparsity=0.3)", "distill(student)", "quantize(rtn, bits=4, targets=mlp)"]
+    "recipe",
+    ["quantize(rtn, bits=2, group_size=64)", "prune(magnitude, sparsity=0.3)", "shrink(layers, ratio=0.5)", "quantize(rtn, bits=4, targets=mlp)"],
 )
 def test_what_no_row_is_of_is_not_known(folder, recipe):
     assert quality_of_step(parse_recipe(recipe).steps[0], spec_of(folder, "wide")) is None
@@ -450,7 +452,7 @@ def test_expected_tokens_is_the_mean_of_rounds(accepted, proposed):
 def test_a_draft_speeds_up_by_the_best_number_of_proposals(folder):
     case = case_of(spec_of(folder, "wide"), "decode", seq_len=512, new_tokens=16)
     smaller = spec_of(folder, "wide")
-    smaller = apply_recipe(parse_recipe("distill(student, depth=0.1)"), smaller)
+    smaller = apply_recipe(parse_recipe("shrink(layers, ratio=0.9)"), smaller)
     found = speculate(case, gpu(), smaller)
     slow, middle, fast = found.speedup
     assert 1 < slow < middle < fast
@@ -598,10 +600,10 @@ def test_a_type_that_was_asked_for_is_changed_by_name(folder):
 def test_joined_levers_are_one_recipe_in_order():
     parts = [
         Lever(name="quantize", steps="quantize(rtn, bits=4)"),
-        Lever(name="student", steps="distill(student)"),
+        Lever(name="student", steps="shrink(layers, ratio=0.5)"),
         Lever(name="batch", workload={"batch_size": 4}),
     ]
-    assert join(parts).text() == "--recipe 'distill(student) | quantize(rtn, bits=4)' --batch-size 4"
+    assert join(parts).text() == "--recipe 'shrink(layers, ratio=0.5) | quantize(rtn, bits=4)' --batch-size 4"
 
 
 def test_advice_of_a_recipe_goes_on_from_it(folder):

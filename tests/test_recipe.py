@@ -39,7 +39,7 @@ from lighten.runtimes import MODULES
 
 CANDIDATES: tuple[Any, ...] = (
     True, False, 1, 2, 3, 4, 8, 16, 32, 0.1, 0.25, 0.5, "row", "layer", "global", "channel", "tensor", "2:4", "1:2", "3:8",
-    "fp8", "q4_k", "none", "dynamic", "auto", "70MB", "0.5 GiB", "2,4", "query|q_proj", "", "a.b", "1", "true", "1e3", "nan", " ",
+    "fp8", "q4_k", "none", "dynamic", "auto", "even", "70MB", "0.5 GiB", "2,4", "query|q_proj", "", "a.b", "1", "true", "1e3", "nan", " ",
     "x, y=(z) | w @ torch", "it's", 'say "x"', "line\n",
 )  # fmt: skip
 """Values of every kind that an argument may have, awkward ones too; each parameter takes those that it accepts."""
@@ -158,7 +158,7 @@ def test_a_file_says_what_its_text_says(tmp_path, suffix):
 # ---- what is refused, in words ----
 
 REFUSED = {
-    "squeeze(rtn)": "step 'squeeze' does not exist; steps: cast, distill, prune, quantize, rotate.",
+    "squeeze(rtn)": "step 'squeeze' does not exist; steps: cast, distill, prune, quantize, rotate, shrink.",
     "quantize(magic)": "quantize has no method 'magic'; methods: rtn, hqq, gptq, awq, smoothquant, auto, kv, dynamic, static.",
     "prune(2)": "prune has no method '2'; methods: magnitude, wanda, sparsegpt, admm.",
     "quantize(rtn, width=4)":
@@ -340,9 +340,9 @@ def test_every_step_on_every_runtime_is_carried_or_refused(runtime, architecture
             by_runtime = (
                 rf"runtime {runtime} (cannot carry \S+ as .*; it carries .*|does not run decoders here; these do: .*|has a cache of its own; .*)\.$"
             )
-            refusals = (
-                rf"{by_runtime}|{verb}\({method}\b.*(cannot be made so small|has none; put it after quantize|no causal attention|not divide heads)"
-            )
+            own = "cannot be made so small|has none; put it after quantize|no causal attention|not divide heads"
+            own += "|cannot go alone|leaves all|would stay|no experts"
+            refusals = rf"{by_runtime}|{verb}\({method}\b.*({own})"
             assert said is None or re.match(refusals, said)
 
 
@@ -376,7 +376,8 @@ FEW: dict[str, tuple[Any, ...]] = {
     "targets": ("query|q_proj",), "format": FORMATS[1:], "activations": ("dynamic", "static"), "tokens": (4096,),
     "symmetric_activations": (True, False), "activation_group_size": (96,), "self_tokens": (0,), "alpha": (0.25, "auto"),
     "size": ("1MB", 64), "widths": ("3,4,8",), "steps": (3,),
-    "damping": (0.01, "auto"), "refine": (0, 2), "search": (False, True), "learning_rate": (0.01,), "depth": (0.5,),
+    "damping": (0.01, "auto"), "refine": (0, 2), "search": (False, True), "learning_rate": (0.01,), "ratio": (0.5, 0.25),
+    "keep": (1,), "by": ("even", "last"),
 }  # fmt: skip
 """A few values of each parameter of the registry."""
 COMBINED = ("sparsity", "threshold", "pattern", "scope", "bits", "group_size", "symmetric", "embeddings")
@@ -396,7 +397,7 @@ def variants(kind: StepKind) -> Iterator[dict[str, Any]]:
         few[name] = few[name][3:] if name in combined else few[name]
         if not few[name]:
             continue
-        bases = [found[-1]] if name == "targets" and found else [{}, *found[:1], {"size": "1MB"}]
+        bases = [found[-1]] if name == "targets" and found else [{}, *found[:1], {"size": "1MB"}, {"ratio": 0.5}]
         base = next((options for options in bases if is_possible(kind, options | {name: few[name][0]})), {})
         yield from (base | {name: value} for value in few[name] if is_possible(kind, base | {name: value}))
 
@@ -487,7 +488,9 @@ def test_what_a_step_does_is_what_it_predicts(model, step, models, tmp_path):
     """Format and sparsity of each weight, and the bytes on disk."""
     made, spec = recipe_of(step), read_spec(models[model])
     if (said := refusal(lambda: apply_recipe(made, spec))) is not None:
-        assert re.search("runtime torch cannot carry|no causal attention|does not divide heads|cannot be made so small", said), said
+        assert re.search(
+            "runtime torch cannot carry|no causal attention|does not divide heads|cannot be made so small|has no experts|cannot go alone", said
+        ), said
         return
     predicted = apply_recipe(made, spec)
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -68,6 +68,7 @@ class Graph:
         tied: a tied parameter's other names → its first.
         tables: names of parameters, tied ones among them, that their module looks rows up in.
         outputs: what the model gives.
+        buffers: index of a value → the buffer's name.
     """
 
     nodes: tuple[Node, ...]
@@ -75,6 +76,7 @@ class Graph:
     tied: Mapping[str, str]
     tables: frozenset[str]
     outputs: tuple[Value, ...]
+    buffers: Mapping[int, str] = field(default_factory=dict)
 
     def last_uses(self) -> dict[int, int]:
         """Index of a value → the number of the last node that reads it."""
@@ -135,6 +137,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             first = self._parameters.setdefault(self._value(parameter).index, name)
             if first != name:
                 self._tied[name] = first
+        self._buffers = {self._value(buffer).index: name for name, buffer in module.named_buffers()}
         self._tables = frozenset(f"{name}.weight" for name, each in module.named_modules() if isinstance(each, nn.Embedding))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -157,7 +160,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """What was written down, of a pass that gave `out`."""
         given = tree_leaves(tuple(out.values()) if isinstance(out, Mapping) else out)
         outputs = tuple(self._value(leaf) for leaf in given if isinstance(leaf, Tensor))
-        return Graph(nodes=tuple(self._nodes), parameters=self._parameters, tied=self._tied, tables=self._tables, outputs=outputs)
+        return Graph(
+            nodes=tuple(self._nodes), parameters=self._parameters, tied=self._tied, tables=self._tables, outputs=outputs, buffers=self._buffers
+        )
 
 
 @contextlib.contextmanager

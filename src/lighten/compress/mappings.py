@@ -245,6 +245,10 @@ class Follower:
             for value in (*node.inputs, *node.outputs):
                 if last.get(value.index, -1) <= number and value.index not in self._graph.parameters and value not in self._graph.outputs:
                     self._known.pop(value.index, None)
+        self._end()
+
+    def _end(self) -> None:
+        """What the model gives stays as it is."""
         for value in self._graph.outputs:
             self._fix(value)
 
@@ -559,16 +563,22 @@ def _mapping(roots: np.ndarray[Any, Any], ends: Sequence[_End], offsets: AnyMapp
 
 def _by_checkpoint(found: Sequence[Mapping], places: AnyMapping[str, Place], tied: AnyMapping[str, str]) -> Iterator[Mapping]:
     """The mappings with the names of checkpoint tensors; one whose parameters the checkpoint does not have is left out."""
-    named: dict[str, list[tuple[str, Place]]] = {}
-    for name, place in places.items():
-        named.setdefault(tied.get(place.key, place.key), []).append((name, place))
+    named = names_by_key(places, tied)
     for mapping in found:
-        sides = [[part for end in side for part in _parts(end, named.get(end.name, []))] for side in (mapping.producers, mapping.consumers)]
+        sides = [[part for end in side for part in parts_of(end, named.get(end.name, []))] for side in (mapping.producers, mapping.consumers)]
         if all(end.name in named for end in (*mapping.producers, *mapping.consumers)):
             yield Mapping(kind=mapping.kind, channels=mapping.channels, producers=tuple(sides[0]), consumers=tuple(sides[1]))
 
 
-def _parts(end: Channels, named: Sequence[tuple[str, Place]]) -> Iterator[Channels]:
+def names_by_key(places: AnyMapping[str, Place], tied: AnyMapping[str, str]) -> dict[str, list[tuple[str, Place]]]:
+    """The checkpoint tensors that lie in each parameter, by the parameter's first name."""
+    named: dict[str, list[tuple[str, Place]]] = {}
+    for name, place in places.items():
+        named.setdefault(tied.get(place.key, place.key), []).append((name, place))
+    return named
+
+
+def parts_of(end: Channels, named: Sequence[tuple[str, Place]]) -> Iterator[Channels]:
     """What an end is of each checkpoint tensor that lies in its parameter."""
     for name, place in named:
         expert, channel = end.expert, end.channel

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lighten.compress import awq, smoothquant
+from lighten.compress import awq, shrink, smoothquant
 from lighten.compress.admm import prune_admm
 from lighten.compress.awq import Rounder
 from lighten.compress.block import Block, Subset
@@ -294,7 +294,7 @@ def require_possible(run: Run, spec: ModelSpec, recipe: Recipe) -> None:
     """Raises, before any work:
     UnsupportedFamily: experts in one tensor of three dimensions, which nothing here takes apart.
     TraceError: a step follows the model's graph, and its code cannot be followed without values.
-    RecipeError: a rotation that does not pass through the model.
+    RecipeError: a rotation that does not pass through the model, or channels that the graph does not tell apart.
     """
     fused = [name for part in spec.parts if isinstance(part, Linear) for name, shape in part.tensors().items() if len(shape) == 3]
     if fused and any(step.verb != "cast" for step in recipe.steps):
@@ -307,6 +307,10 @@ def require_possible(run: Run, spec: ModelSpec, recipe: Recipe) -> None:
             graph = run.graph(spec)
             if step.verb == "rotate":
                 plan_rotation(graph)
+        after = step.kind.predict(spec, {**dict(step.arguments), "runtime": recipe.runtime})
+        if step.verb == "shrink" and step.method in ("ffn", "heads", "width"):
+            shrink.require_cuts(partial(run.graph, spec), spec, after, f"{step.verb}({step.method})")
+        spec = after
 
 
 METHODS: dict[tuple[str, str], Method] = {
@@ -325,4 +329,5 @@ METHODS: dict[tuple[str, str], Method] = {
     ("rotate", "hadamard"): _hadamard,
     ("distill", "scales"): tune,
     ("distill", "qat"): tune,
+    **shrink.METHODS,
 }

@@ -154,3 +154,12 @@ class Journaled:
         if self._last is None or self._last[0] != block:
             self._last = (block, self.journal.read(self.pass_index, block))
         return self._last[1]
+
+
+def origin_of(stage: Stage, name: str) -> str:
+    """The name that a tensor has in the checkpoint, where steps gave tensors other names."""
+    below: Any = stage
+    while not isinstance(below, Original):
+        name = below.source(name) if hasattr(below, "source") else name
+        below = below.before
+    return name

@@ -28,7 +28,7 @@ from lighten.compress.grid import Weight
 from lighten.compress.journal import Journal
 from lighten.compress.memory_plan import release_free
 from lighten.compress.skeleton import Skeleton, Unit
-from lighten.compress.stage import Change, Changed, Journaled, Original, Stage
+from lighten.compress.stage import Change, Changed, Journaled, Original, Stage, origin_of
 from lighten.compress.suspend import Forwards
 from lighten.errors import RecipeError
 from lighten.model.quantized import refuse_layouts
@@ -54,6 +54,8 @@ class LayerReport:
     """What the recipe did to one weight: its zeros, and its error relative to the original, ‖W' - W‖ / ‖W‖ (Frobenius).
 
     Attributes:
+        relative_error: None where it has another shape than the original.
+        shape: where it is not the original's.
         bits: width of its codes; None: it has none.
         output_error: error of up to 256 of the layer's outputs on the calibration rows that chose, relative to them; None where no row was looked at.
         held_out_error: the same on rows that were kept apart.
@@ -62,11 +64,12 @@ class LayerReport:
 
     name: str
     sparsity: float
-    relative_error: float
+    relative_error: float | None
     bits: int | None
     output_error: float | None = None
     held_out_error: float | None = None
     rows: int | None = None
+    shape: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +149,7 @@ class Job:
         number: its place in the recipe, which is that of its pass in the journal.
         before, after: the spec that it meets, and that it leaves.
         stage: the tensors that it meets.
+        only: the tensors that it changes, where its arguments do not select them.
     """
 
     run: Run
@@ -154,10 +158,13 @@ class Job:
     before: ModelSpec
     after: ModelSpec
     stage: Stage
+    only: frozenset[str] | None = None
 
     @cached_property
     def names(self) -> frozenset[str]:
         """Tensors that the step changes: all for a cast, else the weights of the modules that it selects."""
+        if self.only is not None:
+            return self.only
         if self.step.verb == "cast":
             return frozenset(name for part in self.before.parts for name in part.tensors())
         selected = set(selected_names(self.before, dict(self.step.arguments)))
@@ -190,7 +197,8 @@ class Job:
 
     def skeleton(self, *, dtype: torch.dtype | None = None) -> Skeleton:
         """The model's module without its weights."""
-        shapes = {name: _shape(self.stage, self.run.original.checkpoint, name) for name in self.stage.names}
+        known = {name: shape for part in self.before.parts for name, shape in part.tensors().items()}
+        shapes = {name: known.get(name) or _shape(self.stage, self.run.original.checkpoint, name) for name in self.stage.names}
         return Skeleton(self.before.config, shapes, dtype=dtype or self.dtype)
 
     @property
@@ -377,25 +385,29 @@ def change_weights(job: Job, change: Change) -> tuple[Stage, ModelSpec]:
 def _finished(original: Original, stage: Stage, spec: ModelSpec) -> Iterator[tuple[str, Weight, LayerReport | None]]:
     transposed = {name for part in spec.parts if isinstance(part, Linear) and part.transposed for name in weights_of(part)}
     known = set(original.names)
+    own = {name: origin_of(stage, name) for name in stage.names}
     dtypes = {name: part.weight.dtype for part in spec.parts if isinstance(part, Linear | Embedding) for name in weights_of(part)}
     for name in stage.names:
         weight = stage[name]
         if isinstance(weight, Tensor) and stage.touched(name) and weight.is_floating_point():
             weight = weight.to(getattr(torch, dtypes.get(name, spec.dtype))) + 0.0  # of a zero the sign is lost where zeros are not stored
-        if name not in known or not stage.touched(name):
+        if own[name] not in known or not stage.touched(name):
             yield name, weight, None
         else:
-            before = original.checkpoint[name]
+            before = original.checkpoint[own[name]]
             matrix = before.T if name in transposed and not isinstance(weight, Tensor) else before
             yield name, weight, _report(name, matrix, weight, stage.said(name))
 
 
 def _report(name: str, original: Tensor, changed: Weight, said: Mapping[str, Any]) -> LayerReport:
     value = changed.float() if isinstance(changed, Tensor) else changed.dequantize()
-    error = torch.linalg.vector_norm(value - original.float()) / torch.linalg.vector_norm(original.float()).clamp(min=1e-30)
     bits = None if isinstance(changed, Tensor) else changed.bits
-    more = {key: said.get(key) for key in ("output_error", "held_out_error", "rows")}
-    return LayerReport(name=name, sparsity=float((value == 0).float().mean()), relative_error=float(error), bits=bits, **more)
+    more: dict[str, Any] = {key: said.get(key) for key in ("output_error", "held_out_error", "rows")}
+    sparsity = float((value == 0).float().mean())
+    if value.shape != original.shape:
+        return LayerReport(name=name, sparsity=sparsity, relative_error=None, bits=bits, shape=tuple(value.shape), **more)
+    error = torch.linalg.vector_norm(value - original.float()) / torch.linalg.vector_norm(original.float()).clamp(min=1e-30)
+    return LayerReport(name=name, sparsity=sparsity, relative_error=float(error), bits=bits, **more)
 
 
 def weights_of(part: Any) -> list[str]:
@@ -412,8 +424,8 @@ def _stored_value(job: Job, name: str, weight: Weight) -> Tensor:
 
 
 def _shape(stage: Stage, checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
-    if name in checkpoint:
-        return tuple(checkpoint.spec(name).shape)
+    if (own := origin_of(stage, name)) in checkpoint:
+        return tuple(checkpoint.spec(own).shape)
     found = stage[name]
     return tuple(found.shape if isinstance(found, Tensor) else found.dequantize().shape)
 

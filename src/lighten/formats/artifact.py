@@ -198,6 +198,11 @@ def _refuse(plan: _Plan) -> None:
         refuse_gguf(plan.predicted, plan.source)
     if RUNTIMES[plan.recipe.runtime].exported and any(step.verb == "rotate" for step in plan.recipe.steps):
         raise RecipeError(f"rotate unties the head, and the graph of {plan.recipe.runtime} keeps it tied; rotate for torch or llama.cpp.")
+    if RUNTIMES[plan.recipe.runtime].exported and any(step.verb == "shrink" for step in plan.recipe.steps):
+        raise RecipeError(
+            f"shrink changes shapes, and the graph of {plan.recipe.runtime} is made from the model as it was; shrink for torch first, then compress "
+            f"what that gives for {plan.recipe.runtime}."
+        )
 
 
 def _move(journal: Journal, folder: Path) -> None:

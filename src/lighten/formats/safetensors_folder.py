@@ -27,6 +27,7 @@ from lighten.model.quantized.stored import BITMASK, VALUES
 from lighten.model.read import SIDE_FILES, weight_files
 from lighten.model.safetensors_header import read_header
 from lighten.model.spec import PER_TENSOR, Embedding, Linear, ModelSpec, Part, TensorSpec
+from lighten.recipe.shrink import stream_width
 
 Matrix: TypeAlias = Linear | Embedding
 SHARD_BYTES = 5_000_000_000
@@ -57,6 +58,7 @@ def write_folder(
     """
     _Folder(spec, source, folder, shard_bytes).fill(weights)
     copy_side_files(source, folder)
+    _fit_pooling(folder, spec)
     config = dict(spec.config) | {"dtype": spec.dtype}
     config.pop("torch_dtype", None)
     config.pop(SPARSITY_CONFIG, None)
@@ -202,6 +204,17 @@ def copy_side_files(source: Path, folder: Path) -> None:
         if (source / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, folder / name)
+
+
+def _fit_pooling(folder: Path, spec: ModelSpec) -> None:
+    """Say the model's own width in the description of how sentences are pooled."""
+    path = folder / "1_Pooling" / "config.json"
+    if not path.is_file():
+        return
+    said = json.loads(path.read_text())
+    width = stream_width(spec.parts)
+    if said.get("word_embedding_dimension", width) != width:
+        path.write_text(json.dumps(said | {"word_embedding_dimension": width}, indent=2) + "\n")
 
 
 # what the config says

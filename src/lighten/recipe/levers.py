@@ -222,11 +222,11 @@ def _sparse(case: Case, target: Target) -> Iterator[Lever]:
 
 
 def _narrow(case: Case, target: Target) -> Iterator[Lever]:
-    yield from (_recipe("narrow", case, f"prune(structured, sparsity={share})") for share in PRUNED_SHARES)
+    yield from (_recipe("narrow", case, f"shrink(ffn, ratio={share})") for share in PRUNED_SHARES)
 
 
 def _shallow(case: Case, target: Target) -> Iterator[Lever]:
-    yield _recipe("student", case, "distill(student, depth=0.5)")
+    yield _recipe("student", case, "shrink(layers, ratio=0.5)")
 
 
 def _windows(case: Case, target: Target) -> Iterator[Lever]:
@@ -341,7 +341,7 @@ LEVERS: dict[str, LeverKind] = {
     "runtime": LeverKind(how="a runtime with faster kernels", phases=INFERENCE, propose=_other_runtimes, excludes=("quantize",)),
     "sparse": LeverKind(how="2 of each 4 weights", phases=INFERENCE, propose=_sparse, excludes=("quantize", "cast")),
     "narrow": LeverKind(how="fewer inner features in each feed-forward layer", phases=PHASES, propose=_narrow),
-    "student": LeverKind(how="a student of half the depth", phases=PHASES, propose=_shallow),
+    "student": LeverKind(how="half of the blocks", phases=PHASES, propose=_shallow),
     "window": LeverKind(how="each token sees the last ones alone", phases=("prefill", "decode", "generate", "train"), propose=_windows),
     "cache": LeverKind(how="narrower cached keys and values", phases=CACHED, propose=_caches),
     "attention": LeverKind(how="attention without the score matrix in memory", phases=PHASES, propose=_attentions),

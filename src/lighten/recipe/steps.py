@@ -12,6 +12,7 @@ from lighten.model.spec import Embedding, Linear, ModelSpec, Part
 from lighten.recipe.number_formats import group_columns
 from lighten.recipe.prune import PRUNING, is_pattern, parse_pattern
 from lighten.recipe.quantize import QUANTIZING
+from lighten.recipe.shrink import SHRINKING
 from lighten.recipe.words import Arguments, Parameter, StepKind, refuse_quantized, selected_names
 
 __all__ = ["STEPS", "Parameter", "StepKind", "group_columns", "is_pattern", "parse_pattern", "selected_names"]
@@ -37,5 +38,6 @@ STEPS: dict[tuple[str, str], StepKind] = {
     **{("cast", dtype): StepKind(parameters={}, predict=_predict_cast(dtype)) for dtype in ("float32", "float16", "bfloat16")},
     **PRUNING,
     **QUANTIZING,
+    **SHRINKING,
 }  # fmt: skip
 """(verb, method) → its kind."""
