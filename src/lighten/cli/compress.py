@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from lighten import verbs
 from lighten.cli.options import add_json, print_json, progress
 from lighten.units import format_bytes, format_seconds
 
 EXAMPLE = "lighten compress .models/minilm --recipe 'quantize(rtn, bits=8, embeddings=true) @ openvino' -o minilm-int8"
+
+LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torch's launcher sets for each process that it starts. Source: docs.pytorch.org, torchrun, "Environment Variables"."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if all(name in os.environ for name in LAUNCHED):
+        from lighten.compress.processes import work_together
+
+        return work_together(lambda: _compress(arguments))
+    return _compress(arguments)
+
+
+def _compress(arguments: argparse.Namespace) -> int:
     made = verbs.compress(
         arguments.model, arguments.recipe, arguments.output, text=arguments.text, memory=arguments.memory, resume=arguments.resume, log=progress,
     )  # fmt: skip

@@ -53,6 +53,8 @@ INSIDE_STATES = 6
 sum. Counted in `transformers`' Llama."""
 LOGIT_ELEMENTS, LOGIT_COPIES = 2**23, 6
 """Logits that tuning compares at once (choice: 33 MB of float32 a copy), and copies of them that are alive. Counted in `teacher.Teacher`."""
+DENSE_LOGITS = 2**24
+"""Logits that training of dense weights compares at once: choice, 67 MB of float32 a copy; each piece costs a gradient of the whole head."""
 SENSITIVITY_WINDOW, SENSITIVITY_BYTES = 512, 16
 """Tokens of a backward pass that measures what rounding costs (choice), and bytes of each of its logits, in the model's type and in float32. Counted
 in `sensitivity.measure_sensitivity`."""

@@ -88,7 +88,7 @@ def tune(job: Job) -> tuple[Stage, ModelSpec]:
         changed = {name: job.stage[name] for name in job.stage.names if job.stage.touched(name)}
         task = Task(
             skeleton=skeleton, source=partial(original_value, job), weights=changed,
-            transposed=job.transposed, batches=[inputs_of(skeleton.module, batch) for batch in _texts(job, skeleton)],
+            transposed=job.transposed, batches=[inputs_of(skeleton.module, batch) for batch in texts(job, skeleton)],
             folder=journal.scratch, rounding=partial(simulating, skeleton.module, job.before, _input_scales(changed)), log=job.run.log,
         )  # fmt: skip
         settings = TuneSettings(steps=job.step["steps"], learning_rate=job.step["learning_rate"])
@@ -98,11 +98,15 @@ def tune(job: Job) -> tuple[Stage, ModelSpec]:
     return Journaled(before=job.stage, journal=journal, pass_index=job.number, blocks=dict.fromkeys(names, ALL)), job.after
 
 
-def _texts(job: Job, skeleton: Skeleton) -> list[dict[str, Tensor]]:
-    """The calibration text, and as many tokens of the original's own as are asked for."""
+def texts(job: Job, skeleton: Skeleton) -> list[dict[str, Tensor]]:
+    """The calibration text, and as many tokens of the original's own as are asked for.
+
+    Args:
+        skeleton: the original's.
+    """
     batches = job.run.batches(job.step["tokens"])
     length = min(SELF_LENGTH, job.before.max_positions or SELF_LENGTH)
-    if count := -(-job.step["self_tokens"] // length):
+    if count := -(-(job.step["self_tokens"] or 0) // length):
         stream = torch.cat([batch["input_ids"].reshape(-1) for batch in batches])
         starts = prefixes_of(stream, count=count, length=min(SELF_PREFIX, len(stream), length // 2))
         written = job.run.written
