@@ -39,15 +39,14 @@ class Index:
         rows: of each row, what → its place, shape and type.
         passes: forward passes of the teacher that made them.
         kind, answer: of the `Objective` that they are for.
+        sizes: mean square of the states of each layer that is kept.
     """
 
     rows: Sequence[Mapping[str, Mapping[str, Any]]]
     passes: int
     kind: str
     answer: str
-
-    def as_json(self) -> dict[str, Any]:
-        return {"rows": [dict(row) for row in self.rows], "passes": self.passes, "kind": self.kind, "answer": self.answer}
+    sizes: Sequence[float]
 
 
 class Answers:
@@ -113,7 +112,7 @@ def record(asking: Asking, rows: Sequence[Sample], path: Path) -> Index:
     """
     beside = path.with_name(f"{path.name}.tmp")
     index: list[dict[str, Any]] = []
-    passes = 0
+    passes, squares = 0, [0.0] * len(asking.objective.layers)
     with beside.open("wb") as file, torch.no_grad(), asking.computing():
         for _, group in groupby(range(len(rows)), key=lambda row: [(name, value.shape) for name, value in rows[row].items()]):
             numbers = list(group)
@@ -122,12 +121,14 @@ def record(asking: Asking, rows: Sequence[Sample], path: Path) -> Index:
                 batch = {name: torch.cat([rows[row][name] for row in together]) for name in rows[together[0]]}
                 found = _ask(asking, batch)
                 passes += 1
+                squares = [total + len(together) * _mean_square(found[f"layer.{place}"]) for place, total in enumerate(squares)]
                 index += [{key: _put(file, value[place : place + 1]) for key, value in found.items()} for place in range(len(together))]
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
     sync(path.parent)
-    return Index(rows=index, passes=passes, kind=asking.objective.kind, answer=asking.objective.answer)
+    said, sizes = asking.objective, [total / len(rows) for total in squares]
+    return Index(rows=index, passes=passes, kind=said.kind, answer=said.answer, sizes=sizes)
 
 
 def _ask(asking: Asking, batch: Sample) -> dict[str, Tensor]:
@@ -171,6 +172,10 @@ def _logits(asking: Asking, answer: Tensor) -> Iterator[Tensor]:
     piece = max(1, DENSE_LOGITS // int(module.config.get_text_config().vocab_size))
     for start in range(0, len(answer), piece):
         yield through_head(module, base, kind, answer[start : start + piece])
+
+
+def _mean_square(states: Tensor) -> float:
+    return float(states.float().square().mean())
 
 
 def _put(file: BinaryIO, tensor: Tensor) -> dict[str, Any]:

@@ -97,16 +97,16 @@ def _of_top(target: TopLogits, ours: Tensor) -> tuple[Tensor, Tensor]:
     return loss, gradient.mul_(factor[:, None]).scatter_(-1, ids, top)
 
 
-def state_distance(original: Tensor, ours: Tensor, counts: Tensor) -> Tensor:
-    """Squared error of states [B, S, D] relative to the teacher's mean square, over the positions that count.
+def state_distance(original: Tensor, ours: Tensor, counts: Tensor, *, size: float) -> Tensor:
+    """Squared error of states [B, S, D] relative to the teacher's size, over the positions that count.
 
     Source: Jiao et al. 2019 (arXiv:1909.10351), equation 3. Deviation: relative to the teacher's size, which grows from layer to layer.
 
     Args:
-        counts: [B, S], or [B] of states without positions.
+        counts: [B, S].
+        size: mean square of the teacher's states of this layer over the whole text, so that units add up to the same whatever is in them.
     """
-    original, ours = original[counts].float(), ours[counts].float()
-    return (ours - original).square().mean() / original.square().mean().clamp(min=1e-12)
+    return (ours[counts].float() - original[counts].float()).square().mean() / max(size, 1e-12)
 
 
 def relation_distance(original: Tensor, ours: Tensor, counts: Tensor, *, heads: int, causal: bool) -> Tensor:

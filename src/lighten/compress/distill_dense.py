@@ -18,7 +18,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from lighten.compress.answers import Answers, Asking, Index, find_kind, record
 from lighten.compress.distill_scales import split
-from lighten.compress.memory_plan import STEP_TOKENS, release_free
+from lighten.compress.memory_plan import STEP_TOKENS, release_free, reusing_memory
 from lighten.compress.processes import Team, require_team
 from lighten.compress.pupil import Objective, match_layers
 from lighten.compress.skeleton import Skeleton
@@ -68,7 +68,8 @@ def distill_dense(job: Job) -> tuple[Stage, ModelSpec]:
     journal = job.run.journal
     team = require_team(job.step["parallel"])
     if not journal.has(job.number, ALL):
-        _Distillation(job, team).run()
+        with reusing_memory():
+            _Distillation(job, team).run()
         for block in (ROWS, TEACHER, PLAN, TRAINING):
             journal.forget(job.number, block)
         journal.file(job.number, ANSWERS).unlink(missing_ok=True)
@@ -163,7 +164,7 @@ class _Distillation:
             )  # fmt: skip
             index = record(asking, self._rows, path)
             self._teacher.drop(self._teacher.module)
-            self._journal.write(job.number, TEACHER, {}, [index.as_json()])
+            self._journal.write(job.number, TEACHER, {}, [asdict(index)])
             said = f"{format_bytes(path.stat().st_size)} of answers on disk"
             job.run.log(f"the original answered {len(self._rows)} rows in {index.passes} passes, {format_seconds(time.monotonic() - start)}: {said}")
         said_index = self._journal.read(job.number, TEACHER).reports[0]
@@ -183,12 +184,12 @@ class _Distillation:
 
     def _setup(self, held: frozenset[str]) -> Setup:
         step, index = self._job.step, self._answers.index
-        objective = replace(self._objective(index.kind), answer=index.answer)
+        objective = replace(self._objective(index.kind), answer=index.answer, sizes=tuple(index.sizes))
         return Setup(
             config=self._job.before.config, shapes=self._shapes, teacher_config=self._job.run.spec.config, teacher_shapes=self._teacher_shapes,
             objective=objective, needs_head=index.kind == "head" and not step["top_k"], held=held, widths=self._widths(objective),
             optimizer=step["optimizer"], parallel=step["parallel"], dtype=step["dtype"], recompute=step["recompute"], embeddings=step["embeddings"],
-            seed=step["seed"],
+            seed=step["seed"], routed=any(isinstance(part, Linear) and part.experts > 1 for part in self._job.before.parts),
         )  # fmt: skip
 
     def _widths(self, objective: Objective) -> dict[str, tuple[int, int]]:

@@ -358,6 +358,34 @@ LARGE_BLOCK = 2**20
 lies between stays with the process in pieces."""
 M_MMAP_THRESHOLD = -3
 """Source: malloc.h of glibc."""
+M_TRIM_THRESHOLD = -1
+"""Source: malloc.h of glibc."""
+KEPT_BLOCK, NO_TRIM = 2**30, -1
+"""Blocks up to so many bytes (choice: more than an activation takes), and all free memory (mallopt(3): -1), stay with the process while it trains.
+Training frees and takes the same blocks in each step; with glibc's own bounds the system cleared their pages anew each time: 1.2 of 6 seconds of a
+step of SmolLM2-135M, 1,024 positions on one core."""
+
+
+@contextmanager
+def reusing_memory() -> Iterator[None]:
+    """Keep freed blocks for the next step while this lasts; not under a limit, which they would count to."""
+    if sys.platform != "linux":
+        yield
+        return
+    import resource
+
+    if resource.getrlimit(resource.RLIMIT_DATA)[0] != resource.RLIM_INFINITY:
+        yield
+        return
+    set_bound = ctypes.CDLL(None).mallopt
+    set_bound(M_MMAP_THRESHOLD, KEPT_BLOCK)
+    set_bound(M_TRIM_THRESHOLD, NO_TRIM)
+    try:
+        yield
+    finally:
+        set_bound(M_MMAP_THRESHOLD, LARGE_BLOCK)
+        set_bound(M_TRIM_THRESHOLD, LARGE_BLOCK)
+        release_free()
 
 
 @contextmanager

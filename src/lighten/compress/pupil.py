@@ -50,6 +50,7 @@ class Objective:
         hidden, attention, relational: weights of these losses beside the first.
         first_token: an embedding is the first position's state, else the mean.
         layers: (student's block, teacher's block) whose states are compared, by their names.
+        sizes: mean square of the teacher's states, for each of `layers`.
         attending: (student's block, teacher's block) whose attention is compared; None: none is.
         causal: positions relate to those before them alone.
         answer: the type that a head's base answers with, by `answer_name`.
@@ -63,6 +64,7 @@ class Objective:
     relational: float = 0.0
     first_token: bool = False
     layers: tuple[tuple[str, str], ...] = ()
+    sizes: tuple[float, ...] = ()
     attending: tuple[str, str] | None = None
     causal: bool = False
 
@@ -239,7 +241,7 @@ class Pupil(nn.Module):
             distance = self._distance(answer, counts, target)
         loss = distance
         if blocks:
-            each = [self._state_distance(f"layer.{place}", seen.states[name], sample, target) for place, name in enumerate(blocks)]
+            each = [self._state_distance(place, seen.states[name], sample, target) for place, name in enumerate(blocks)]
             loss = loss + said.hidden * torch.stack(each).mean()
         if said.attending and said.attention:
             loss = loss + said.attention * self._attention_distance(seen.attended, sample, target)
@@ -299,8 +301,9 @@ class Pupil(nn.Module):
         name = key.replace(".", "_")
         return self.projections[name](found.float()) if name in self.projections else found
 
-    def _state_distance(self, key: str, states: Tensor, sample: Sample, target: Target) -> Tensor:
-        return state_distance(target[key], self._project(key, states), _state_counts(sample, states))
+    def _state_distance(self, place: int, states: Tensor, sample: Sample, target: Target) -> Tensor:
+        ours = self._project(f"layer.{place}", states)
+        return state_distance(target[f"layer.{place}"], ours, _state_counts(sample, states), size=self.objective.sizes[place])
 
     def _attention_distance(self, attended: tuple[Tensor, ...], sample: Sample, target: Target) -> Tensor:
         said, each = self.objective, []

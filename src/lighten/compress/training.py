@@ -9,6 +9,7 @@ Shape legend: B rows of a unit, S positions.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lighten.compress.lion import Lion
+from lighten.compress.memory_plan import reusing_memory
 from lighten.compress.processes import Team
 from lighten.compress.pupil import Objective, Pupil, Target, TeacherHead, stacks_of
 from lighten.compress.skeleton import Skeleton, Source
@@ -54,6 +56,7 @@ class Setup:
         config, shapes: of the student, and of the teacher, whose head may be needed.
         held: names of tensors whose zeros stay zeros.
         widths: (the student's, the teacher's) width of what is compared by a projection.
+        routed: which weights a unit meets depends on it.
     """
 
     config: Mapping[str, Any]
@@ -70,6 +73,7 @@ class Setup:
     recompute: bool
     embeddings: bool
     seed: int
+    routed: bool
 
 
 State = dict[str, Tensor]
@@ -115,6 +119,8 @@ class Trainer:
             units: this process's; all processes have the same number.
             rate: learning rate.
         """
+        if self.setup.parallel == "ddp" and self._wrapped is self.pupil:
+            self._copy_to_all(units[0])
         total, near = 0.0, 0.0
         for place, unit in enumerate(units):
             with self._in_step_alone(last=place == len(units) - 1):
@@ -199,21 +205,28 @@ class Trainer:
         return found
 
     def _spread(self, blocks: Sequence[str]) -> None:
-        """Wrap the pupil as the processes share the work: each a whole copy, or each a part of every block."""
+        """Wrap the pupil where each process is to hold a part of every block."""
         self._wrapped: nn.Module = self.pupil
-        unused = [name for name, parameter in self.pupil.named_parameters() if parameter.is_meta]
-        if self.setup.parallel == "ddp":
-            kind: Any = nn.parallel.DistributedDataParallel
-            kind._set_params_and_buffers_to_ignore_for_model(self.pupil, unused)
-            self._wrapped = kind(self.pupil, find_unused_parameters=True, broadcast_buffers=False, init_sync=False)
-        elif self.setup.parallel == "fsdp":
+        if self.setup.parallel == "fsdp":
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
 
             mesh = init_device_mesh("cpu", (self._team.size,))
-            missing = {self.pupil.get_parameter(name) for name in unused}
+            missing = {parameter for parameter in self.pupil.parameters() if parameter.is_meta}
             for module in [*(self.skeleton.module.get_submodule(name) for name in blocks), self.pupil]:
                 fully_shard(module, mesh=mesh, ignored_params=missing)
+
+    def _copy_to_all(self, unit: Unit) -> None:
+        """Wrap the pupil in torch's DDP, which must be told whether a pass may miss a weight: a unit is tried."""
+        loss, _ = self.pupil(unit.sample, unit.target)
+        loss.backward()
+        missed = self._team.sum([float(any(parameter.grad is None for parameter in self._named.values()))])[0] > 0
+        self._optimizer.zero_grad(set_to_none=True)
+        kind: Any = nn.parallel.DistributedDataParallel
+        kind._set_params_and_buffers_to_ignore_for_model(self.pupil, [name for name, found in self.pupil.named_parameters() if found.is_meta])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # `broadcast_buffers` has another name from torch 2.13 on
+            self._wrapped = kind(self.pupil, find_unused_parameters=missed or self.setup.routed, broadcast_buffers=False, init_sync=False)
 
     def _in_step_alone(self, *, last: bool) -> AbstractContextManager[Any]:
         """Gradients are summed over processes after the last unit alone."""
@@ -306,19 +319,20 @@ def in_turn(units: Sequence[Unit], size: int) -> Iterator[list[Unit]]:
 
 def help_training(team: Team, setup: Setup) -> None:
     """Follow the first process through one training."""
-    trainer = Trainer(setup, team)
-    while True:
-        what, units, *more = team.share(None)
-        if what == "end":
-            return
-        if what == "step":
-            trainer.step(units, *more)
-        elif what == "judge":
-            trainer.judge(units)
-        elif what == "restore":
-            trainer.restore(None)
-        else:
-            getattr(trainer, what)()
+    with reusing_memory():
+        trainer = Trainer(setup, team)
+        while (said := team.share(None))[0] != "end":
+            what, units, *more = said
+            if what == "step":
+                trainer.step(units, *more)
+            elif what == "judge":
+                trainer.judge(units)
+            elif what == "restore":
+                trainer.restore(None)
+            elif what == "state":
+                trainer.state()
+            else:
+                trainer.weights()
 
 
 def _empty(shapes: Mapping[str, tuple[int, ...]]) -> Source:
