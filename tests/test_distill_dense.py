@@ -47,7 +47,7 @@ from lighten.compress.walk import Done, do_recipe
 from lighten.errors import LightenError, RecipeError, TextError
 from lighten.model.source import read_spec
 from lighten.recipe import apply_recipe, parse_recipe
-from lighten.recipe.distill import LEARNING_RATES
+from lighten.recipe.distill import LEARNING_RATES, MEMORIES
 
 Rows = list[dict[str, np.ndarray[Any, Any]]]
 
@@ -241,8 +241,8 @@ def test_every_optimizer_has_a_learning_rate_and_its_memory_is_counted() -> None
         weight.grad = torch.ones_like(weight)
         optimizer.step()
         numbers = sum(value.numel() for value in optimizer.state[weight].values() if isinstance(value, Tensor) and value.ndim)
-        assert numbers <= distill_dense.MEMORIES[name] * weight.numel()
-    assert LEARNING_RATES.keys() == distill_dense.MEMORIES.keys()
+        assert numbers <= MEMORIES[name] * weight.numel()
+    assert LEARNING_RATES.keys() == MEMORIES.keys()
 
 
 def test_a_long_curve_keeps_its_end() -> None:

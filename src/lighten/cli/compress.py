@@ -8,6 +8,7 @@ import os
 from lighten import verbs
 from lighten.cli.options import add_json, print_json, progress
 from lighten.errors import RecipeError
+from lighten.recipe import read_recipe
 from lighten.units import format_bytes, format_seconds
 
 EXAMPLE = "lighten compress .models/minilm --recipe 'quantize(rtn, bits=8, embeddings=true) @ openvino' -o minilm-int8"
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     if all(name in os.environ for name in LAUNCHED):
-        said = verbs.read_recipe(arguments.recipe)
+        said = read_recipe(arguments.recipe)
         if all(step["parallel"] in (None, "none") for step in said.steps):
             raise RecipeError(f"processes were started together and no step of {said} is spread over them; say parallel=ddp or parallel=fsdp in it.")
         from lighten.compress.processes import work_together

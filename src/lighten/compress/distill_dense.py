@@ -29,7 +29,7 @@ from torch import Tensor
 
 from lighten.compress.answers import Answers, Asking, Index, find_kind, record
 from lighten.compress.distill_scales import split
-from lighten.compress.memory_plan import STEP_TOKENS, release_free, reusing_memory
+from lighten.compress.memory_plan import RELATED, ROW_TOKENS, STEP_TOKENS, release_free, reusing_memory
 from lighten.compress.processes import Team, require_team
 from lighten.compress.pupil import Objective, match_layers
 from lighten.compress.skeleton import Skeleton
@@ -40,15 +40,11 @@ from lighten.compress.walk import Job, inputs_of, original_value, weights_of
 from lighten.compress.whole import texts
 from lighten.errors import OutputError, RecipeError, TextError
 from lighten.model.spec import Embedding, Linear, ModelSpec
-from lighten.recipe.distill import LEARNING_RATES, training_steps
+from lighten.recipe.distill import LEARNING_RATES, MEMORIES, training_steps
 from lighten.units import format_bytes, format_seconds
 
 ROWS, TEACHER, PLAN, TRAINING, ALL = "rows", "teacher", "plan", "training", "all"
 ANSWERS = "teacher.answers"
-WINDOW = 512
-"""Positions of a row of plain tokens, at most, where `seq_len` is not given: choice, as `distill_scales.TuneSettings` has it."""
-RELATED = 16
-"""Texts whose embeddings are related to each other: choice; a unit of work, which is one process's."""
 TIMED = 4
 """Steps whose time tells how many a budget of minutes allows; the first of them does not count (choice: it loads what the others have)."""
 SAVE_SECONDS, SAVE_SHARE = 60.0, 10
@@ -59,8 +55,6 @@ SAID = 50
 """Lines of progress of a training: choice."""
 JUDGED = 32
 """Rows that are held out, at most: choice; two passes over them cost less than a few steps."""
-MEMORIES = {"adamw": 2, "adam": 2, "sgd": 1, "adafactor": 1, "lion": 1}
-"""Numbers that an optimizer remembers of each weight; Adafactor's are fewer."""
 
 
 def distill_dense(job: Job) -> tuple[Stage, ModelSpec]:
@@ -329,7 +323,7 @@ class Pace:
 
 
 def cut_rows(batches: Sequence[Sample], *, length: int | None, said: str) -> Iterator[Sample]:
-    """Single rows; those of nothing but tokens are cut to windows of `length`, or of at most `WINDOW`, and what is left over is dropped.
+    """Single rows; those of nothing but tokens are cut to windows of `length`, or of at most `ROW_TOKENS`, and what is left over is dropped.
 
     Raises:
         TextError: rows shorter than the length that is asked for.
@@ -346,7 +340,7 @@ def cut_rows(batches: Sequence[Sample], *, length: int | None, said: str) -> Ite
         assert ids is not None, "plain rows are tokens"
         if length is not None and ids.shape[1] < length:
             raise TextError(f"{said}: seq_len={length} asks for longer rows than the text gives, {ids.shape[1]} tokens; give a longer text or less.")
-        size = length or min(WINDOW, ids.shape[1])
+        size = length or min(ROW_TOKENS, ids.shape[1])
         for row in ids:
             yield from ({"input_ids": row[start : start + size][None]} for start in range(0, len(row) - size + 1, size))
 

@@ -19,6 +19,8 @@ LEARNING_RATES: Mapping[str, float] = {"adamw": 1e-4, "adam": 1e-4, "sgd": 0.1, 
 """Where none is given, by optimizer. Choices: Adam's is a tenth of what models of this size are trained from nothing with; Lion's a tenth of Adam's
 (arXiv:2302.06675, section 5: 3 to 10 times smaller); Adafactor's is a share of a weight's root mean square (arXiv:1804.04235, section 8);
 SGD's goes with gradients whose norm is clipped at 1."""
+MEMORIES: Mapping[str, int] = {"adamw": 2, "adam": 2, "sgd": 1, "adafactor": 1, "lion": 1}
+"""Numbers that an optimizer remembers of each weight; Adafactor's are fewer."""
 BUDGETS = ("steps", "train_tokens", "minutes")
 PARALLEL = ("none", "ddp", "fsdp")
 MOST_TEMPERATURE = 100.0
