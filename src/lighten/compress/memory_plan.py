@@ -59,8 +59,8 @@ ROW_TOKENS, ENCODED_TOKENS, RELATED = 512, 128, 16
 calibration text is cut; and texts whose embeddings are related to each other (choice)."""
 HALF_COMPUTED, KEPT_SHARE = 0.75, 0.2
 """Share of float32's activations that bfloat16's take where norms and sums stay in float32, and share of weights, gradients and the optimizer's
-memory that the allocator keeps beside them. Fitted to SmolLM2-135M: steps of 1,024 positions held 4.76 GB in float32, 4.27 in bfloat16; 3.57 and 3.40 with
-recomputed blocks."""
+memory that the allocator keeps beside them. Fitted to SmolLM2-135M: steps of 1,024 positions held 4.76 GB in float32, 4.27 in bfloat16; 3.57 and
+3.40 with recomputed blocks."""
 DENSE_LOGITS = 2**24
 """Logits that training of dense weights compares at once: choice, 67 MB of float32 a copy; each piece costs a gradient of the whole head."""
 SENSITIVITY_WINDOW, SENSITIVITY_BYTES = 512, 16
