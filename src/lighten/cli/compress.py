@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text",
         metavar="FILE",
-        help="calibration text: .txt or .jsonl (default: the embedded text); .npz of arrays for a model of images or sound",
+        help="calibration text: .txt, .jsonl, .csv or .tsv (default: the embedded text); .npz of arrays for a model of images or sound",
     )
     parser.add_argument("--memory", metavar="SIZE", help="the most that the process may hold, such as 4GB; refused at once where it does not do")
     parser.add_argument("--resume", action="store_true", help="go on with an unfinished run, which lies beside DIR")

@@ -98,8 +98,10 @@ class _Distillation:
         shapes = {name: tuple(run.original.checkpoint.spec(name).shape) for name in run.original.checkpoint.names}
         self._teacher = Skeleton(run.spec.config, shapes, dtype=torch.float32)
         self._teacher_shapes = shapes
-        self._student = job.skeleton(dtype=torch.float32)
-        self._shapes = {name: _shape_of(job.stage, name) for name in job.stage.names}
+        self._start = {name: _dense(job, name) for name in job.stage.names}  # what the steps before do to a weight is done once
+        self._shapes = {name: tuple(value.shape) for name, value in self._start.items()}
+        self._dtypes = {name: value.dtype for name, value in self._start.items()}
+        self._student = Skeleton(job.before.config, self._shapes, dtype=torch.float32)
         _refuse_other_words(self._said, run.spec, job.before)
 
     def run(self) -> None:
@@ -113,14 +115,15 @@ class _Distillation:
         self._check_space()
         release_free()
         setup = self._setup(held)
-        leader = Leader.begin(setup, self._team, lambda name: _dense(self._job, name).float().clone(), partial(original_value, self._job))
+        leader = Leader.begin(setup, self._team, lambda name: self._start.pop(name).clone(), partial(original_value, self._job))
+        self._start.clear()
         curve, plan = self._train(leader)
         after = leader.judge(self._judging())
         self._job.run.log(f"distance from the original on {self._label}: {after:.4f}")
         kept = after < plan.before
         if not kept:
             self._job.run.log(f"that is not less than before ({plan.before:.4f}): all stays as it was")
-        weights = {name: value.to(_dense(self._job, name).dtype) for name, value in leader.weights().items()} if kept else {}
+        weights = {name: value.to(self._dtypes[name]) for name, value in leader.weights().items()} if kept else {}
         report = {
             "step": str(self._job.step), "kept": kept, "steps": plan.steps, "held_out": [plan.before, after],
             "teacher_passes": self._answers.index.passes, "curve": thinned(curve),
@@ -404,12 +407,6 @@ def _dense(job: Job, name: str) -> Tensor:
     found = job.stage[name]
     assert isinstance(found, Tensor), "the reading on the spec refuses this step after quantize"
     return found
-
-
-def _shape_of(stage: Stage, name: str) -> tuple[int, ...]:
-    found = stage[name]
-    assert isinstance(found, Tensor), "the reading on the spec refuses this step after quantize"
-    return tuple(found.shape)
 
 
 def _state_widths(student: Skeleton, objective: Objective) -> dict[str, int]:
