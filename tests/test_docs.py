@@ -381,6 +381,7 @@ def unknown_flags(path: Path, text: str, known: dict[str, set[str]], others: set
     for line in text.replace("\\\n", " ").splitlines():
         command = re.search(r"\blighten ([a-z]+)\b", line)
         allowed = known.get(command[1], set()) | known[""] if command and command[1] in known else others.union(*known.values())
+        allowed = allowed | {"--nproc-per-node"} if "torchrun " in line else allowed  # the launcher's own
         if any(name in line for name in ("pip ", "pytest", "git ")):
             continue
         found += [f"{path.name}: {flag} in {line.strip()[:100]!r}" for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]*", line) if flag not in allowed]

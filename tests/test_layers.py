@@ -20,6 +20,7 @@ PACKAGE = Path(__file__).parent.parent / "src" / "lighten"
 ORDER = [
     ["errors"], ["units"], ["model"], ["cost"], ["trace"], ["device"], ["parallel"], ["recipe"], ["compress"], ["formats"], ["runtimes"], ["judge"],
     ["choose"], ["report"], ["verbs"], ["cli", "web"],
+    ["__main__"],
 ]  # fmt: skip
 RANK = {stage: rank for rank, stages in enumerate(ORDER) for stage in stages}
 LIGHT = ["errors", "units", "model", "cost", "trace", "device", "parallel", "recipe"]  # `pip install lighten` without extras runs these

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import sys
@@ -111,6 +113,29 @@ def test_json_lines_give_their_text(tmp_path, end):
     lines = [json.dumps({"id": 1, "text": passage}, ensure_ascii=number % 2 == 0) for number, passage in enumerate(PASSAGES)]
     found = load_text(write(tmp_path, "a.jsonl", (end * 2).join(lines)))
     assert found.calibration + found.test == tuple(PASSAGES)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "tsv"])
+@pytest.mark.parametrize(
+    ("names", "others"), [(("text",), ("label",)), (("question", "context"), ("answers",)), (("source", "target"), ()), (("sentence",), ("label",))]
+)
+def test_labelled_files_give_the_texts_of_their_columns_and_leave_labels_alone(tmp_path, suffix, names, others):
+    rows = [{name: f"{passage}, in {name}" for name in names} | dict.fromkeys(others, "1") for passage in PASSAGES]
+    if suffix == "jsonl":
+        content = "\n".join(map(json.dumps, rows))
+    else:
+        file = io.StringIO()
+        table = csv.DictWriter(file, [*others, *names], delimiter="\t" if suffix == "tsv" else ",")
+        table.writeheader()
+        table.writerows(rows)
+        content = file.getvalue()
+    found = load_text(write(tmp_path, f"a.{suffix}", content))
+    assert found.calibration + found.test == tuple(" ".join(row[name] for name in names) for row in rows)
+
+
+def test_a_table_without_a_text_says_which_columns_it_has(tmp_path):
+    with pytest.raises(TextError, match=r"has the columns id, label; a text is in one of: text; question and context; source and target"):
+        load_text(write(tmp_path, "a.csv", "id,label\n" + "1,2\n" * 9))
 
 
 def test_a_json_text_keeps_its_blank_lines_in_one_passage(tmp_path):

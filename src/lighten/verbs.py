@@ -345,7 +345,7 @@ def compress(  # noqa: PLR0913 - one keyword for each option of the command
     a kill; `Artifact.made` says how long it took and how much memory.
 
     Args:
-        text: to calibrate by, where a step of the recipe looks at text: .txt or .jsonl; an .npz of arrays for models of images or sound.
+        text: to calibrate by, where a step of the recipe looks at text: .txt, .jsonl, .csv or .tsv; an .npz of arrays for models of images or sound.
         memory: the most that the process may hold, in bytes or as text such as "4GB".
         resume: go on with an unfinished run that was begun with the same.
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from lighten import verbs
 from lighten.cli.options import add_json, print_json, progress
+from lighten.errors import RecipeError
+from lighten.recipe import read_recipe
 from lighten.units import format_bytes, format_seconds
 
 EXAMPLE = "lighten compress .models/minilm --recipe 'quantize(rtn, bits=8, embeddings=true) @ openvino' -o minilm-int8"
+
+LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torch's launcher sets for each process that it starts. Source: docs.pytorch.org, torchrun, "Environment Variables"."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text",
         metavar="FILE",
-        help="calibration text: .txt or .jsonl (default: the embedded text); .npz of arrays for a model of images or sound",
+        help="calibration text: .txt, .jsonl, .csv or .tsv (default: the embedded text); .npz of arrays for a model of images or sound",
     )
     parser.add_argument("--memory", metavar="SIZE", help="the most that the process may hold, such as 4GB; refused at once where it does not do")
     parser.add_argument("--resume", action="store_true", help="go on with an unfinished run, which lies beside DIR")
@@ -26,6 +32,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if all(name in os.environ for name in LAUNCHED):
+        said = read_recipe(arguments.recipe)
+        if all(step["parallel"] in (None, "none") for step in said.steps):
+            raise RecipeError(f"processes were started together and no step of {said} is spread over them; say parallel=ddp or parallel=fsdp in it.")
+        from lighten.compress.processes import work_together
+
+        return work_together(lambda: _compress(arguments))
+    return _compress(arguments)
+
+
+def _compress(arguments: argparse.Namespace) -> int:
     made = verbs.compress(
         arguments.model, arguments.recipe, arguments.output, text=arguments.text, memory=arguments.memory, resume=arguments.resume, log=progress,
     )  # fmt: skip

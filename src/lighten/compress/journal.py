@@ -183,6 +183,21 @@ class Journal:
             self._whole.add(path)
         return Finished(weights=_Weights(path, start, header["weights"]), reports=header["reports"])
 
+    def file(self, pass_index: int, name: str) -> Path:
+        """Where a pass may keep a file of its own making, beside its blocks.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        folder = self._pass(pass_index)
+        with writing(self._out):
+            folder.mkdir(exist_ok=True)
+        return folder / name
+
+    def forget(self, pass_index: int, block: str) -> None:
+        """Remove a block that nothing reads any more; there may be none."""
+        self._path(pass_index, block).unlink(missing_ok=True)
+
     def drop(self, pass_index: int) -> None:
         """Remove a pass's blocks, where no later pass reads them."""
         shutil.rmtree(self._pass(pass_index), ignore_errors=True)

@@ -14,6 +14,7 @@ from lighten.compress import awq, shrink, smoothquant
 from lighten.compress.admm import prune_admm
 from lighten.compress.awq import Rounder
 from lighten.compress.block import Block, Subset
+from lighten.compress.distill_dense import distill_dense
 from lighten.compress.fake_quant import STATIC_LARGEST, round_dynamic
 from lighten.compress.ggml_search import quantize_ggml, quantize_ggml_together
 from lighten.compress.gptq import GptqSettings, layer_error, quantize_gptq
@@ -329,5 +330,7 @@ METHODS: dict[tuple[str, str], Method] = {
     ("rotate", "hadamard"): _hadamard,
     ("distill", "scales"): tune,
     ("distill", "qat"): tune,
+    ("distill", "logits"): distill_dense,
+    ("distill", "embeddings"): distill_dense,
     **shrink.METHODS,
 }

@@ -30,7 +30,7 @@ Sample = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Head:
+class Head:
     """What leads from the last hidden states to logits.
 
     Attributes:
@@ -60,7 +60,7 @@ class Teacher:
         self._file = TemporaryFile(dir=folder)  # noqa: SIM115 - closed by __exit__
         self._places: list[tuple[int, torch.Size, torch.dtype]] = []
         with _loading(skeleton, source), torch.no_grad():
-            self._head = _find_head(self.module, samples[0])
+            self._head = find_head(self.module, samples[0])
             self.kind: Literal["head", "logits", "hidden"] = "head"
             if self._head is None:
                 self.kind = "logits" if getattr(self.module(**samples[0]), "logits", None) is not None else "hidden"
@@ -97,7 +97,7 @@ class Teacher:
     def _compare(self, index: int, states: Tensor) -> tuple[float, Tensor]:
         """The distance and its gradient in the states."""
         original = self._kept(index)
-        counts = _counting(self._samples[index], states)
+        counts = counting(self._samples[index], states)
         if self._head is not None:
             return self._through_heads(states, original, counts)
         with torch.enable_grad():
@@ -134,7 +134,7 @@ class Teacher:
     def _logits(self, states: Tensor) -> Tensor:
         """[N, D] → [N, V] by the module's own way, with the head that it has now."""
         assert self._head is not None
-        return _through(self.module, self._head.base, self._head.answer, states)
+        return through_head(self.module, self._head.base, self._head.answer, states)
 
     def _keep(self, states: Tensor) -> None:
         self._places.append((self._file.tell(), states.shape, states.dtype))
@@ -147,7 +147,7 @@ class Teacher:
         return torch.frombuffer(data, dtype=dtype).reshape(shape)
 
 
-def _find_head(module: Any, sample: Sample) -> _Head | None:
+def find_head(module: Any, sample: Sample) -> Head | None:
     """The head, where logits of each position come from that position's last hidden state alone; tried on a short piece."""
     base = getattr(module, module.base_model_prefix or " ", None)
     if base is None or base is module or "input_ids" not in sample:
@@ -163,7 +163,7 @@ def _find_head(module: Any, sample: Sample) -> _Head | None:
     if logits is None or states is None or logits.ndim != 3 or logits.shape[:2] != states.shape[:2]:
         return None
     try:
-        again = _through(module, base, type(answers[0]), states[0])
+        again = through_head(module, base, type(answers[0]), states[0])
     except (AttributeError, TypeError, ValueError, IndexError, RuntimeError):  # the head asks for more than the last hidden states
         return None
     if not torch.equal(again, logits[0]):
@@ -176,10 +176,10 @@ def _find_head(module: Any, sample: Sample) -> _Head | None:
         for name, parameter in part._parameters.items()
         if parameter is not None
     ]
-    return _Head(base=base, answer=type(answers[0]), tensors=tuple(outside))
+    return Head(base=base, answer=type(answers[0]), tensors=tuple(outside))
 
 
-def _through(module: Any, base: nn.Module, answer: type[Any], states: Tensor) -> Tensor:
+def through_head(module: Any, base: nn.Module, answer: type[Any], states: Tensor) -> Tensor:
     """[N, D] → [N, V]: the module run with an answer in its base's place."""
     ids = torch.zeros(1, len(states), dtype=torch.long)
     with _instead(base, answer(last_hidden_state=states[None])):
@@ -218,7 +218,7 @@ def _loading(skeleton: Skeleton, source: Source) -> Iterator[None]:
             hook.remove()
 
 
-def _counting(sample: Sample, states: Tensor) -> Tensor:
+def counting(sample: Sample, states: Tensor) -> Tensor:
     """Which answers count: all, but for positions that the sample masks. A boolean over their leading dimensions."""
     mask = sample.get("decoder_attention_mask", sample.get("attention_mask"))
     if mask is None or states.ndim != 3 or mask.shape != states.shape[:2]:

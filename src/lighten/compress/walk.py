@@ -79,10 +79,12 @@ class Done:
     Attributes:
         spec: of the result. It is what the recipe predicted, but for widths that were chosen by what was measured.
         weights: each tensor, with a report of those that changed; one is held at a time.
+        curves: how each step that trained dense weights went, as JSON holds it.
     """
 
     spec: ModelSpec
     weights: Iterator[tuple[str, Weight, LayerReport | None]]
+    curves: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +96,7 @@ class Run:
         tied: weights that the model shares with another: name → the name that the checkpoint has.
         written: tokens that the original wrote for a step: (length, starts) → them. Later steps that ask for the same take them.
         graphs: traced so far, by config.
+        curves: what steps that trained dense weights told so far.
     """
 
     folder: Path
@@ -110,6 +113,7 @@ class Run:
     tied: Mapping[str, str] = field(default_factory=dict)
     written: dict[tuple[int, bytes], Tensor] = field(default_factory=dict)
     graphs: dict[str, Graph] = field(default_factory=dict)
+    curves: list[Mapping[str, Any]] = field(default_factory=list)
 
     def graph(self, spec: ModelSpec) -> Graph:
         """The traced graph of the model as some steps left it.
@@ -259,7 +263,7 @@ def do_recipe(  # noqa: PLR0913 - one keyword for each thing that a run may be g
         after = step.kind.predict(spec, {**dict(step.arguments), "runtime": recipe.runtime})
         job = Job(run=run, number=number, step=step, before=spec, after=after, stage=stage)
         stage, spec = METHODS[step.verb, step.method](job)
-    return Done(spec=spec, weights=_finished(run.original, stage, spec))
+    return Done(spec=spec, weights=_finished(run.original, stage, spec), curves=tuple(run.curves))
 
 
 def compress_weights(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe) -> Iterator[tuple[str, Weight, LayerReport | None]]:

@@ -116,7 +116,7 @@ def tune(job: Job) -> tuple[Stage, ModelSpec]:
         changed = {name: job.stage[name] for name in job.stage.names if job.stage.touched(name)}
         task = Task(
             skeleton=skeleton, source=partial(original_value, job), weights=changed,
-            transposed=job.transposed, batches=[inputs_of(skeleton.module, batch) for batch in _texts(job, skeleton)],
+            transposed=job.transposed, batches=[inputs_of(skeleton.module, batch) for batch in texts(job, skeleton)],
             folder=journal.scratch, pruned=pruned_names(job.before),
             rounding=partial(simulating, skeleton.module, job.before, _input_scales(changed)),
             log=job.run.log,
@@ -134,11 +134,15 @@ def pruned_names(spec: ModelSpec) -> frozenset[str]:
     return frozenset(name for part in found for name in weights_of(part))
 
 
-def _texts(job: Job, skeleton: Skeleton) -> list[dict[str, Tensor]]:
-    """The calibration text, and as many tokens of the original's own as are asked for."""
+def texts(job: Job, skeleton: Skeleton) -> list[dict[str, Tensor]]:
+    """The calibration text, and as many tokens of the original's own as are asked for.
+
+    Args:
+        skeleton: the original's.
+    """
     batches = job.run.batches(job.step["tokens"])
     length = min(SELF_LENGTH, job.before.max_positions or SELF_LENGTH)
-    if count := -(-job.step["self_tokens"] // length):
+    if count := -(-(job.step["self_tokens"] or 0) // length):
         stream = torch.cat([batch["input_ids"].reshape(-1) for batch in batches])
         starts = prefixes_of(stream, count=count, length=min(SELF_PREFIX, len(stream), length // 2))
         written = job.run.written

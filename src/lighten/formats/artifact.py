@@ -164,13 +164,14 @@ def _assemble(plan: _Plan, memory: MemoryPlan, journal: Journal, identity: Mappi
     folder = journal.artifact
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    layers = _write(plan, memory, journal, folder)
+    layers, curves = _write(plan, memory, journal, folder)
     manifest = {
         "lighten": __version__, "recipe": str(plan.recipe), "runtime": plan.recipe.runtime, "dtype": compute_dtype(plan.recipe, plan.predicted),
         "original": str(plan.source.resolve()), "original_fingerprint": fingerprint(plan.source), "run": digest(identity),
         "size_bytes": folder_bytes(folder),
         "predicted": {"size_bytes": artifact_bytes(plan.recipe, plan.predicted)}, "notes": _notes(plan),
         "layers": [{key: value for key, value in asdict(layer).items() if value is not None or key == "bits"} for layer in layers],
+        "curves": list(curves),
     }  # fmt: skip
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     for path in folder.rglob("*"):
@@ -302,7 +303,7 @@ def _memory(plan: _Plan, folder: Path) -> MemoryPlan:
     return plan_memory(plan.spec, plan.recipe, base_bytes=rss_bytes() or 0, limit_bytes=plan.work.memory_bytes, fixed=fixed)
 
 
-def _write(plan: _Plan, memory: MemoryPlan, journal: Journal, folder: Path) -> list[LayerReport]:
+def _write(plan: _Plan, memory: MemoryPlan, journal: Journal, folder: Path) -> tuple[list[LayerReport], Sequence[Mapping[str, Any]]]:
     """Fill `folder` with everything but the manifest."""
     layers: list[LayerReport] = []
     done = do_recipe(
@@ -320,7 +321,7 @@ def _write(plan: _Plan, memory: MemoryPlan, journal: Journal, folder: Path) -> l
         _verify_folder(plan, memory, folder, witness)
     else:
         _write_exported(plan, dict(weights), folder)
-    return layers
+    return layers, done.curves
 
 
 def _verify_folder(plan: _Plan, memory: MemoryPlan, folder: Path, witness: Witness) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import codecs
+import csv
 import hashlib
+import io
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lighten.errors import TextError
 from lighten.units import format_bytes
@@ -19,6 +22,9 @@ MIN_PASSAGES = 8
 MAX_BYTES = 16_000_000
 """How much of a file is read: choice, some 3 million words, hundreds of times what one evaluation uses."""
 
+COLUMNS = (("text",), ("question", "context"), ("source", "target"), ("sentence1", "sentence2"), ("sentence",), ("source",))
+"""Columns of labelled files that hold what is read, the first that a row has: a text; a question with its context; a pair to translate or to shorten;
+two sentences that are compared. Labels and answers are left alone. Names as the commonest data sets have them (GLUE, SQuAD)."""
 _CALIBRATION_SHARE = 1 / 3
 _MIN_CHARACTERS = 60  # of an embedded passage: shorter ones are list items such as "Added in version 3.8."; looked at by hand
 _MIN_PROSE_SHARE = 0.8  # of letters and spaces: below it are code, grammar and tables; looked at by hand
@@ -51,8 +57,9 @@ def load_text(path: Path | None) -> Text:
     the characters to calibration. The topics differ between Python versions, and so does the fingerprint.
 
     A `.txt` file: passages are parted by blank lines, or are its lines where it has no blank line. A `.jsonl` file: the "text" of each
-    line. Repeated passages count once. The first third of the passages is for calibration, the rest for the test: two blocks, so that
-    a test passage's neighbours are not calibrated on.
+    line, or the texts of the columns in `COLUMNS`, joined; a `.csv` or `.tsv` file with a header: the same columns. Repeated passages count
+    once. The first third of the passages is for calibration, the rest for the test: two blocks, so that a test passage's neighbours are not
+    calibrated on.
 
     Args:
         path: a UTF-8 file, of which at most `MAX_BYTES` are read.
@@ -63,7 +70,9 @@ def load_text(path: Path | None) -> Text:
     if path is None:
         return _embedded_text()
     content, source = _read(path)
-    passages = _distinct(_json_texts(path, content) if path.suffix.lower() == ".jsonl" else _paragraphs(content))
+    kind = path.suffix.lower()
+    read = {".jsonl": _json_texts, ".csv": _table_texts, ".tsv": _table_texts}
+    passages = _distinct(read[kind](path, content) if kind in read else _paragraphs(content))
     if not passages:
         raise TextError(f"{path} holds no text; give a .txt file with passages of prose parted by blank lines, or a .jsonl file.")
     if len(passages) < MIN_PASSAGES:
@@ -99,8 +108,9 @@ def _read(path: Path) -> tuple[str, str]:
         size = path.stat().st_size
     except OSError as error:
         raise TextError(f"{path} cannot be read as a text: {error.strerror or error}; give a readable .txt or .jsonl file.") from error
-    if path.suffix.lower() not in (".txt", ".jsonl"):
-        raise TextError(f'{path} is not a text of a known kind; accepted: .txt (passages parted by blank lines), .jsonl (a "text" a line).')
+    if path.suffix.lower() not in (".txt", ".jsonl", ".csv", ".tsv"):
+        said = 'accepted: .txt (passages parted by blank lines), .jsonl (a "text" a line), .csv and .tsv (a column text).'
+        raise TextError(f"{path} is not a text of a known kind; {said}")
     cut = len(data) > MAX_BYTES
     try:
         content = codecs.getincrementaldecoder("utf-8-sig")().decode(data[:MAX_BYTES], final=not cut)
@@ -122,11 +132,30 @@ def _json_texts(path: Path, content: str) -> list[str]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise TextError(f'{path} line {number} is not JSON: {error}; each line is an object such as {{"text": "…"}}.') from error
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        text = _columns_text(row) if isinstance(row, dict) else None
+        if text is None:
             found = f"the fields {', '.join(row) or 'none'}" if isinstance(row, dict) else f"a {type(row).__name__}"
             raise TextError(f'{path} line {number} has no text, but {found}; each line is an object such as {{"text": "…"}}.')
-        texts.append(row["text"])
+        texts.append(text)
     return texts
+
+
+def _table_texts(path: Path, content: str) -> list[str]:
+    rows = csv.DictReader(io.StringIO(content), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+    try:
+        found = [_columns_text(row) for row in rows]
+    except csv.Error as error:
+        raise TextError(f"{path} is not a table of the kind that its name says: {error}.") from error
+    if any(text is None for text in found):
+        known = "; ".join(" and ".join(names) for names in COLUMNS)
+        raise TextError(f"{path} has the columns {', '.join(rows.fieldnames or ['none'])}; a text is in one of: {known}.")
+    return [text for text in found if text is not None]
+
+
+def _columns_text(row: Mapping[str, Any]) -> str | None:
+    """What a row says, by the first of `COLUMNS` that it has."""
+    names = next((names for names in COLUMNS if all(isinstance(row.get(name), str) for name in names)), None)
+    return None if names is None else " ".join(str(row[name]) for name in names)
 
 
 def _embedded_text() -> Text:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from lighten.model.spec import Embedding, Linear, ModelSpec, Part
+from lighten.recipe.distill import DISTILLING
 from lighten.recipe.number_formats import group_columns
 from lighten.recipe.prune import PRUNING, is_pattern, parse_pattern
 from lighten.recipe.quantize import QUANTIZING
@@ -39,5 +40,6 @@ STEPS: dict[tuple[str, str], StepKind] = {
     **PRUNING,
     **QUANTIZING,
     **SHRINKING,
+    **DISTILLING,
 }  # fmt: skip
 """(verb, method) → its kind."""

@@ -1,0 +1,426 @@
+"""distill(logits) and distill(embeddings): all dense weights are trained until the model answers as the original does.
+
+The student is the model as the steps before left it; zeros that they made stay zeros. The teacher is the original. It answers each row once, and its
+answers wait on disk (`answers.py`), so that later epochs and resumed runs never ask it again. Each eighth row is held out, and where its distance did
+not fall, all stays as it was.
+
+What a run keeps in the journal's pass, in this order: `rows`, the text; `teacher`, where the answers lie; `plan`, how many steps; `training`, the
+weights and the optimizer's memory of some step, replaced as it goes on; `all`, the result, after which the others go.
+
+Source: Hinton et al. 2015 (arXiv:1503.02531) for the loss; Jiao et al. 2019 (arXiv:1909.10351) for hidden states and Wang et al. 2020
+(arXiv:2002.10957) for attention; Park et al. 2019 (arXiv:1904.05068) for embeddings' relations.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lighten.compress.answers import Answers, Asking, Index, find_kind, record
+from lighten.compress.distill_scales import split
+from lighten.compress.memory_plan import RELATED, ROW_TOKENS, STEP_TOKENS, release_free, reusing_memory
+from lighten.compress.processes import Team, require_team
+from lighten.compress.pupil import Objective, match_layers
+from lighten.compress.skeleton import Skeleton
+from lighten.compress.stage import Journaled, Stage
+from lighten.compress.teacher import Sample
+from lighten.compress.training import Leader, Setup, State, Unit, rate_at
+from lighten.compress.walk import Job, inputs_of, original_value, weights_of
+from lighten.compress.whole import texts
+from lighten.errors import OutputError, RecipeError, TextError
+from lighten.model.spec import Embedding, Linear, ModelSpec
+from lighten.recipe.distill import LEARNING_RATES, MEMORIES, training_steps
+from lighten.units import format_bytes, format_seconds
+
+ROWS, TEACHER, PLAN, TRAINING, ALL = "rows", "teacher", "plan", "training", "all"
+ANSWERS = "teacher.answers"
+TIMED = 4
+"""Steps whose time tells how many a budget of minutes allows; the first of them does not count (choice: it loads what the others have)."""
+SAVE_SECONDS, SAVE_SHARE = 60.0, 10
+"""Training is written down at most so often, and so that writing takes at most a tenth of the time: choice."""
+CURVE_POINTS = 200
+"""Of a loss curve that is kept: choice, more than a picture shows."""
+SAID = 50
+"""Lines of progress of a training: choice."""
+JUDGED = 32
+"""Rows that are held out, at most: choice; two passes over them cost less than a few steps."""
+
+
+def distill_dense(job: Job) -> tuple[Stage, ModelSpec]:
+    """The method of both steps."""
+    journal = job.run.journal
+    team = require_team(job.step["parallel"])
+    if not journal.has(job.number, ALL):
+        with reusing_memory():
+            _Distillation(job, team).run()
+        for block in (ROWS, TEACHER, PLAN, TRAINING):
+            journal.forget(job.number, block)
+        journal.file(job.number, ANSWERS).unlink(missing_ok=True)
+    done = journal.read(job.number, ALL)
+    job.run.curves.append(done.reports[0])
+    return Journaled(before=job.stage, journal=journal, pass_index=job.number, blocks=dict.fromkeys(done.weights, ALL)), job.after
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What is fixed before a training goes on for long.
+
+    Attributes:
+        steps: None while a budget of minutes is being turned into a number.
+        warm_up: steps in which the learning rate rises.
+        before: distance of the judged rows.
+    """
+
+    steps: int | None
+    warm_up: int
+    before: float
+
+
+class _Distillation:
+    """One step's work, in the first process."""
+
+    def __init__(self, job: Job, team: Team) -> None:
+        self._job, self._team, self._journal = job, team, job.run.journal
+        self._started = time.monotonic()
+        self._said = f"distill({job.step.method})"
+        run = job.run
+        shapes = {name: tuple(run.original.checkpoint.spec(name).shape) for name in run.original.checkpoint.names}
+        self._teacher = Skeleton(run.spec.config, shapes, dtype=torch.float32)
+        self._teacher_shapes = shapes
+        self._start = {name: _dense(job, name) for name in job.stage.names}  # what the steps before do to a weight is done once
+        self._shapes = {name: tuple(value.shape) for name, value in self._start.items()}
+        self._dtypes = {name: value.dtype for name, value in self._start.items()}
+        self._student = Skeleton(job.before.config, self._shapes, dtype=torch.float32)
+        _refuse_other_words(self._said, run.spec, job.before)
+
+    def run(self) -> None:
+        """Train, and write the result to the journal."""
+        self._rows = self._read_rows()
+        self._training, judged = split(len(self._rows))
+        self._judged, self._label = (judged[:JUDGED], "held-out rows") if judged else (self._training, "all rows")
+        self._answers = self._ask_teacher()
+        self._rows_of_a_step = max(1, int(self._job.step["batch_tokens"]) // max(map(_positions, self._rows)))
+        held = _held(self._job)
+        self._check_space()
+        release_free()
+        setup = self._setup(held)
+        leader = Leader.begin(setup, self._team, lambda name: self._start.pop(name).clone(), partial(original_value, self._job))
+        self._start.clear()
+        curve, plan = self._train(leader)
+        after = leader.judge(self._judging())
+        self._job.run.log(f"distance from the original on {self._label}: {after:.4f}")
+        kept = after < plan.before
+        if not kept:
+            self._job.run.log(f"that is not less than before ({plan.before:.4f}): all stays as it was")
+        weights = {name: value.to(self._dtypes[name]) for name, value in leader.weights().items()} if kept else {}
+        report = {
+            "step": str(self._job.step), "kept": kept, "steps": plan.steps, "held_out": [plan.before, after],
+            "teacher_passes": self._answers.index.passes, "curve": thinned(curve),
+        }  # fmt: skip
+        leader.end()
+        self._journal.write(self._job.number, ALL, weights, [report])
+
+    # what is trained on
+
+    def _read_rows(self) -> list[Sample]:
+        """The text, a row a sample; written down, for a decoder's own text takes long to be written again."""
+        if not self._journal.has(self._job.number, ROWS):
+            batches = [inputs_of(self._teacher.module, batch) for batch in texts(self._job, self._teacher)]
+            rows = list(cut_rows(batches, length=self._job.step["seq_len"], said=self._said))
+            named = {f"{place}/{name}": value for place, row in enumerate(rows) for name, value in row.items()}
+            self._journal.write(self._job.number, ROWS, named)
+        found: dict[int, dict[str, Tensor]] = {}
+        for key, value in self._journal.read(self._job.number, ROWS).weights.items():
+            place, _, name = key.partition("/")
+            assert isinstance(value, Tensor), "rows are tensors"
+            found.setdefault(int(place), {})[name] = value
+        return [found[place] for place in sorted(found)]
+
+    def _ask_teacher(self) -> Answers:
+        job, path = self._job, self._journal.file(self._job.number, ANSWERS)
+        if not self._journal.has(job.number, TEACHER):
+            start = time.monotonic()
+            bfloat16 = job.step["dtype"] == "bfloat16"
+            self._teacher.load(self._teacher.module, partial(original_value, job))
+            kind, answer = find_kind(self._teacher.module, self._rows[0], self._objective("logits" if job.step.method == "logits" else "embeddings"))
+            computing = (lambda: torch.autocast("cpu", dtype=torch.bfloat16)) if bfloat16 else nullcontext
+            asking = Asking(
+                module=self._teacher.module, objective=replace(self._objective(kind), answer=answer), top_k=job.step["top_k"] or 0,
+                computing=computing, dtype=torch.bfloat16 if bfloat16 else torch.float32,
+            )  # fmt: skip
+            index = record(asking, self._rows, path)
+            self._teacher.drop(self._teacher.module)
+            self._journal.write(job.number, TEACHER, {}, [asdict(index)])
+            said = f"{format_bytes(path.stat().st_size)} of answers on disk"
+            job.run.log(f"the original answered {len(self._rows)} rows in {index.passes} passes, {format_seconds(time.monotonic() - start)}: {said}")
+        said_index = self._journal.read(job.number, TEACHER).reports[0]
+        return Answers(path, Index(**said_index))
+
+    def _objective(self, kind: Any) -> Objective:
+        """What is compared; the layers of both by name."""
+        step = self._job.step
+        pairs = match_layers(self._student, self._teacher) if step["hidden"] or step["attention"] else []
+        embeddings = kind == "embeddings"
+        return Objective(
+            kind=kind, temperature=step["temperature"] or 1.0, hidden=step["hidden"], attention=step["attention"] or 0.0,
+            relational=step["relational"] or 0.0, first_token=embeddings and pools_first_token(self._job.run.folder),
+            layers=tuple(pairs) if step["hidden"] else (), attending=pairs[-1] if step["attention"] else None,
+            causal=self._job.before.is_decoder or self._job.before.is_encoder_decoder,
+        )  # fmt: skip
+
+    def _setup(self, held: frozenset[str]) -> Setup:
+        step, index = self._job.step, self._answers.index
+        objective = replace(self._objective(index.kind), answer=index.answer, sizes=tuple(index.sizes))
+        return Setup(
+            config=self._job.before.config, shapes=self._shapes, teacher_config=self._job.run.spec.config, teacher_shapes=self._teacher_shapes,
+            objective=objective, needs_head=index.kind == "head" and not step["top_k"], held=held, widths=self._widths(objective),
+            optimizer=step["optimizer"], parallel=step["parallel"], dtype=step["dtype"], recompute=step["recompute"], embeddings=step["embeddings"],
+            seed=step["seed"], routed=any(isinstance(part, Linear) and part.experts > 1 for part in self._job.before.parts),
+        )  # fmt: skip
+
+    def _widths(self, objective: Objective) -> dict[str, tuple[int, int]]:
+        """Where the student's states are of another width than the teacher's: (its own, the teacher's)."""
+        found = {}
+        own = _state_widths(self._student, objective)
+        for key, theirs in self._answers.widths().items():
+            if (key.startswith("layer.") or key == "embedding") and own[key] != theirs:
+                found[key] = (own[key], theirs)
+        return found
+
+    def _check_space(self) -> None:
+        """Raises:
+        OutputError: too little disk for two states of the training and its result.
+        """
+        size = sum(torch.Size(shape).numel() for shape in self._shapes.values())
+        needed = 4 * size * (2 * (1 + MEMORIES[self._job.step["optimizer"]]) + 1)
+        free = shutil.disk_usage(self._journal.folder).free
+        if free < needed:
+            raise OutputError(f"{self._journal.folder.parent} has {format_bytes(free)} free; {self._said} writes up to {format_bytes(needed)} there.")
+
+    # training
+
+    def _train(self, leader: Leader) -> tuple[list[tuple[int, int, float]], _Plan]:
+        job, log = self._job, self._job.run.log
+        curve, plan, first = self._begin(leader)
+        pace, saved, spent = Pace(), time.monotonic(), 0.0
+        rate = job.step["learning_rate"] or LEARNING_RATES[job.step["optimizer"]]
+        step = first
+        while plan.steps is None or step < plan.steps:
+            units, tokens = self._units_of_step(step)
+            begin = time.monotonic()
+            share = rate_at(step, steps=plan.steps or plan.warm_up, warm_up=plan.warm_up, schedule=job.step["schedule"])
+            loss, _ = leader.step(units, rate * share)
+            pace.add(time.monotonic() - begin, tokens)
+            curve.append((step + 1, (curve[-1][1] if curve else 0) + tokens, loss))
+            step += 1
+            if plan.steps is None and step == TIMED:
+                plan = self._fix_steps(leader, plan, pace, curve, step)
+            if step - first == min(TIMED, plan.steps or TIMED):
+                log(f"{plan.steps} steps of about {tokens} positions, {pace.said(plan.steps or step, step)}")
+            if plan.steps is not None and (step % max(1, plan.steps // SAID) == 0 or step == plan.steps):
+                log(f"step {step} of {plan.steps}: loss {loss:.4f}, {pace.said(plan.steps, step)}")
+            now = time.monotonic()
+            if plan.steps is not None and now - saved >= max(SAVE_SECONDS, SAVE_SHARE * spent) and step < plan.steps:
+                self._save(leader.state(), step, curve)
+                saved, spent = time.monotonic(), time.monotonic() - now
+        return curve, plan
+
+    def _begin(self, leader: Leader) -> tuple[list[tuple[int, int, float]], _Plan, int]:
+        """Where the training stands: its curve so far, its plan, and the next step."""
+        journal, number = self._journal, self._job.number
+        if journal.has(number, TRAINING):
+            found = journal.read(number, TRAINING)
+            leader.restore({name: value for name, value in found.weights.items() if isinstance(value, Tensor)})
+            said = found.reports[0]
+            self._job.run.log(f"going on after step {said['step']}")
+            return [tuple(point) for point in said["curve"]], self._read_plan(), said["step"]
+        if not journal.has(number, PLAN):
+            before = leader.judge(self._judging())
+            steps = training_steps(dict(self._job.step.arguments), step_tokens=self._step_tokens())
+            plan = _Plan(steps=steps, warm_up=TIMED if steps is None else max(1, steps // 10), before=before)
+            self._job.run.log(f"distance from the original on {self._label}: {before:.4f}")
+            if steps is None:
+                return [], plan, 0
+            self._write_plan(plan)
+        return [], self._read_plan(), 0
+
+    def _fix_steps(self, leader: Leader, plan: _Plan, pace: Pace, curve: list[tuple[int, int, float]], step: int) -> _Plan:
+        """How many steps the minutes allow, after some that were timed; what is begun is written down, so that the number stays."""
+        left = 60 * self._job.step["minutes"] - (time.monotonic() - self._started) - pace.seconds * len(self._judged) / self._rows_of_a_step
+        steps = step + max(0, int(left / pace.seconds))
+        fixed = replace(plan, steps=steps)
+        self._write_plan(fixed)
+        self._save(leader.state(), step, curve)
+        if steps == step:
+            self._job.run.log(f"minutes<={self._job.step['minutes']} is over after the {step} steps that were timed")
+        return fixed
+
+    def _write_plan(self, plan: _Plan) -> None:
+        self._journal.write(self._job.number, PLAN, {}, [{"steps": plan.steps, "warm_up": plan.warm_up, "before": plan.before}])
+
+    def _read_plan(self) -> _Plan:
+        return _Plan(**self._journal.read(self._job.number, PLAN).reports[0])
+
+    def _save(self, state: State, step: int, curve: Sequence[tuple[int, int, float]]) -> None:
+        self._journal.write(self._job.number, TRAINING, state, [{"step": step, "curve": list(curve)}])
+
+    # units of work
+
+    def _step_tokens(self) -> int:
+        return self._rows_of_a_step * max(map(_positions, self._rows))
+
+    def _units_of_step(self, step: int) -> tuple[list[Unit], int]:
+        """A step's rows, taken from one random order of all after the other."""
+        chosen = list(rows_of_step(self._training, step=step, count=self._rows_of_a_step, seed=self._job.step["seed"]))
+        return self._units(chosen), sum(_positions(self._rows[row]) for row in chosen)
+
+    def _judging(self) -> list[Unit]:
+        return self._units(self._judged)
+
+    def _units(self, rows: Sequence[int]) -> list[Unit]:
+        """Rows of one shape together: few enough that each process gets some, unless texts are related to each other."""
+        counts = {row: self._answers.count(row, self._rows[row]) for row in rows}
+        total = sum(counts.values())
+        found = []
+        for _, group in groupby(sorted(rows, key=lambda row: str(_shapes(self._rows[row]))), key=lambda row: str(_shapes(self._rows[row]))):
+            together = list(group)
+            size = max(1, min(STEP_TOKENS // max(1, _positions(self._rows[together[0]])), -(-len(together) // self._team.size)))
+            size = RELATED if self._job.step.method == "embeddings" else size
+            for start in range(0, len(together), size):
+                part = together[start : start + size]
+                sample = {name: torch.cat([self._rows[row][name] for row in part]) for name in self._rows[part[0]]}
+                found.append(Unit(sample=sample, target=self._answers.of(part), weight=sum(counts[row] for row in part) / total))
+        return found
+
+
+class Pace:
+    """How fast a training goes, by its latest steps."""
+
+    def __init__(self) -> None:
+        self._taken: list[tuple[float, int]] = []
+
+    def add(self, seconds: float, tokens: int) -> None:
+        self._taken = [*self._taken, (seconds, tokens)][-SAID:]
+
+    @property
+    def seconds(self) -> float:
+        """Of a step; the first one, which loads what the others have, does not count where there are others."""
+        counted = self._taken[1:] or self._taken
+        return max(1e-9, sum(seconds for seconds, _ in counted) / len(counted))
+
+    def said(self, steps: int, step: int) -> str:
+        counted = self._taken[1:] or self._taken
+        speed = sum(tokens for _, tokens in counted) / max(1e-9, sum(seconds for seconds, _ in counted))
+        return f"{speed:.0f} positions/s, about {format_seconds(self.seconds * (steps - step))} left"
+
+
+def cut_rows(batches: Sequence[Sample], *, length: int | None, said: str) -> Iterator[Sample]:
+    """Single rows; those of nothing but tokens are cut to windows of `length`, or of at most `ROW_TOKENS`, and what is left over is dropped.
+
+    Raises:
+        TextError: rows shorter than the length that is asked for.
+        RecipeError: a length asked for of rows that are not plain tokens.
+    """
+    for batch in batches:
+        ids = batch.get("input_ids")
+        plain = ids is not None and set(batch) <= {"input_ids", "attention_mask"} and bool(batch.get("attention_mask", torch.ones(1)).all())
+        if not plain:
+            if length is not None:
+                raise RecipeError(f"{said}: seq_len={length} cuts rows of plain tokens, and these have {', '.join(batch)}; leave it out.")
+            yield from ({name: value[row : row + 1] for name, value in batch.items()} for row in range(len(next(iter(batch.values())))))
+            continue
+        assert ids is not None, "plain rows are tokens"
+        if length is not None and ids.shape[1] < length:
+            raise TextError(f"{said}: seq_len={length} asks for longer rows than the text gives, {ids.shape[1]} tokens; give a longer text or less.")
+        size = length or min(ROW_TOKENS, ids.shape[1])
+        for row in ids:
+            yield from ({"input_ids": row[start : start + size][None]} for start in range(0, len(row) - size + 1, size))
+
+
+def rows_of_step(rows: Sequence[int], *, step: int, count: int, seed: int) -> Iterator[int]:
+    """The rows of one step: each epoch has all of them in an order of its own, and steps go on where the last one ended."""
+    for place in range(step * count, (step + 1) * count):
+        epoch, index = divmod(place, len(rows))
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed((seed << 20) + epoch))
+        yield rows[int(order[index])]
+
+
+def thinned(curve: Sequence[tuple[int, int, float]]) -> list[tuple[int, int, float]]:
+    """At most `CURVE_POINTS` of the points, evenly, the last among them."""
+    every = -(-len(curve) // CURVE_POINTS)
+    return [point for place, point in enumerate(curve) if (len(curve) - 1 - place) % max(1, every) == 0]
+
+
+def pools_first_token(folder: Path) -> bool:
+    """Whether a sentence embedding is the first token's state, by the pooling description of sentence-transformers; else the mean.
+
+    Raises:
+        RecipeError: another pooling.
+    """
+    path = folder / "1_Pooling" / "config.json"
+    if not path.is_file():
+        return False
+    said = json.loads(path.read_text())
+    modes = [name.removeprefix("pooling_mode_").removesuffix("_token").removesuffix("_tokens") for name, on in said.items() if on is True]
+    modes = [mode for mode in [*modes, said.get("pooling_mode")] if mode in ("cls", "mean", "max", "lasttoken", "weightedmean", "mean_sqrt_len")]
+    if modes in (["cls"], ["mean"]):
+        return modes == ["cls"]
+    raise RecipeError(f"distill(embeddings): {path} pools by {' and '.join(modes) or 'nothing known'}; mean and cls are known here.")
+
+
+def _refuse_other_words(said: str, original: ModelSpec, student: ModelSpec) -> None:
+    """Raises:
+    RecipeError: the student reads or writes other tokens than the teacher.
+    """
+    sizes = [
+        next((part.num_embeddings for part in spec.parts if isinstance(part, Embedding) and part.embedding_dim and "position" not in part.name), None)
+        for spec in (original, student)
+    ]
+    if sizes[0] != sizes[1]:
+        raise RecipeError(
+            f"{said} compares answers to the same tokens: the original has {sizes[0]} and the student {sizes[1]}; put this step before the "
+            "vocabulary is cut."
+        )
+
+
+def _held(job: Job) -> frozenset[str]:
+    """Matrices whose zeros stay: those that are said to have some, and those that a step before changed."""
+    found = set()
+    for part in job.before.parts:
+        if isinstance(part, Linear | Embedding):
+            found |= {name for name in weights_of(part) if part.weight.sparsity > 0 or job.stage.touched(name)}
+    return frozenset(found)
+
+
+def _dense(job: Job, name: str) -> Tensor:
+    found = job.stage[name]
+    assert isinstance(found, Tensor), "the reading on the spec refuses this step after quantize"
+    return found
+
+
+def _state_widths(student: Skeleton, objective: Objective) -> dict[str, int]:
+    """Width of the student's states by the key of a target, by its config."""
+    module: Any = student.module
+    width = int(module.config.get_text_config().hidden_size)
+    return {"embedding": width} | {f"layer.{place}": width for place in range(len(objective.layers))}
+
+
+def _shapes(row: Sample) -> list[tuple[str, tuple[int, ...]]]:
+    return sorted((name, tuple(value.shape)) for name, value in row.items())
+
+
+def _positions(row: Sample) -> int:
+    """Positions of a row: its tokens, or one of what is no text."""
+    found = row.get("input_ids", row.get("decoder_input_ids"))
+    return found.shape[1] if found is not None else 1
