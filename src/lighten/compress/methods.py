@@ -15,6 +15,7 @@ from lighten.compress.awq import Rounder
 from lighten.compress.block import Block, Subset
 from lighten.compress.fake_quant import STATIC_LARGEST, round_dynamic
 from lighten.compress.ggml_search import quantize_ggml, quantize_ggml_together
+from lighten.compress.factorize import factorize_alone, factorize_correction, factorize_svd
 from lighten.compress.gptq import GptqSettings, layer_error, quantize_gptq
 from lighten.compress.grid import QuantizedTensor, Weight
 from lighten.compress.hadamard import plan_rotation
@@ -39,7 +40,9 @@ REPORTED_OUTPUTS = 256
 
 
 def do_alone(job: Job, names: Iterable[str]) -> tuple[dict[str, Weight], list[dict[str, Any]]]:
-    """Weights that no calibration row reaches, such as tables: rounded on the grid of least error of the weight itself."""
+    """Weights that no calibration row reaches, such as tables: rounded on the grid of least error of the weight itself, or factorized by it."""
+    if job.step.verb == "factorize":
+        return factorize_alone(job, names)
     weights: dict[str, Weight] = {}
     for name in names:
         weight, format = job.value(name), job.formats[name]
@@ -266,11 +269,39 @@ def require_possible(run: Run, spec: ModelSpec, recipe: Recipe) -> None:
             f"{spec.name} ({spec.architecture}) keeps the experts of a layer in one tensor ({fused[0]} and {len(fused) - 1} others), which no step "
             "changes yet; cast can be done, and what a step would give can be estimated."
         )
+    _refuse_around_factors(recipe)
     for step in recipe.steps:
-        if step.method in ("awq", "smoothquant", "hadamard"):
+        if step.method in FOLLOW_THE_GRAPH:
             graph = run.graph(spec)
             if step.verb == "rotate":
                 plan_rotation(graph)
+
+
+FOLLOW_THE_GRAPH = ("awq", "smoothquant", "hadamard")
+"""Methods that move numbers from one weight into another along the model's graph."""
+
+
+def _refuse_around_factors(recipe: Recipe) -> None:
+    """Raises:
+    RecipeError: a step that cannot be done after factorize, or before a correction.
+    """
+    for number, step in enumerate(recipe.steps):
+        before, after = recipe.steps[:number], recipe.steps[number + 1 :]
+        if step.verb != "factorize":
+            continue
+        if (other := next((each for each in after if each.verb == "distill" or each.method in FOLLOW_THE_GRAPH), None)) is not None:
+            what = "compares with the original layer by layer" if other.verb == "distill" else "follows the graph of the original"
+            raise RecipeError(f"{other} {what}, whose layers {step} exchanges; leave one of them out" + _OTHERS.get(other.verb, "."))
+        if step.method == "correction" and (other := next((each for each in before if _moves(each)), None)) is not None:
+            raise RecipeError(f"{step} is measured against the original's weights, which {other} changes into others; quantize by gptq, rtn or hqq.")
+
+
+_OTHERS = {"quantize": ", or quantize by gptq, rtn, hqq or auto."}
+
+
+def _moves(step: Step) -> bool:
+    """Whether weights after a step are not to be compared with those before, one by one."""
+    return step.method in FOLLOW_THE_GRAPH or step.verb in ("factorize", "shrink") or (step.verb, step.method) == ("prune", "structured")
 
 
 METHODS: dict[tuple[str, str], Method] = {
@@ -286,6 +317,8 @@ METHODS: dict[tuple[str, str], Method] = {
     ("quantize", "dynamic"): _by_runtime,
     ("quantize", "static"): _by_runtime,
     ("rotate", "hadamard"): _hadamard,
+    ("factorize", "svd"): factorize_svd(_errors),
+    ("factorize", "correction"): factorize_correction(_errors),
     ("distill", "scales"): tune,
     ("distill", "qat"): tune,
 }

@@ -11,8 +11,8 @@ import inspect
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -31,6 +31,7 @@ from lighten.compress.skeleton import Skeleton, Unit
 from lighten.compress.stage import Change, Changed, Journaled, Original, Stage
 from lighten.compress.suspend import Forwards
 from lighten.errors import RecipeError
+from lighten.model.low_rank import CORRECTION, DOWN, RANKS, UP
 from lighten.model.quantized import refuse_layouts
 from lighten.model.spec import Embedding, Linear, ModelSpec, WeightFormat
 from lighten.recipe import Recipe, Step
@@ -251,7 +252,7 @@ def do_recipe(  # noqa: PLR0913 - one keyword for each thing that a run may be g
         after = step.kind.predict(spec, {**dict(step.arguments), "runtime": recipe.runtime})
         job = Job(run=run, number=number, step=step, before=spec, after=after, stage=stage)
         stage, spec = METHODS[step.verb, step.method](job)
-    return Done(spec=spec, weights=_finished(run.original, stage, spec))
+    return Done(spec=spec, weights=_finished(run, stage, spec))
 
 
 def compress_weights(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe) -> Iterator[tuple[str, Weight, LayerReport | None]]:
@@ -374,15 +375,19 @@ def change_weights(job: Job, change: Change) -> tuple[Stage, ModelSpec]:
     return Changed(before=job.stage, selected=job.names, change=change), job.after
 
 
-def _finished(original: Original, stage: Stage, spec: ModelSpec) -> Iterator[tuple[str, Weight, LayerReport | None]]:
+def _finished(run: Run, stage: Stage, spec: ModelSpec) -> Iterator[tuple[str, Weight, LayerReport | None]]:
+    original = run.original
     transposed = {name for part in spec.parts if isinstance(part, Linear) and part.transposed for name in weights_of(part)}
     known = set(original.names)
     dtypes = {name: part.weight.dtype for part in spec.parts if isinstance(part, Linear | Embedding) for name in weights_of(part)}
+    reported = _low_rank_reports(run, stage, spec)
     for name in stage.names:
         weight = stage[name]
         if isinstance(weight, Tensor) and stage.touched(name) and weight.is_floating_point():
             weight = weight.to(getattr(torch, dtypes.get(name, spec.dtype)))
-        if name not in known or not stage.touched(name):
+        if name in reported:
+            yield name, weight, reported[name]()
+        elif name not in known or not stage.touched(name):
             yield name, weight, None
         else:
             before = original.checkpoint[name]
@@ -396,6 +401,41 @@ def _report(name: str, original: Tensor, changed: Weight, said: Mapping[str, Any
     bits = None if isinstance(changed, Tensor) else changed.bits
     more = {key: said.get(key) for key in ("output_error", "held_out_error", "rows")}
     return LayerReport(name=name, sparsity=float((value == 0).float().mean()), relative_error=float(error), bits=bits, **more)
+
+
+def _low_rank_reports(run: Run, stage: Stage, spec: ModelSpec) -> dict[str, Callable[[], LayerReport | None]]:
+    """Tensor → the report that goes with it: of the whole weight with the second factor or correction, none with the weight that is corrected."""
+    known = {part.name: part for part in run.spec.parts if isinstance(part, Linear)}
+    found: dict[str, Callable[[], LayerReport | None]] = {}
+    for module in spec.config.get(RANKS, {}):
+        if module in known and stage.touched(f"{module}.{UP}.weight"):
+            found[f"{module}.{UP}.weight"] = partial(_low_rank_report, run, stage, known[module], (DOWN, UP))
+    for module in spec.config.get(CORRECTION, {}):
+        if module in known and stage.touched(f"{module}.lora_B.weight"):
+            found[f"{module}.weight"] = lambda: None
+            found[f"{module}.lora_B.weight"] = partial(_low_rank_report, run, stage, known[module], ("lora_A", "lora_B"))
+    return found
+
+
+def _low_rank_report(run: Run, stage: Stage, part: Linear, pair: tuple[str, str]) -> LayerReport:
+    """Of a weight before all steps, against its two factors and what stands beside them.
+
+    Args:
+        part: as it was before all steps.
+        pair: what the two linears are called, the one that is given the input first.
+    """
+    first, second = (stage[f"{part.name}.{each}.weight"] for each in pair)
+    value, held = _dense(second) @ _dense(first), second
+    if (name := f"{part.name}.weight") in stage.names:
+        held = stage[name]
+        value = value + (_dense(held).T if part.transposed and isinstance(held, Tensor) else _dense(held))
+    before = run.original.checkpoint[name]
+    found = _report(name, before.T if part.transposed else before, value, stage.said(f"{part.name}.{pair[1]}.weight"))
+    return replace(found, bits=None if isinstance(held, Tensor) else held.bits)
+
+
+def _dense(weight: Weight) -> Tensor:
+    return weight.float() if isinstance(weight, Tensor) else weight.dequantize()
 
 
 def weights_of(part: Any) -> list[str]:

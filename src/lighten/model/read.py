@@ -14,6 +14,7 @@ from lighten.errors import ModelError
 from lighten.model.families import FAMILIES, describe
 from lighten.model.families._config import SHAPES
 from lighten.model.leftovers import left_out
+from lighten.model.low_rank import config_as_stored
 from lighten.model.quantized import quantized_parts, scale_names, stored_tensors, with_stored_scales
 from lighten.model.safetensors_header import read_header
 from lighten.model.spec import Embedding, Linear, ModelSpec, Part, TensorSpec
@@ -67,7 +68,7 @@ def read_config_file(path: Path) -> ModelSpec:
         ModelError: no JSON object, or fields that no model can have.
         UnsupportedFamily: an architecture without a formula.
     """
-    config = parse_config(_limited(path, MAX_CONFIG_BYTES), str(path))
+    config = config_as_stored(parse_config(_limited(path, MAX_CONFIG_BYTES), str(path)))
     name = path.resolve().parent.name if path.name == "config.json" else path.stem
     return config_spec(config, name=name, source=str(path))
 
@@ -221,7 +222,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ModelError(f"{folder}: no config.json; a model folder holds config.json and *.safetensors.")
-    return parse_config(_limited(path, MAX_CONFIG_BYTES), str(path))
+    return config_as_stored(parse_config(_limited(path, MAX_CONFIG_BYTES), str(path)))
 
 
 def parse_config(raw: bytes, source: str) -> dict[str, Any]:

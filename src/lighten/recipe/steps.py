@@ -12,6 +12,7 @@ from typing import Any
 
 from lighten.errors import RecipeError
 from lighten.model.spec import Embedding, Linear, ModelSpec, Part, WeightFormat
+from lighten.recipe.factorize import FACTORIZING
 from lighten.recipe.number_formats import group_columns
 from lighten.recipe.quantize import QUANTIZING
 from lighten.recipe.words import TARGETS, Arguments, Parameter, StepKind, change_weights, columns_of, is_number, refuse_quantized, selected_names
@@ -96,5 +97,6 @@ STEPS: dict[tuple[str, str], StepKind] = {
         check=_check_magnitude,
     ),
     **QUANTIZING,
+    **FACTORIZING,
 }  # fmt: skip
 """(verb, method) → its kind."""
