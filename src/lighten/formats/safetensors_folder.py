@@ -15,10 +15,11 @@ from torch import Tensor
 
 from lighten.compress.checkpoint import Checkpoint
 from lighten.compress.grid import Quantized, QuantizedTensor
-from lighten.errors import ModelError
+from lighten.errors import ModelError, RecipeError
 from lighten.formats import files
 from lighten.formats.packing import pack, pack_codes, unpack, unpack_codes
 from lighten.formats.safetensors_file import SafetensorsWriter, split, write_index
+from lighten.model.low_rank import ADAPTER_PREFIX, CORRECTION, CORRECTION_FILE, CORRECTION_FOLDER, RANKS, config_to_store, is_correction
 from lighten.model.quantized import FORMAT, METHOD, MXFP4, NVFP4, TURNED, kind_of, refuse_layouts, scheme, shares_codes, typed_tensors
 from lighten.model.quantized.kv import KVFormat
 from lighten.model.read import SIDE_FILES, weight_files
@@ -52,9 +53,12 @@ def write_folder(
     Raises:
         ModelError: a weight of the spec is missing among `weights`.
     """
+    if adapter := adapter_config(spec):
+        (folder / CORRECTION_FOLDER).mkdir()
+        (folder / CORRECTION_FOLDER / "adapter_config.json").write_text(json.dumps(adapter, indent=2) + "\n")
     _Folder(spec, source, folder, shard_bytes).fill(weights)
     copy_side_files(source, folder)
-    config = dict(spec.config) | {"dtype": spec.dtype}
+    config = config_to_store(spec.config) | {"dtype": spec.dtype}
     config.pop("torch_dtype", None)
     if quantization := quantization_config(spec, kv_cache):
         config["quantization_config"] = quantization
@@ -67,26 +71,34 @@ class _Folder:
     def __init__(self, spec: ModelSpec, source: Path, folder: Path, shard_bytes: int) -> None:
         self._owners = _owners(spec)
         self._heads = [part for part in spec.parts if isinstance(part, Linear) and shares_codes(part)]
+        beside = {name for part in spec.parts if is_correction(part) for name in part.tensors()}
         groups = stored_specs(spec, source)
-        shards = split(groups, shard_bytes)
+        shards = split([group for group in groups if group[0].name not in beside], shard_bytes)
         names = [files.SAFETENSORS] if len(shards) == 1 else [files.shard(number, len(shards)) for number in range(1, len(shards) + 1)]
         if len(shards) > 1:
             write_index(folder, dict(zip(names, shards, strict=True)), files.INDEX)
         self._shards = {folder / name: tensors for name, tensors in zip(names, shards, strict=True)}
-        self._types = {tensor.name: tensor.dtype for tensors in shards for tensor in tensors}
+        self._prefixes: dict[Path, str] = {}
+        if beside:
+            path = folder / CORRECTION_FOLDER / CORRECTION_FILE
+            self._prefixes[path] = ADAPTER_PREFIX
+            self._shards[path] = [tensor for group in groups for tensor in group if tensor.name in beside]
+        self._types = {tensor.name: tensor.dtype for tensors in self._shards.values() for tensor in tensors}
 
     def fill(self, weights: Iterable[tuple[str, Tensor | Quantized]]) -> None:
         with ExitStack() as stack:
             writers = []
-            places: dict[str, SafetensorsWriter] = {}
+            places: dict[str, tuple[SafetensorsWriter, str]] = {}
             for path, tensors in self._shards.items():
-                writer = SafetensorsWriter(path, tensors)
+                prefix = self._prefixes.get(path, "")
+                writer = SafetensorsWriter(path, [replace(tensor, name=prefix + tensor.name) for tensor in tensors])
                 stack.callback(writer.close)
                 writers.append(writer)
-                places |= {tensor.name: writer for tensor in tensors}
+                places |= {tensor.name: (writer, prefix + tensor.name) for tensor in tensors}
             for name, weight in weights:
                 for stored, tensor in self._stored(name, weight):
-                    places[stored].write(stored, tensor)
+                    writer, within = places[stored]
+                    writer.write(within, tensor)
             missing = sorted(name for writer in writers for name in writer.missing)
         if missing:
             raise ModelError(f"{len(missing)} tensors that the model has were not written: {', '.join(missing[:3])}.")
@@ -170,6 +182,27 @@ def copy_side_files(source: Path, folder: Path) -> None:
 # what the config says
 
 
+def adapter_config(spec: ModelSpec) -> dict[str, Any] | None:
+    """PEFT's description of a correction, `lora_alpha` such that what it adds is added once; None where there is none.
+
+    Source: `LoraConfig` of PEFT 0.18, whose names these are: y = x Ŵᵀ + (x Aᵀ) Bᵀ · lora_alpha / r.
+
+    Raises:
+        RecipeError: corrections of more than one rank, which one adapter cannot say.
+    """
+    ranks: dict[str, int] = spec.config.get(CORRECTION) or {}
+    if not ranks:
+        return None
+    if len(set(ranks.values())) > 1:
+        raise RecipeError(f"factorize(correction): ranks {', '.join(map(str, sorted(set(ranks.values()))))} in one adapter; give all weights one rank.")
+    rank = next(iter(ranks.values()))
+    return {
+        "peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "inference_mode": True, "r": rank, "lora_alpha": rank,
+        "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": any(_is_turned(p) for p in spec.parts if isinstance(p, Linear) and p.name in ranks),
+        "use_rslora": False, "target_modules": sorted(ranks),
+    }  # fmt: skip
+
+
 def quantization_config(spec: ModelSpec, kv_cache: KVFormat | None = None) -> dict[str, Any] | None:
     """The `quantization_config` of a spec's weights; None where none is quantized.
 
@@ -229,13 +262,17 @@ def _has_weight(part: Matrix) -> bool:
     return f"{part.name}.weight" in typed_tensors(part)
 
 
-def _is_turned(part: Matrix) -> bool:
+def _is_turned(part: Part) -> bool:
     return isinstance(part, Linear) and part.transposed
 
 
 def other_loaders_refuse(spec: ModelSpec) -> list[str]:
     """Why `transformers` with `compressed-tensors` (5.23, 0.20) does not load a spec's weights, a sentence each; empty where it does."""
     found = []
+    if spec.config.get(RANKS):
+        found.append("no other loader has linears of two factors; lighten export --to safetensors multiplies them out, and ONNX and OpenVINO run them.")
+    if spec.config.get(CORRECTION):
+        found.append(f"the correction is an adapter in {CORRECTION_FOLDER}/, which PEFT loads beside the model; without it the model is as it was before.")
     if any(_is_turned(part) for part in _quantized(spec)):
         found.append("compressed-tensors has no quantized Conv1D; lighten alone reads these weights.")
     parts = _quantized(spec) if len(quantization_groups(spec)) > 1 else []

@@ -101,4 +101,11 @@ def config_as_stored(stored: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_correction(part: Part) -> bool:
+    """Whether a part stands beside another linear."""
     return isinstance(part, Linear) and part.name.endswith((".lora_A", ".lora_B"))
+
+
+def is_low_rank(part: Part, config: Mapping[str, Any]) -> bool:
+    """Whether a part is one of two that stand for a linear, or beside one: what the model's class does not have."""
+    module, _, last = part.name.rpartition(".")
+    return (last in (DOWN, UP) and module in config.get(RANKS, {})) or is_correction(part)

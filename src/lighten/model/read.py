@@ -14,7 +14,7 @@ from lighten.errors import ModelError
 from lighten.model.families import FAMILIES, describe
 from lighten.model.families._config import SHAPES
 from lighten.model.leftovers import left_out
-from lighten.model.low_rank import config_as_stored
+from lighten.model.low_rank import CORRECTION_FILE, CORRECTION_FOLDER, config_as_stored
 from lighten.model.quantized import quantized_parts, scale_names, stored_tensors, with_stored_scales
 from lighten.model.safetensors_header import read_header
 from lighten.model.spec import Embedding, Linear, ModelSpec, Part, TensorSpec
@@ -241,7 +241,7 @@ def parse_config(raw: bytes, source: str) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: those that its index names, else all.
+    """The safetensors files of a folder: those that its index names, else all; a correction's last.
 
     Raises:
         ModelError: no weights, pickled weights only, or shards that the index names and that are missing.
@@ -250,14 +250,19 @@ def weight_files(folder: Path) -> list[Path]:
         missing = sorted(name for name in shards if not (folder / name).is_file())
         if missing:
             raise ModelError(f"{folder}: {len(missing)} of its shards are missing: {', '.join(missing[:3])}.")
-        return sorted(folder / name for name in shards)
+        return sorted(folder / name for name in shards) + _corrections(folder)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         refuse_pickle(p.name for pattern in PICKLES for p in folder.glob(pattern))
         others = sorted(p.name for pattern in OTHER_WEIGHTS for p in folder.glob(pattern))
         more = f"; it holds {others[0]}, which is read by its own path" if others else ""
         raise ModelError(f"{folder}: no *.safetensors beside config.json{more}.")
-    return files
+    return files + _corrections(folder)
+
+
+def _corrections(folder: Path) -> list[Path]:
+    path = folder / CORRECTION_FOLDER / CORRECTION_FILE
+    return [path] if path.is_file() else []
 
 
 def refuse_pickle(names: Iterable[str]) -> None:
