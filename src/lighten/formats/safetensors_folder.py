@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -19,12 +19,12 @@ from lighten.errors import ModelError, RecipeError
 from lighten.formats import files
 from lighten.formats.packing import pack, pack_codes, unpack, unpack_codes
 from lighten.formats.safetensors_file import SafetensorsWriter, split, write_index
-from lighten.model.low_rank import ADAPTER_PREFIX, CORRECTION, CORRECTION_FILE, CORRECTION_FOLDER, RANKS, config_to_store, is_correction
+from lighten.model.low_rank import ADAPTER_PREFIX, CORRECTION, CORRECTION_FILE, CORRECTION_FOLDER, RANKS, config_to_store, is_correction, mark_of
 from lighten.model.quantized import FORMAT, METHOD, MXFP4, NVFP4, TURNED, kind_of, refuse_layouts, scheme, shares_codes, typed_tensors
 from lighten.model.quantized.kv import KVFormat
 from lighten.model.read import SIDE_FILES, weight_files
 from lighten.model.safetensors_header import read_header
-from lighten.model.spec import PER_TENSOR, Embedding, Linear, ModelSpec, Part, TensorSpec
+from lighten.model.spec import PER_TENSOR, Embedding, Linear, ModelSpec, Part, TensorSpec, WeightFormat
 
 Matrix: TypeAlias = Linear | Embedding
 SHARD_BYTES = 5_000_000_000
@@ -73,7 +73,9 @@ class _Folder:
         self._heads = [part for part in spec.parts if isinstance(part, Linear) and shares_codes(part)]
         beside = {name for part in spec.parts if is_correction(part) for name in part.tensors()}
         groups = stored_specs(spec, source)
-        shards = split([group for group in groups if group[0].name not in beside], shard_bytes)
+        self._mark = mark_of(spec.config)
+        marks = [[TensorSpec(name=self._mark, shape=(0,), dtype="float32")]] if self._mark else []
+        shards = split([*marks, *(group for group in groups if group[0].name not in beside)], shard_bytes)
         names = [files.SAFETENSORS] if len(shards) == 1 else [files.shard(number, len(shards)) for number in range(1, len(shards) + 1)]
         if len(shards) > 1:
             write_index(folder, dict(zip(names, shards, strict=True)), files.INDEX)
@@ -95,6 +97,8 @@ class _Folder:
                 stack.callback(writer.close)
                 writers.append(writer)
                 places |= {tensor.name: (writer, prefix + tensor.name) for tensor in tensors}
+            if self._mark:
+                places[self._mark][0].write(self._mark, torch.empty(0))
             for name, weight in weights:
                 for stored, tensor in self._stored(name, weight):
                     writer, within = places[stored]
@@ -106,7 +110,7 @@ class _Folder:
     def _stored(self, name: str, weight: Tensor | Quantized) -> Iterator[tuple[str, Tensor]]:
         """The tensors of the file that one weight becomes."""
         if isinstance(weight, Tensor):
-            if name in self._types:
+            if name in self._types and name != self._mark:
                 yield name, weight.to(getattr(torch, self._types[name]))
             return
         part = self._owners.get(name)
@@ -177,6 +181,23 @@ def copy_side_files(source: Path, folder: Path) -> None:
         if (source / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, folder / name)
+
+
+def write_dense(weights: Mapping[str, Tensor | Quantized], spec: ModelSpec, source: Path, folder: Path) -> None:
+    """Write a model as it is computed, all its weights dequantized to float32."""
+    turned = {f"{part.name}.weight" for part in spec.parts if _is_turned(part)}
+
+    def dense(name: str, weight: Tensor | Quantized) -> Tensor:
+        if isinstance(weight, Tensor):
+            return weight.float() if weight.is_floating_point() else weight
+        return weight.dequantize().T.contiguous() if name in turned else weight.dequantize()
+
+    def plain(part: Part) -> Part:
+        return replace(part, weight=WeightFormat()) if isinstance(part, Linear | Embedding) else part
+
+    folder.mkdir(parents=True, exist_ok=True)
+    made = replace(spec.with_parts(plain), dtype="float32")
+    write_folder(((name, dense(name, weight)) for name, weight in weights.items()), made, source, folder)
 
 
 # what the config says
@@ -302,7 +323,7 @@ class StoredWeights:
         self._stored = Checkpoint(folder)  # which maps one tensor at a time, however large the files are
         pieces = {piece for name, part in self._owners.items() for piece in _pieces_of(name, part)}
         pieces |= {name for part in spec.parts for name in typed_tensors(part) if part.name and name not in pieces and _is_copy(part, name)}
-        self.names = [*sorted(set(self._stored.names) - pieces), *sorted(self._owners)]
+        self.names = [*sorted(set(self._stored.names) - pieces - {mark_of(spec.config)}), *sorted(self._owners)]
 
     def __getitem__(self, name: str) -> Tensor | QuantizedTensor:
         """The weight as it is stored."""

@@ -4,9 +4,10 @@ A factorized linear X, y = x Wᵀ + b with W ≈ U V, is two linears in its plac
 the bias. So every reading of a model (FLOPs, bytes, formats) knows it. A corrected linear stays, and two linears stand beside it, `X.lora_A` and
 `X.lora_B`, named as PEFT names them: y = x Ŵᵀ + b + (x Aᵀ) Bᵀ.
 
-In memory a config says `low_rank` (module → rank) and `correction` (module → rank). The config.json of a factorized model names a `model_type` that no
-other loader has, so that they refuse it: `transformers` would load what it knows and fill the rest with random numbers. A corrected model is a whole
-model without its correction, and keeps its type.
+In memory a config says `low_rank` (module → rank) and `correction` (module → rank). `transformers` would load what it knows of a factorized model and
+fill the rest with random numbers, so two things make it and others refuse: the config.json names a `model_type` that no other loader has, and the first
+factorized weight's own name stands in the file with no elements, which a class that is named outright finds to be of the wrong shape. A corrected
+model is a whole model without its correction, and keeps its type.
 """
 
 from __future__ import annotations
@@ -98,6 +99,16 @@ def config_as_stored(stored: Mapping[str, Any]) -> dict[str, Any]:
     if found.get("model_type") == STORED_TYPE and ORIGINAL_TYPE in found:
         found["model_type"] = found.pop(ORIGINAL_TYPE)
     return found
+
+
+def has_low_rank(config: Mapping[str, Any]) -> bool:
+    """Whether a model has linears that its class has not."""
+    return bool(config.get(RANKS) or config.get(CORRECTION))
+
+
+def mark_of(config: Mapping[str, Any]) -> str | None:
+    """The name in a factorized model's file of a tensor without elements; None: not factorized."""
+    return next((f"{name}.weight" for name in config.get(RANKS) or {}), None)
 
 
 def is_correction(part: Part) -> bool:

@@ -14,7 +14,7 @@ from lighten.errors import ModelError
 from lighten.model.families import FAMILIES, describe
 from lighten.model.families._config import SHAPES
 from lighten.model.leftovers import left_out
-from lighten.model.low_rank import CORRECTION_FILE, CORRECTION_FOLDER, config_as_stored
+from lighten.model.low_rank import CORRECTION_FILE, CORRECTION_FOLDER, config_as_stored, mark_of
 from lighten.model.quantized import quantized_parts, scale_names, stored_tensors, with_stored_scales
 from lighten.model.safetensors_header import read_header
 from lighten.model.spec import Embedding, Linear, ModelSpec, Part, TensorSpec
@@ -295,7 +295,11 @@ def make_spec(config: Mapping[str, Any], tensors: tuple[TensorSpec, ...], *, nam
     parts = describe(config, architecture)
     if quantization := config.get("quantization_config"):
         parts = quantized_parts(parts, quantization, source, types={tensor.name: tensor.dtype for tensor in tensors})
-    stored = tuple(tensor for tensor in tensors if not (tensor.name == "lm_head.weight" and config.get("tie_word_embeddings")))
+    mark = mark_of(config)
+    stored = tuple(
+        tensor for tensor in tensors
+        if not (tensor.name == "lm_head.weight" and config.get("tie_word_embeddings")) and not (tensor.name == mark and not tensor.elements)
+    )  # fmt: skip
     expected = {name: shape for part in parts for name, shape in stored_tensors(part).items()}
     left = left_out(config, parts, [tensor for tensor in stored if tensor.name not in expected])
     stored = tuple(tensor for tensor in stored if tensor.name not in left.names)
