@@ -106,10 +106,15 @@ def _factorize_block(job: Job, block: Block, errors: Errors) -> list[dict[str, A
             block.put(name, block.source(name) if weight is None else weight)
             value = before if weight is None else weight.dequantize()
             reports.append({**report, "rows": statistics.rows, **errors(before, value, statistics)})
-    weights, said = factorize_alone(job, block.wanted - block.results.keys())
-    for name, each in weights.items():
-        block.put(name, each)
-    return reports + said
+    return reports + _put_alone(job, block)
+
+
+def _put_alone(job: Job, block: Block) -> list[dict[str, Any]]:
+    """Do what no calibration row reached."""
+    weights, reports = factorize_alone(job, block.wanted - block.results.keys())
+    for name, weight in weights.items():
+        block.put(name, weight)
+    return reports
 
 
 def _chosen(job: Job, name: str, found: Decomposed) -> tuple[Factors | None, dict[str, Any]]:
@@ -118,9 +123,9 @@ def _chosen(job: Job, name: str, found: Decomposed) -> tuple[Factors | None, dic
     if part is None:
         return None, {"name": name}
     if job.step["energy"]:
-        rank = energy_rank(found.singular, job.step["energy"])
-        if rank > largest_rank(part):
-            job.run.log(f"{part.name} stays whole: energy={job.step['energy']} takes rank {rank}, and its factors are smaller up to {largest_rank(part)}")
+        rank, most = energy_rank(found.singular, job.step["energy"]), largest_rank(part)
+        if rank > most:
+            job.run.log(f"{part.name} stays whole: energy={job.step['energy']} takes rank {rank}, and its factors are smaller up to {most}")
             return None, {"name": name}
     else:
         rank = next(each.out_features for each in job.after.parts if isinstance(each, Linear) and each.name == f"{part.name}.{DOWN}")
@@ -301,14 +306,12 @@ def _correct_block(job: Job, block: Block, errors: Errors) -> list[dict[str, Any
             factors = job.factors(name, lost, root)
             for each, weight in factors.items():
                 block.put(each, weight)
-            without = errors(original, original - lost, statistics)
+            before = errors(original, original - lost, statistics)
             left = lost - factors[_second(name)].float() @ factors[name].float()
             after = errors(original, original - left, statistics)
-            reports.append({"name": _second(name), "rows": statistics.rows, "before": without, **after})
+            reports.append({"name": _second(name), "rows": statistics.rows, "before": before, **after})
     if reports:
-        before, after = (sum(found) / len(reports) for found in zip(*((r["before"]["output_error"], r["output_error"]) for r in reports), strict=True))
-        job.run.log(f"{block.name}: error of the outputs {before:.4f} without the correction, {after:.4f} with it")
-    weights, said = factorize_alone(job, block.wanted - block.results.keys())
-    for name, each in weights.items():
-        block.put(name, each)
-    return reports + said
+        without = sum(report["before"]["output_error"] for report in reports) / len(reports)
+        with_it = sum(report["output_error"] for report in reports) / len(reports)
+        job.run.log(f"{block.name}: error of the outputs {without:.4f} without the correction, {with_it:.4f} with it")
+    return reports + _put_alone(job, block)

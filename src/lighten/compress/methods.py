@@ -13,9 +13,9 @@ from torch import Tensor
 from lighten.compress import awq, smoothquant
 from lighten.compress.awq import Rounder
 from lighten.compress.block import Block, Subset
+from lighten.compress.factorize import factorize_alone, factorize_correction, factorize_svd
 from lighten.compress.fake_quant import STATIC_LARGEST, round_dynamic
 from lighten.compress.ggml_search import quantize_ggml, quantize_ggml_together
-from lighten.compress.factorize import factorize_alone, factorize_correction, factorize_svd
 from lighten.compress.gptq import GptqSettings, layer_error, quantize_gptq
 from lighten.compress.grid import QuantizedTensor, Weight
 from lighten.compress.hadamard import plan_rotation
@@ -29,7 +29,7 @@ from lighten.compress.stage import Change, Renewed, Stage
 from lighten.compress.statistics import InputStatistics, bfloat16_units
 from lighten.compress.walk import DoBlock, Job, Method, Run, change_weights, walk_blocks
 from lighten.compress.whole import allocate_then, tune
-from lighten.errors import UnsupportedFamily
+from lighten.errors import RecipeError, UnsupportedFamily
 from lighten.model.spec import Linear, ModelSpec, WeightFormat
 from lighten.recipe import Recipe, Step
 from lighten.recipe.quantize import AUTO
@@ -291,12 +291,9 @@ def _refuse_around_factors(recipe: Recipe) -> None:
             continue
         if (other := next((each for each in after if each.verb == "distill" or each.method in FOLLOW_THE_GRAPH), None)) is not None:
             what = "compares with the original layer by layer" if other.verb == "distill" else "follows the graph of the original"
-            raise RecipeError(f"{other} {what}, whose layers {step} exchanges; leave one of them out" + _OTHERS.get(other.verb, "."))
+            raise RecipeError(f"{other} {what}, whose layers {step} exchanges; leave one of them out.")
         if step.method == "correction" and (other := next((each for each in before if _moves(each)), None)) is not None:
             raise RecipeError(f"{step} is measured against the original's weights, which {other} changes into others; quantize by gptq, rtn or hqq.")
-
-
-_OTHERS = {"quantize": ", or quantize by gptq, rtn, hqq or auto."}
 
 
 def _moves(step: Step) -> bool:

@@ -334,7 +334,7 @@ def _verify_folder(plan: _Plan, memory: MemoryPlan, folder: Path, witness: Witne
 
 
 def _write_exported(plan: _Plan, weights: Mapping[str, Weight], spec: ModelSpec, scratch: Path, folder: Path) -> None:
-    """Write the graph of a model with new weights. Where a step changed the model's own form, it is exported in that form and kept for no other recipe.
+    """Write the graph of a model with new weights. Where a step changed the model's own form, it is exported in that form, for this recipe alone.
 
     Args:
         spec: what the steps made of it.

@@ -4,7 +4,7 @@
 |---|---|---|---|---|
 | dense safetensors | is one | refused: rounds | the same floats | the same floats, or float32 |
 | compressed-tensors | dequantized, float32 | is one | the type that holds the codes | the same codes, or float32 where the runtime has none such |
-| factors of low rank, corrections | multiplied out, float32 | refused: rounds | refused: by way of safetensors | two products, float32 or the same codes |
+| factors, corrections | multiplied out, float32 | refused: other linears | refused: by way of safetensors | two products, as above |
 | gguf | the narrowest float that holds all | Q4_0 and Q8_0 | is one | refused: by way of safetensors |
 
 Every output is loaded back and compared before it is called done.
@@ -231,7 +231,7 @@ def _multiplied_folder(source: Source, folder: Path) -> Exported:
 def _multiplied(stored: StoredWeights, spec: ModelSpec, dense: ModelSpec) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a class in its checkpoint's layout, float32 where it was made."""
     turned = {part.name for part in dense.parts if isinstance(part, Linear) and part.transposed}
-    pairs = {name: (DOWN, UP) for name in spec.config.get(RANKS, {})} | {name: ("lora_A", "lora_B") for name in spec.config.get(CORRECTION, {})}
+    pairs = dict.fromkeys(spec.config.get(RANKS, {}), (DOWN, UP)) | dict.fromkeys(spec.config.get(CORRECTION, {}), ("lora_A", "lora_B"))
     own = {name for part in spec.parts if is_low_rank(part, spec.config) for name in part.tensors()}
     for name in stored.names:
         if name not in own and name.removesuffix(".weight") not in pairs:
@@ -483,7 +483,8 @@ def _write_tokenizer(path: Path, folder: Path) -> None:
 
 _Way: TypeAlias = Callable[[Source, Path], Exported]
 _WAYS: dict[tuple[str, str], _Way] = {
-    (PACKED, DENSE): _dequantized_folder, (FACTORED, DENSE): _multiplied_folder, (GGUF, DENSE): _from_gguf, (GGUF, PACKED): _packed_from_gguf, (DENSE, GGUF): _to_gguf,
+    (FACTORED, DENSE): _multiplied_folder,
+    (PACKED, DENSE): _dequantized_folder, (GGUF, DENSE): _from_gguf, (GGUF, PACKED): _packed_from_gguf, (DENSE, GGUF): _to_gguf,
     (PACKED, GGUF): _to_gguf, **{(kind, graph): _to_graph(graph) for kind in (DENSE, PACKED, FACTORED) for graph in GRAPHS},
 }  # fmt: skip
 _REFUSED = {

@@ -215,7 +215,8 @@ def adapter_config(spec: ModelSpec) -> dict[str, Any] | None:
     if not ranks:
         return None
     if len(set(ranks.values())) > 1:
-        raise RecipeError(f"factorize(correction): ranks {', '.join(map(str, sorted(set(ranks.values()))))} in one adapter; give all weights one rank.")
+        said = ", ".join(map(str, sorted(set(ranks.values()))))
+        raise RecipeError(f"factorize(correction): ranks {said} in one adapter, which says one; give all weights the same.")
     rank = next(iter(ranks.values()))
     return {
         "peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "inference_mode": True, "r": rank, "lora_alpha": rank,
@@ -291,9 +292,9 @@ def other_loaders_refuse(spec: ModelSpec) -> list[str]:
     """Why `transformers` with `compressed-tensors` (5.23, 0.20) does not load a spec's weights, a sentence each; empty where it does."""
     found = []
     if spec.config.get(RANKS):
-        found.append("no other loader has linears of two factors; lighten export --to safetensors multiplies them out, and ONNX and OpenVINO run them.")
+        found.append("no other loader has linears of two factors; lighten export --to safetensors multiplies them out, ONNX and OpenVINO run them.")
     if spec.config.get(CORRECTION):
-        found.append(f"the correction is an adapter in {CORRECTION_FOLDER}/, which PEFT loads beside the model; without it the model is as it was before.")
+        found.append(f"the correction is an adapter in {CORRECTION_FOLDER}/, which PEFT loads beside the model; others run the model without it.")
     if any(_is_turned(part) for part in _quantized(spec)):
         found.append("compressed-tensors has no quantized Conv1D; lighten alone reads these weights.")
     parts = _quantized(spec) if len(quantization_groups(spec)) > 1 else []

@@ -102,7 +102,7 @@ def _fill_low_rank(module: Any, spec: ModelSpec, stored: StoredWeights) -> None:
     put_low_rank(module, spec.config)
     own = {name for part in spec.parts if is_low_rank(part, spec.config) for name in part.tensors()}
     state = module.state_dict()
-    for name, place in find_places(module, {name: (1, 1) for name in own}).items():
+    for name, place in find_places(module, dict.fromkeys(own, (1, 1))).items():
         place.of(state[place.key]).copy_(stored.expanded(name))
 
 

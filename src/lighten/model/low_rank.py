@@ -1,13 +1,13 @@
 """Linears of low rank, as parts of a model and as words of its config.
 
-A factorized linear X, y = x Wᵀ + b with W ≈ U V, is two linears in its place: `X.down` with V [rank, in_features], `X.up` with U [out_features, rank] and
-the bias. So every reading of a model (FLOPs, bytes, formats) knows it. A corrected linear stays, and two linears stand beside it, `X.lora_A` and
+A factorized linear X, y = x Wᵀ + b with W ≈ U V, is two linears in its place: `X.down` with V [rank, in_features], `X.up` with U [out_features, rank]
+and the bias. So every reading of a model (FLOPs, bytes, formats) knows it. A corrected linear stays, and two linears stand beside it, `X.lora_A` and
 `X.lora_B`, named as PEFT names them: y = x Ŵᵀ + b + (x Aᵀ) Bᵀ.
 
-In memory a config says `low_rank` (module → rank) and `correction` (module → rank). `transformers` would load what it knows of a factorized model and
-fill the rest with random numbers, so two things make it and others refuse: the config.json names a `model_type` that no other loader has, and the first
-factorized weight's own name stands in the file with no elements, which a class that is named outright finds to be of the wrong shape. A corrected
-model is a whole model without its correction, and keeps its type.
+In memory a config says `low_rank` (module → rank) and `correction` (module → rank). `transformers` would load what it knows of a factorized model
+and fill the rest with random numbers, so two things make it and others refuse: config.json names a `model_type` that no other loader has, and the
+first factorized weight's own name stands in the file with no elements, which a class that is named outright finds to be of the wrong shape. A
+corrected model is a whole model without its correction, and keeps its type.
 """
 
 from __future__ import annotations

@@ -35,8 +35,8 @@ def low_rank_parts(spec: ModelSpec, arguments: Arguments) -> list[Linear]:
             raise RecipeError(f"factorize(svd): {part.name} is shared by several layers, which are not exchanged; narrow its targets.")
         if arguments.get("rank", 0) > largest_rank(part):
             raise RecipeError(
-                f"factorize(svd, rank={arguments['rank']}): two factors of {part.name}, {part.out_features} by {part.in_features}, are smaller than the "
-                f"weight up to rank {largest_rank(part)}; use that or less, or narrow its targets."
+                f"factorize(svd, rank={arguments['rank']}): two factors of {part.name}, {part.out_features} by {part.in_features}, are smaller than "
+                f"the weight up to rank {largest_rank(part)}; use that or less, or narrow its targets."
             )
         if largest_rank(part):
             found.append(part)
@@ -113,7 +113,7 @@ def corrected_parts(spec: ModelSpec, arguments: Arguments) -> list[Linear]:
     step, rank = "factorize(correction)", arguments["rank"]
     found = [part for part in selected_parts(spec, arguments) if isinstance(part, Linear) and part.weight.bits is not None]
     if not found:
-        raise RecipeError(f"{step} makes up for what quantizing lost, and nothing that it selects in {spec.name} is quantized; put it after quantize.")
+        raise RecipeError(f"{step} makes up for what quantizing lost, and nothing that it selects in {spec.name} is; put it after quantize.")
     for part in found:
         _refuse_others(part, spec, step)
         if part.weight.activations or part.weight.ggml_type:
