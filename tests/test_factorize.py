@@ -1,8 +1,8 @@
 """factorize: the algorithms against oracles, ranks under a budget against brute force, and every artifact against what was predicted of it.
 
-Faults put in by hand, each caught: the whitening left out of the decomposition; moments of the original model in place of those behind factorized
-blocks; one rank of leeway at the budget; the bias left at the old name; a Conv1D's factors taken of its transpose; the correction added to the
-weight that it was measured without.
+Faults put in by hand, each caught: the whitening left out of the decomposition; blocks that go on with the weights that factors are the place of;
+a rank given where the budget has no room for it; the last ranks under a budget left to the greedy choice; the bias left at its old name; a Conv1D's
+square weight factorized in its transpose; the correction of the wrong sign; an adapter that counts twice.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lighten.compress.journal import Journal
 from lighten.compress.lowrank import Factors, Spectrum, decompose, energy_rank, spread_ranks, whitening
 from lighten.compress.skeleton import Skeleton
 from lighten.compress.walk import Done, do_recipe, inputs_of
-from lighten.cost.workload import Workload
+from lighten.cost.operators import Forward, forward_operators
 from lighten.errors import RecipeError, TraceError, UnsupportedFamily
 from lighten.formats.artifact import Work, read_artifact, write_artifact
 from lighten.formats.export import export
@@ -237,7 +237,9 @@ def multiplied(weights: dict[str, Tensor], ranks: dict[str, int], folder: Path) 
 def test_two_linears_compute_what_the_product_of_their_weights_computes(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
     folder, text = folders[name], f"factorize(svd, ratio=0.7{TARGETS.get(name, '')})"
     with done(folder, name, text, tmp_path / "work") as result:
-        weights = values_of(result)
+        found = list(result.weights)
+        weights = values_of(Done(spec=result.spec, weights=iter(found)))
+    assert all(report.relative_error < 0.8 for _, _, report in found if report)  # of weights that are random; of one's transpose, 1.2
     predicted = apply_recipe(parse_recipe(text), read_spec(folder))
     assert result.spec.total_parameters == predicted.total_parameters
     assert result.spec.weight_bytes() == predicted.weight_bytes()
@@ -252,8 +254,6 @@ def test_two_linears_compute_what_the_product_of_their_weights_computes(folders:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_ranks_survive_quantization(folders: dict[str, Path], tmp_path: Path, name: str, method: str) -> None:
-    if name == "mamba" and method == "gptq":
-        pytest.skip("what a Mamba's own code is given is covered by test_walk; its in_proj and out_proj by rtn")
     targets = TARGETS.get(name, "")
     found = []
     for number, more in enumerate(("", f" | quantize({method}, bits=8, group_size=8{targets})")):
@@ -296,18 +296,23 @@ def test_later_blocks_see_the_inputs_that_factorized_ones_give(folders: dict[str
 
 def test_energy_leaves_weights_whole_that_factors_would_not_make_smaller_and_says_so(folders: dict[str, Path], tmp_path: Path) -> None:
     said: list[str] = []
-    folder, text = folders["bert"], "factorize(svd, energy=0.87, weighted=false)"
+    folder = folders["bert"]
+    checkpoint = Checkpoint(folder)
+    linears = [part for part in read_spec(folder).parts if isinstance(part, Linear)]
+    squares = {part.name: torch.linalg.svdvals(checkpoint[f"{part.name}.weight"]).double().square() for part in linears}
+    shares = [float(squares[part.name][: largest_rank(part)].sum() / squares[part.name].sum()) for part in linears]
+    share = round(float(np.median(shares)), 4)  # of half of them, as much as factors can keep
+    text = f"factorize(svd, energy={share}, weighted=false)"
     with done(folder, "bert", text, tmp_path / "work", log=said.append) as result:
         weights, ranks = values_of(result), result.spec.config.get("low_rank", {})
     whole = [line.split()[0] for line in said if "stays whole" in line]
     assert ranks
     assert whole
     assert not ranks.keys() & set(whole)
-    checkpoint = Checkpoint(folder)
     for name in whole:
         assert torch.equal(weights[f"{name}.weight"], checkpoint[f"{name}.weight"])
     for name, rank in ranks.items():
-        assert rank == energy_rank(torch.linalg.svdvals(checkpoint[f"{name}.weight"]), 0.87)
+        assert rank == energy_rank(torch.linalg.svdvals(checkpoint[f"{name}.weight"]), share)
     predicted = apply_recipe(parse_recipe(text), read_spec(folder))
     assert predicted.total_parameters == read_spec(folder).total_parameters >= result.spec.total_parameters
 
@@ -360,7 +365,7 @@ def compress(model: Path, recipe: str, out: Path) -> Path:
 RECIPES = [
     "factorize(svd, ratio=0.6)", "factorize(svd, rank=6, weighted=false) | cast(bfloat16)",
     "factorize(svd, rank=8, weighted=false) | quantize(rtn, bits=4, group_size=8)",
-    "quantize(rtn, bits=3, group_size=16) | factorize(correction, rank=4)",
+    "quantize(rtn, bits=4, group_size=16) | factorize(correction, rank=4)",
 ]  # fmt: skip
 
 
@@ -378,7 +383,8 @@ def test_a_folder_holds_what_was_predicted_to_the_byte(models: dict[str, Path], 
     assert read.weight_bytes() == predicted.weight_bytes()
     files = [folder / "model.safetensors", folder / "correction" / "adapter_model.safetensors"]
     held = sum(path.stat().st_size - 8 - int.from_bytes(path.read_bytes()[:8], "little") for path in files if path.is_file())
-    assert abs(held - predicted.weight_bytes()) <= 8 * len(read.parts)  # shapes of packed weights, which are described and not weighed
+    shapes = sum(name.endswith(".weight_shape") for part in predicted.parts for name in stored_tensors(part))
+    assert held == predicted.weight_bytes() + 16 * shapes  # two whole numbers of 8 bytes beside packed codes, which are no weight
     assert artifact_size(predicted, "torch") == pytest.approx(read_artifact(folder).size_bytes, rel=0.05)
 
 
@@ -430,6 +436,7 @@ def test_a_correction_is_an_adapter_as_peft_has_it(models: dict[str, Path], tmp_
     quantized = kind.from_pretrained(tmp_path / "base", dtype=torch.float32)  # by compressed-tensors, none of our code
     ids = torch.arange(5, 21)[None]
     with torch.no_grad():
+        without = quantized(ids)[0]
         for part in linears:
             first, second = (adapter[f"base_model.model.{part.name}.{each}.weight"] for each in ("lora_A", "lora_B"))
             quantized.get_submodule(part.name).register_forward_hook(
@@ -437,7 +444,8 @@ def test_a_correction_is_an_adapter_as_peft_has_it(models: dict[str, Path], tmp_
             )
         expected = quantized(ids)[0]
         found = load_any(folder, read_spec(folder), dtype="float32")(ids)[0]
-    assert torch.allclose(found, expected, atol=1e-4)
+    assert (found - expected).norm() < 5e-3 * expected.norm()  # compressed-tensors expands codes in float16
+    assert (found - without).norm() > 0.05 * expected.norm()
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
@@ -464,19 +472,14 @@ def test_a_graph_holds_two_products_for_each_factorized_linear(models: dict[str,
                 sum(op.get_type_name() == "MatMul" for op in openvino.Core().read_model(tmp_path / str(number) / "openvino_model.xml").get_ops())
             )
     assert found[1] - found[0] == len(pairs)
-    fewer = sum(part.out_features * part.in_features - pair_parameters(part, 4) for part in pairs)
-    assert sizes[recipe] < sizes[f"@ {runtime}"] - 4 * fewer + 25_000  # two operators' description for each
+    assert sizes[recipe] < sizes[f"@ {runtime}"]
 
 
-def test_flops_are_those_of_the_two_products() -> None:
-    from lighten.cost.operators import operators
-    from lighten.model.read import config_spec
-
-    config = bert_config().to_dict() | {"architectures": ["BertModel"]}
-    spec = config_spec(config, name="bert", source="bert")
+def test_flops_are_those_of_the_two_products(models: dict[str, Path]) -> None:
+    spec = read_spec(models["bert"])
     after = apply_recipe(parse_recipe("factorize(svd, rank=4, weighted=false)"), spec)
-    work = Workload(phase="encode", batch_size=2, seq_len=8)
-    flops = [sum(op.flops for op in operators(each, work) if op.kind == "matmul") for each in (spec, after)]
+    forward = Forward(batch_size=2, query_len=8, key_len=8)
+    flops = [sum(op.matmul_flops for op in forward_operators(each, forward, "float32")) for each in (spec, after)]
     gone = 0
     for part in spec.parts:
         if isinstance(part, Linear):
@@ -519,7 +522,7 @@ def test_what_a_step_cannot_take_is_said(models: dict[str, Path], text: str, say
         ("factorize(svd, rank=4) | quantize(awq, group_size=4)", "follows the graph of the original"),
         ("factorize(svd, rank=4) | quantize(rtn) | distill(scales, steps=1)", "compares with the original layer by layer"),
         ("quantize(awq, group_size=16) | factorize(correction, rank=4)", "is measured against the original's weights"),
-        ("factorize(svd, rank=4) | quantize(rtn) | factorize(correction, rank=2)", "is measured against the original's weights"),
+        ("factorize(svd, rank=4) | quantize(rtn) | factorize(correction, rank=2)", "is a factor already"),
     ],
 )
 def test_what_cannot_follow_is_refused_before_any_work(models: dict[str, Path], tmp_path: Path, text: str, says: str) -> None:
