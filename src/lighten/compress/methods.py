@@ -27,6 +27,7 @@ from lighten.compress.scale_search import search_scales
 from lighten.compress.scaling import job_mappings, scale_then
 from lighten.compress.stage import Change, Renewed, Stage
 from lighten.compress.statistics import InputStatistics, bfloat16_units
+from lighten.compress.vocabulary import require_vocabulary, shrink_vocabulary
 from lighten.compress.walk import DoBlock, Job, Method, Run, change_weights, walk_blocks
 from lighten.compress.whole import allocate_then, tune
 from lighten.errors import RecipeError, UnsupportedFamily
@@ -34,6 +35,7 @@ from lighten.model.spec import Linear, ModelSpec, WeightFormat
 from lighten.recipe import Recipe, Step
 from lighten.recipe.quantize import AUTO
 from lighten.recipe.steps import parse_pattern
+from lighten.recipe.vocabulary import kept_rows
 
 REPORTED_OUTPUTS = 256
 """Outputs of a layer, evenly spread, that its reported error is measured on: choice; on all of them it took 6 % of the walk (benchmarks/LOG.md)."""
@@ -270,6 +272,9 @@ def require_possible(run: Run, spec: ModelSpec, recipe: Recipe) -> None:
             "changes yet; cast can be done, and what a step would give can be estimated."
         )
     _refuse_around_factors(recipe)
+    cuts = [step for step in recipe.steps if (step.verb, step.method) == ("shrink", "vocab")]
+    for step in cuts[:1]:
+        require_vocabulary(run, spec, kept_rows(spec, dict(step.arguments)))
     for step in recipe.steps:
         if step.method in FOLLOW_THE_GRAPH:
             graph = run.graph(spec)
@@ -287,6 +292,10 @@ def _refuse_around_factors(recipe: Recipe) -> None:
     """
     for number, step in enumerate(recipe.steps):
         before, after = recipe.steps[:number], recipe.steps[number + 1 :]
+        if (step.verb, step.method) == ("shrink", "vocab"):
+            if (other := next((each for each in after if each.verb == "distill" or each.method == "vocab"), None)) is not None:
+                raise RecipeError(f"{other} cannot follow {step}: the original has other tokens; put it before, or leave one of them out.")
+            continue
         if step.verb != "factorize":
             continue
         if (other := next((each for each in after if each.verb == "distill" or each.method in FOLLOW_THE_GRAPH), None)) is not None:
@@ -314,6 +323,7 @@ METHODS: dict[tuple[str, str], Method] = {
     ("quantize", "dynamic"): _by_runtime,
     ("quantize", "static"): _by_runtime,
     ("rotate", "hadamard"): _hadamard,
+    ("shrink", "vocab"): shrink_vocabulary,
     ("factorize", "svd"): factorize_svd(_errors),
     ("factorize", "correction"): factorize_correction(_errors),
     ("distill", "scales"): tune,

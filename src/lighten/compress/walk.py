@@ -77,10 +77,12 @@ class Done:
     Attributes:
         spec: of the result. It is what the recipe predicted, but for widths that were chosen by what was measured.
         weights: each tensor, with a report of those that changed; one is held at a time.
+        side_files: what becomes of files beside the weights, by name; None: left out.
     """
 
     spec: ModelSpec
     weights: Iterator[tuple[str, Weight, LayerReport | None]]
+    side_files: Mapping[str, bytes | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +94,8 @@ class Run:
         tied: weights that the model shares with another: name → the name that the checkpoint has.
         written: tokens that the original wrote for a step: (length, starts) → them. Later steps that ask for the same take them.
         graphs: traced so far, by config.
+        side_files: what steps made of files beside the weights; None: left out.
+        new_ids: where a step changed the vocabulary, each old token in new ones.
     """
 
     folder: Path
@@ -108,6 +112,8 @@ class Run:
     tied: Mapping[str, str] = field(default_factory=dict)
     written: dict[tuple[int, bytes], Tensor] = field(default_factory=dict)
     graphs: dict[str, Graph] = field(default_factory=dict)
+    side_files: dict[str, bytes | None] = field(default_factory=dict)
+    new_ids: dict[int, list[int]] = field(default_factory=dict)
 
     def graph(self, spec: ModelSpec) -> Graph:
         """The traced graph of the model as some steps left it.
@@ -128,7 +134,7 @@ class Run:
         """
         found = self.calibration(tokens) if self.calibration is not None else ()
         rows = [
-            {name: torch.from_numpy(np.asarray(value[row : row + 1])) for name, value in batch.items()}
+            {name: self._in_new_ids(name, torch.from_numpy(np.asarray(value[row : row + 1]))) for name, value in batch.items()}
             for batch in found
             for row in range(_rows(batch))
         ]
@@ -137,6 +143,13 @@ class Run:
         size = max(1, min(self.batch_rows, len(rows) // HELD_OUT))
         groups = [rows[start : start + size] for start in range(0, len(rows), size)]
         return [{name: torch.cat([row[name] for row in group]) for name in group[0]} for group in groups]
+
+    def _in_new_ids(self, name: str, value: Tensor) -> Tensor:
+        """[1, S] tokens as the changed vocabulary spells them, as many; what it cannot spell is left out, and the row filled from its start."""
+        if not self.new_ids or name not in ("input_ids", "decoder_input_ids"):
+            return value
+        spelled = [each for old in value[0].tolist() for each in self.new_ids[old]] or [0]
+        return torch.tensor([(spelled * value.shape[1])[: value.shape[1]]])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,7 +265,7 @@ def do_recipe(  # noqa: PLR0913 - one keyword for each thing that a run may be g
         after = step.kind.predict(spec, {**dict(step.arguments), "runtime": recipe.runtime})
         job = Job(run=run, number=number, step=step, before=spec, after=after, stage=stage)
         stage, spec = METHODS[step.verb, step.method](job)
-    return Done(spec=spec, weights=_finished(run, stage, spec))
+    return Done(spec=spec, weights=_finished(run, stage, spec), side_files=run.side_files)
 
 
 def compress_weights(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe) -> Iterator[tuple[str, Weight, LayerReport | None]]:
@@ -392,7 +405,7 @@ def _finished(run: Run, stage: Stage, spec: ModelSpec) -> Iterator[tuple[str, We
         else:
             before = original.checkpoint[name]
             matrix = before.T if name in transposed and not isinstance(weight, Tensor) else before
-            yield name, weight, _report(name, matrix, weight, stage.said(name))
+            yield name, weight, _report(name, matrix, weight, stage.said(name)) if _is_comparable(matrix, weight) else None
 
 
 def _report(name: str, original: Tensor, changed: Weight, said: Mapping[str, Any]) -> LayerReport:
@@ -401,6 +414,11 @@ def _report(name: str, original: Tensor, changed: Weight, said: Mapping[str, Any
     bits = None if isinstance(changed, Tensor) else changed.bits
     more = {key: said.get(key) for key in ("output_error", "held_out_error", "rows")}
     return LayerReport(name=name, sparsity=float((value == 0).float().mean()), relative_error=float(error), bits=bits, **more)
+
+
+def _is_comparable(original: Tensor, changed: Weight) -> bool:
+    """Whether a weight has the shape still that it had; of a table that lost rows there is no error to tell."""
+    return (changed.shape if isinstance(changed, Tensor) else changed.dequantize().shape) == original.shape
 
 
 def _low_rank_reports(run: Run, stage: Stage, spec: ModelSpec) -> dict[str, Callable[[], LayerReport | None]]:

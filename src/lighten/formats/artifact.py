@@ -196,6 +196,10 @@ def _refuse(plan: _Plan) -> None:
     if plan.recipe.runtime == "llama.cpp":
         from lighten.formats.gguf_file import refuse_gguf
 
+        if any((step.verb, step.method) == ("shrink", "vocab") for step in plan.recipe.steps):
+            raise RecipeError(
+                "shrink(vocab) is written for torch, onnxruntime and openvino; lighten export --to gguf writes a GGUF file of the result."
+            )
         if any(step.verb == "factorize" for step in plan.recipe.steps):
             raise RecipeError("llama.cpp has no linears of two factors; factorize for torch, onnxruntime or openvino.")
 
@@ -315,10 +319,10 @@ def _write(plan: _Plan, memory: MemoryPlan, journal: Journal, folder: Path) -> l
         verify_gguf(folder / files.GGUF, write_gguf(weights, done.spec, plan.source, folder / files.GGUF))
     elif not RUNTIMES[plan.recipe.runtime].exported:
         witness = Witness(done.spec, plan.source)
-        write_folder(witness.watch(weights), done.spec, plan.source, folder, kv_cache=_kv_format(plan.recipe, done.spec))
+        write_folder(witness.watch(weights), done.spec, plan.source, folder, kv_cache=_kv_format(plan.recipe, done.spec), side_files=done.side_files)
         _verify_folder(plan, memory, folder, witness)
     else:
-        _write_exported(plan, dict(weights), done.spec, journal.scratch, folder)
+        _write_exported(plan, dict(weights), done, journal.scratch, folder)
     return layers
 
 
@@ -333,14 +337,14 @@ def _verify_folder(plan: _Plan, memory: MemoryPlan, folder: Path, witness: Witne
         plan.work.log(f"read back: {verified.tensors} tensors are those that were written; its output differs by {verified.output_error:.1e}")
 
 
-def _write_exported(plan: _Plan, weights: Mapping[str, Weight], spec: ModelSpec, scratch: Path, folder: Path) -> None:
+def _write_exported(plan: _Plan, weights: Mapping[str, Weight], done: Done, scratch: Path, folder: Path) -> None:
     """Write the graph of a model with new weights. Where a step changed the model's own form, it is exported in that form, for this recipe alone.
 
     Args:
-        spec: what the steps made of it.
+        done: whose weights these are.
     """
-    source, exported = plan.source, (plan.exports or folder) / f"{fingerprint(plan.source)}.onnx"
-    reformed = has_low_rank(spec.config)
+    spec, source, exported = done.spec, plan.source, (plan.exports or folder) / f"{fingerprint(plan.source)}.onnx"
+    reformed = has_low_rank(spec.config) or spec.config.get("vocab_size") != plan.spec.config.get("vocab_size")
     if reformed:
         source = scratch / "reformed"
         write_dense(weights, spec, plan.source, source)
@@ -354,8 +358,13 @@ def _write_exported(plan: _Plan, weights: Mapping[str, Weight], spec: ModelSpec,
         write_openvino(exported, weights, spec, folder, calibration=plan.calibration() if _calibrated(plan.recipe) else None)
     for path in folder.glob(f"{exported.stem}*") if exported.parent == folder else ():
         path.unlink()
-    copy_side_files(plan.source, folder)
+    copy_side_files(plan.source, folder, {**done.side_files, **_config_of(done)})
     verify_graph(folder, plan.recipe.runtime, source, spec, dense_weights(weights, spec))
+
+
+def _config_of(done: Done) -> dict[str, bytes]:
+    """The config beside a graph, where the vocabulary is another."""
+    return {"config.json": (json.dumps(dict(done.spec.config), indent=2) + "\n").encode()} if done.side_files else {}
 
 
 def _kv_format(recipe: Recipe, spec: ModelSpec) -> KVFormat | None:

@@ -36,9 +36,9 @@ __all__ = [
 ]  # fmt: skip
 
 
-def write_folder(
+def write_folder(  # noqa: PLR0913 - what is written, where to, and two things that steps say beside the weights
     weights: Iterable[tuple[str, Tensor | Quantized]], spec: ModelSpec, source: Path, folder: Path, *, shard_bytes: int = SHARD_BYTES,
-    kv_cache: KVFormat | None = None,
+    kv_cache: KVFormat | None = None, side_files: Mapping[str, bytes | None] | None = None,
 ) -> None:  # fmt: skip
     """Write the weights of a spec, whose parts say how each is stored, with the source's side files.
 
@@ -49,6 +49,7 @@ def write_folder(
             not are left out: a head that is tied, and what the architecture does not use.
         shard_bytes: of data in one file at most, but for a weight that is larger by itself.
         kv_cache: what the model's cache is stored in when it runs.
+        side_files: those that are not the source's, by name; None: left out.
 
     Raises:
         ModelError: a weight of the spec is missing among `weights`.
@@ -57,7 +58,7 @@ def write_folder(
         (folder / CORRECTION_FOLDER).mkdir()
         (folder / CORRECTION_FOLDER / "adapter_config.json").write_text(json.dumps(adapter, indent=2) + "\n")
     _Folder(spec, source, folder, shard_bytes).fill(weights)
-    copy_side_files(source, folder)
+    copy_side_files(source, folder, side_files)
     config = config_to_store(spec.config) | {"dtype": spec.dtype}
     config.pop("torch_dtype", None)
     if quantization := quantization_config(spec, kv_cache):
@@ -175,10 +176,18 @@ def _group_of(name: str) -> str:
     return module if last in _PIECES else name
 
 
-def copy_side_files(source: Path, folder: Path) -> None:
-    """Copy config, tokenizer and pooling description."""
+def copy_side_files(source: Path, folder: Path, changed: Mapping[str, bytes | None] | None = None) -> None:
+    """Copy config, tokenizer and pooling description.
+
+    Args:
+        changed: what steps made of some of them; None in a name's place: it is left out.
+    """
+    changed = changed or {}
     for name in SIDE_FILES:
-        if (source / name).is_file():
+        content = changed.get(name)
+        if content is not None:
+            (folder / name).write_bytes(content)
+        elif (source / name).is_file() and name not in changed:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, folder / name)
 

@@ -15,6 +15,7 @@ from lighten.model.spec import Embedding, Linear, ModelSpec, Part, WeightFormat
 from lighten.recipe.factorize import FACTORIZING
 from lighten.recipe.number_formats import group_columns
 from lighten.recipe.quantize import QUANTIZING
+from lighten.recipe.vocabulary import SHRINKING_VOCABULARY
 from lighten.recipe.words import TARGETS, Arguments, Parameter, StepKind, change_weights, columns_of, is_number, refuse_quantized, selected_names
 
 __all__ = ["STEPS", "Parameter", "StepKind", "group_columns", "is_pattern", "parse_pattern", "selected_names"]
@@ -98,5 +99,6 @@ STEPS: dict[tuple[str, str], StepKind] = {
     ),
     **QUANTIZING,
     **FACTORIZING,
+    **SHRINKING_VOCABULARY,
 }  # fmt: skip
 """(verb, method) → its kind."""
