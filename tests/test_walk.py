@@ -116,7 +116,7 @@ def test_a_method_keeps_what_a_model_computes_or_refuses_before_any_work(folders
 def test_every_registered_method_is_in_the_contract() -> None:
     covered = {(step.verb, step.method) for text in RECIPES.values() for step in parse_recipe(text).steps}
     by_weight = {("cast", dtype) for dtype in ("float32", "float16", "bfloat16")} | {("prune", "magnitude")}  # tests/test_compress.py
-    factorizing = {("factorize", "svd"), ("factorize", "correction")}  # tests/test_factorize.py
+    factorizing = {("factorize", "svd"), ("factorize", "correction"), ("shrink", "vocab")}  # tests/test_factorize.py, tests/test_vocab.py
     by_runtime = {("quantize", "dynamic"), ("quantize", "static")}  # tests/test_formats.py
     assert METHODS.keys() == STEPS.keys() == covered | by_weight | by_runtime | factorizing
 

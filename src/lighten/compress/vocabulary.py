@@ -15,6 +15,7 @@ New ids are in the order of the old ones.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -40,6 +41,8 @@ TOKENIZER = "tokenizer.json"
 STALE = ("tokenizer.model",)
 """Files that say the whole vocabulary again in a form that is not written here; tokenizer.json says all that they do, so they are left out."""
 KEPT = "vocabulary"
+UNUSED = re.compile(r"\[unused\d+\]")
+"""What BERT calls the tokens that no text gives, which go first with the rows that have no token. Source: its vocab.txt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +187,7 @@ def choose_kept(vocabulary: Vocabulary, counts: NDArray[np.int64], keep: int) ->
     kept = set(vocabulary.required)
     used = sorted((place for place in range(vocabulary.size) if counts[place]), key=lambda place: (-counts[place], place))
     rest = [place for place in range(vocabulary.size) if not counts[place]]
+    rest.sort(key=lambda place: place not in tokens or UNUSED.fullmatch(tokens[place]) is not None)
     needs: dict[int, set[int]] = {}
     while len(kept) < keep:  # a token whose needs are many is passed over once, and shorter ones may have met them since
         for place in (*used, *rest):
@@ -204,7 +208,7 @@ def choose_kept(vocabulary: Vocabulary, counts: NDArray[np.int64], keep: int) ->
 def cut_files(folder: Path, vocabulary: Vocabulary, kept: Sequence[int]) -> dict[str, bytes | None]:
     """What becomes of the files beside the weights; None: it is left out."""
     new = {old: place for place, old in enumerate(kept)}
-    found: dict[str, bytes | None] = {TOKENIZER: _json(cut_tokenizer(vocabulary.said, new))}
+    found: dict[str, bytes | None] = {TOKENIZER: _json(cut_tokenizer(vocabulary.said, new), (folder / TOKENIZER).read_bytes())}
     tokens = {place: token for token, place in vocabulary.ids.items()}
     changes: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
         "generation_config.json": lambda said: cut_config(said, new),
@@ -214,7 +218,8 @@ def cut_files(folder: Path, vocabulary: Vocabulary, kept: Sequence[int]) -> dict
     }
     for name, change in changes.items():
         if (folder / name).is_file():
-            found[name] = _json(change(parse_config((folder / name).read_bytes(), name)))
+            before = (folder / name).read_bytes()
+            found[name] = _json(change(parse_config(before, name)), before)
     if (folder / "vocab.txt").is_file():
         found["vocab.txt"] = "".join(f"{tokens.get(old, f'[unused{old}]')}\n" for old in kept).encode()
     if (folder / "merges.txt").is_file():
@@ -223,8 +228,11 @@ def cut_files(folder: Path, vocabulary: Vocabulary, kept: Sequence[int]) -> dict
     return found | {name: None for name in STALE if (folder / name).is_file()}
 
 
-def _json(said: Any) -> bytes:
-    return (json.dumps(said, ensure_ascii=False, indent=2) + "\n").encode()
+def _json(said: Any, like: bytes) -> bytes:
+    """A file's new content, in lines where it was in lines."""
+    if b"\n" in like.strip():
+        return (json.dumps(said, ensure_ascii=False, indent=2) + "\n").encode()
+    return json.dumps(said, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def _with_keys(said: Mapping[str, Any], field: str, new: Mapping[int, int]) -> dict[str, Any]:
