@@ -87,7 +87,7 @@ def refused(call: Any) -> str:
 
 def test_every_pair_of_formats_is_done_or_refused():
     """The two tables are one: each pair in exactly one of them."""
-    pairs = {(kind, target) for kind in (DENSE, SPARSE, PACKED, GGUF) for target in TARGETS}
+    pairs = {(kind, target) for kind in (DENSE, SPARSE, PACKED, GGUF, module.FACTORED) for target in TARGETS}
     assert set(module._WAYS) | set(module._REFUSED) == pairs
     assert not set(module._WAYS) & set(module._REFUSED)
     assert tuple(command.TARGETS) == TARGETS

@@ -123,8 +123,9 @@ def test_every_registered_method_is_in_the_contract() -> None:
     by_weight = {("cast", dtype) for dtype in ("float32", "float16", "bfloat16")} | {("prune", "magnitude")}  # tests/test_compress.py
     pruning = {("prune", method) for method in PRUNERS}  # tests/test_prune.py
     by_runtime = {("quantize", "dynamic"), ("quantize", "static")}  # tests/test_formats.py
-    shrinking = {("shrink", what) for what in ("ffn", "heads", "width", "layers", "experts")}  # tests/test_shrink.py
-    assert METHODS.keys() == STEPS.keys() == covered | by_weight | by_runtime | pruning | shrinking
+    shrinking = {("shrink", what) for what in ("ffn", "heads", "width", "layers", "experts", "vocab")}  # tests/test_shrink.py, tests/test_vocab.py
+    factorizing = {("factorize", "svd"), ("factorize", "correction")}  # tests/test_factorize.py
+    assert METHODS.keys() == STEPS.keys() == covered | by_weight | by_runtime | pruning | shrinking | factorizing
 
 
 def test_the_same_seed_gives_the_same_bytes(folders: Folders, tmp_path: Path) -> None:

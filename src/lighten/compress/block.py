@@ -103,7 +103,7 @@ class Block:
         if self.routed:
             return self._find_levels(names)
         prefix = _module_of(names)
-        kind = (type(self.unit.module), *sorted(name.removeprefix(prefix) for name in names))
+        kind = (type(self.unit.module), *sorted((name.removeprefix(prefix), self.skeleton.view(name).shape) for name in names))
         if kind not in self.known_levels:
             self.known_levels[kind] = _renamed(self._find_levels(names), lambda name: name.removeprefix(prefix))
         return _renamed(self.known_levels[kind], lambda name: prefix + name)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lighten.errors import ModelError
 from lighten.model.read import BUFFERS, weight_files
-from lighten.model.safetensors_header import read_header
+from lighten.model.safetensors_header import own_name, read_header
 from lighten.model.spec import TensorSpec
 
 CHUNK_ELEMENTS = 2**22
@@ -165,4 +165,4 @@ def _starts(path: Path) -> dict[str, int]:
         length = int.from_bytes(file.read(8), "little")
         entries = json.loads(file.read(length))
     entries.pop("__metadata__", None)
-    return {name: 8 + length + int(entry["data_offsets"][0]) for name, entry in entries.items()}
+    return {own_name(path, name): 8 + length + int(entry["data_offsets"][0]) for name, entry in entries.items()}

@@ -45,7 +45,7 @@ NIBBLE_BITS = 4
 LONGEST_NAME = 150
 """Of a file for a block: file systems take 255 bytes (POSIX NAME_MAX on Linux); longer names end in a digest."""
 
-_KINDS = {"QuantizedTensor": "lighten.compress.grid", "GgmlTensor": "lighten.compress.ggml"}
+_KINDS = {"QuantizedTensor": "lighten.compress.grid", "GgmlTensor": "lighten.compress.ggml", "Factors": "lighten.compress.lowrank"}
 """Weights that are no plain tensor → the module of their class: dataclasses whose fields are tensors, or what JSON holds."""
 
 

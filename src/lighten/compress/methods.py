@@ -15,6 +15,7 @@ from lighten.compress.admm import prune_admm
 from lighten.compress.awq import Rounder
 from lighten.compress.block import Block, Subset
 from lighten.compress.distill_dense import distill_dense
+from lighten.compress.factorize import factorize_alone, factorize_correction, factorize_svd
 from lighten.compress.fake_quant import STATIC_LARGEST, round_dynamic
 from lighten.compress.ggml_search import quantize_ggml, quantize_ggml_together
 from lighten.compress.gptq import GptqSettings, layer_error, quantize_gptq
@@ -30,22 +31,26 @@ from lighten.compress.scaling import job_mappings, scale_then
 from lighten.compress.sparsegpt import prune_sparsegpt
 from lighten.compress.stage import Change, Renewed, Stage
 from lighten.compress.statistics import InputStatistics, bfloat16_units
+from lighten.compress.vocabulary import require_vocabulary, shrink_vocabulary
 from lighten.compress.walk import DoBlock, Job, Method, Run, change_weights, walk_blocks, weights_of
 from lighten.compress.wanda import prune_wanda
 from lighten.compress.whole import allocate_then, prune_then, tune
-from lighten.errors import UnsupportedFamily
+from lighten.errors import RecipeError, UnsupportedFamily
 from lighten.model.spec import Embedding, Linear, ModelSpec, WeightFormat
 from lighten.recipe import Recipe, Step
 from lighten.recipe.prune import IN_FOLDER, parse_pattern
 from lighten.recipe.quantize import AUTO
 from lighten.recipe.sparse import with_counts
+from lighten.recipe.vocabulary import kept_rows
 
 REPORTED_OUTPUTS = 256
 """Outputs of a layer, evenly spread, that its reported error is measured on: choice; on all of them it took 6 % of the walk (benchmarks/LOG.md)."""
 
 
 def do_alone(job: Job, names: Iterable[str]) -> tuple[dict[str, Weight], list[dict[str, Any]]]:
-    """Weights that no calibration row reaches, such as tables: rounded on the grid of least error of the weight itself."""
+    """Weights that no calibration row reaches, such as tables: rounded on the grid of least error of the weight itself, or factorized by it."""
+    if job.step.verb == "factorize":
+        return factorize_alone(job, names)
     weights: dict[str, Weight] = {}
     for name in names:
         weight, format = job.value(name), job.formats[name]
@@ -303,8 +308,12 @@ def require_possible(run: Run, spec: ModelSpec, recipe: Recipe) -> None:
             f"{spec.name} ({spec.architecture}) keeps the experts of a layer in one tensor ({fused[0]} and {len(fused) - 1} others), which no step "
             "changes yet; cast can be done, and what a step would give can be estimated."
         )
+    _refuse_around_factors(recipe)
+    cuts = [step for step in recipe.steps if (step.verb, step.method) == ("shrink", "vocab")]
+    for step in cuts[:1]:
+        require_vocabulary(run, spec, kept_rows(spec, dict(step.arguments)))
     for step in recipe.steps:
-        if step.method in ("awq", "smoothquant", "hadamard"):
+        if step.method in FOLLOW_THE_GRAPH:
             graph = run.graph(spec)
             if step.verb == "rotate":
                 plan_rotation(graph)
@@ -312,6 +321,34 @@ def require_possible(run: Run, spec: ModelSpec, recipe: Recipe) -> None:
         if step.verb == "shrink" and step.method in ("ffn", "heads", "width"):
             shrink.require_cuts(partial(run.graph, spec), spec, after, f"{step.verb}({step.method})")
         spec = after
+
+
+FOLLOW_THE_GRAPH = ("awq", "smoothquant", "hadamard")
+"""Methods that move numbers from one weight into another along the model's graph."""
+
+
+def _refuse_around_factors(recipe: Recipe) -> None:
+    """Raises:
+    RecipeError: a step that cannot be done after factorize, or before a correction.
+    """
+    for number, step in enumerate(recipe.steps):
+        before, after = recipe.steps[:number], recipe.steps[number + 1 :]
+        if (step.verb, step.method) == ("shrink", "vocab"):
+            if (other := next((each for each in after if each.verb == "distill" or each.method == "vocab"), None)) is not None:
+                raise RecipeError(f"{other} cannot follow {step}: the original has other tokens; put it before, or leave one of them out.")
+            continue
+        if step.verb != "factorize":
+            continue
+        if (other := next((each for each in after if each.verb == "distill" or each.method in FOLLOW_THE_GRAPH), None)) is not None:
+            what = "compares with the original layer by layer" if other.verb == "distill" else "follows the graph of the original"
+            raise RecipeError(f"{other} {what}, whose layers {step} exchanges; leave one of them out.")
+        if step.method == "correction" and (other := next((each for each in before if _moves(each)), None)) is not None:
+            raise RecipeError(f"{step} is measured against the original's weights, which {other} changes into others; quantize by gptq, rtn or hqq.")
+
+
+def _moves(step: Step) -> bool:
+    """Whether weights after a step are not to be compared with those before, one by one."""
+    return step.method in FOLLOW_THE_GRAPH or step.verb in ("factorize", "shrink") or (step.verb, step.method) == ("prune", "structured")
 
 
 METHODS: dict[tuple[str, str], Method] = {
@@ -328,6 +365,9 @@ METHODS: dict[tuple[str, str], Method] = {
     ("quantize", "dynamic"): _by_runtime,
     ("quantize", "static"): _by_runtime,
     ("rotate", "hadamard"): _hadamard,
+    ("shrink", "vocab"): shrink_vocabulary,
+    ("factorize", "svd"): factorize_svd(_errors),
+    ("factorize", "correction"): factorize_correction(_errors),
     ("distill", "scales"): tune,
     ("distill", "qat"): tune,
     ("distill", "logits"): distill_dense,

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lighten.compress.low_rank_module import put_low_rank
 from lighten.errors import UnsupportedFamily
 
 Source = Callable[[str], Tensor]
@@ -178,6 +179,7 @@ def build_module(config: Mapping[str, Any], *, dtype: torch.dtype) -> Any:
         raise UnsupportedFamily(f"transformers has no class {named}; its weights cannot be run, so no step that looks at text can be done.")
     with torch.device("meta"):
         module = kind._from_config(known, dtype=dtype, attn_implementation="sdpa" if kind._supports_sdpa else "eager", experts_implementation="eager")
+    put_low_rank(module, config)
     module.tie_weights()
     for part in module.modules():
         for name in part._non_persistent_buffers_set:

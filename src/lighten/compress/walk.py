@@ -11,8 +11,8 @@ import inspect
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -31,6 +31,7 @@ from lighten.compress.skeleton import Skeleton, Unit
 from lighten.compress.stage import Change, Changed, Journaled, Original, Stage, origin_of
 from lighten.compress.suspend import Forwards
 from lighten.errors import RecipeError
+from lighten.model.low_rank import CORRECTION, DOWN, RANKS, UP
 from lighten.model.quantized import refuse_layouts
 from lighten.model.spec import Embedding, Linear, ModelSpec, WeightFormat
 from lighten.recipe import Recipe, Step
@@ -80,11 +81,13 @@ class Done:
         spec: of the result. It is what the recipe predicted, but for widths that were chosen by what was measured.
         weights: each tensor, with a report of those that changed; one is held at a time.
         curves: how each step that trained dense weights went, as JSON holds it.
+        side_files: what becomes of files beside the weights, by name; None: left out.
     """
 
     spec: ModelSpec
     weights: Iterator[tuple[str, Weight, LayerReport | None]]
     curves: Sequence[Mapping[str, Any]] = ()
+    side_files: Mapping[str, bytes | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +100,8 @@ class Run:
         written: tokens that the original wrote for a step: (length, starts) → them. Later steps that ask for the same take them.
         graphs: traced so far, by config.
         curves: what steps that trained dense weights told so far.
+        side_files: what steps made of files beside the weights; None: left out.
+        new_ids: where a step changed the vocabulary, each old token in new ones.
     """
 
     folder: Path
@@ -114,6 +119,8 @@ class Run:
     written: dict[tuple[int, bytes], Tensor] = field(default_factory=dict)
     graphs: dict[str, Graph] = field(default_factory=dict)
     curves: list[Mapping[str, Any]] = field(default_factory=list)
+    side_files: dict[str, bytes | None] = field(default_factory=dict)
+    new_ids: dict[int, list[int]] = field(default_factory=dict)
 
     def graph(self, spec: ModelSpec) -> Graph:
         """The traced graph of the model as some steps left it.
@@ -134,7 +141,7 @@ class Run:
         """
         found = self.calibration(tokens) if self.calibration is not None else ()
         rows = [
-            {name: torch.from_numpy(np.asarray(value[row : row + 1])) for name, value in batch.items()}
+            {name: self._in_new_ids(name, torch.from_numpy(np.asarray(value[row : row + 1]))) for name, value in batch.items()}
             for batch in found
             for row in range(_rows(batch))
         ]
@@ -143,6 +150,13 @@ class Run:
         size = max(1, min(self.batch_rows, len(rows) // HELD_OUT))
         groups = [rows[start : start + size] for start in range(0, len(rows), size)]
         return [{name: torch.cat([row[name] for row in group]) for name in group[0]} for group in groups]
+
+    def _in_new_ids(self, name: str, value: Tensor) -> Tensor:
+        """[1, S] tokens as the changed vocabulary spells them, as many; what it cannot spell is left out, and the row filled from its start."""
+        if not self.new_ids or name not in ("input_ids", "decoder_input_ids"):
+            return value
+        spelled = [each for old in value[0].tolist() for each in self.new_ids[old]] or [0]
+        return torch.tensor([(spelled * value.shape[1])[: value.shape[1]]])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,7 +277,7 @@ def do_recipe(  # noqa: PLR0913 - one keyword for each thing that a run may be g
         after = step.kind.predict(spec, {**dict(step.arguments), "runtime": recipe.runtime})
         job = Job(run=run, number=number, step=step, before=spec, after=after, stage=stage)
         stage, spec = METHODS[step.verb, step.method](job)
-    return Done(spec=spec, weights=_finished(run.original, stage, spec), curves=tuple(run.curves))
+    return Done(spec=spec, weights=_finished(run, stage, spec), curves=tuple(run.curves), side_files=run.side_files)
 
 
 def compress_weights(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe) -> Iterator[tuple[str, Weight, LayerReport | None]]:
@@ -386,21 +400,25 @@ def change_weights(job: Job, change: Change) -> tuple[Stage, ModelSpec]:
     return Changed(before=job.stage, selected=job.names, change=change), job.after
 
 
-def _finished(original: Original, stage: Stage, spec: ModelSpec) -> Iterator[tuple[str, Weight, LayerReport | None]]:
+def _finished(run: Run, stage: Stage, spec: ModelSpec) -> Iterator[tuple[str, Weight, LayerReport | None]]:
+    original = run.original
     transposed = {name for part in spec.parts if isinstance(part, Linear) and part.transposed for name in weights_of(part)}
     known = set(original.names)
     own = {name: origin_of(stage, name) for name in stage.names}
     dtypes = {name: part.weight.dtype for part in spec.parts if isinstance(part, Linear | Embedding) for name in weights_of(part)}
+    reported = _low_rank_reports(run, stage, spec)
     for name in stage.names:
         weight = stage[name]
         if isinstance(weight, Tensor) and stage.touched(name) and weight.is_floating_point():
             weight = weight.to(getattr(torch, dtypes.get(name, spec.dtype))) + 0.0  # of a zero the sign is lost where zeros are not stored
-        if own[name] not in known or not stage.touched(name):
+        if name in reported:
+            yield name, weight, reported[name]()
+        elif own[name] not in known or not stage.touched(name):
             yield name, weight, None
         else:
             before = original.checkpoint[own[name]]
             matrix = before.T if name in transposed and not isinstance(weight, Tensor) else before
-            yield name, weight, _report(name, matrix, weight, stage.said(name))
+            yield name, weight, _report(name, matrix, weight, stage.said(name)) if _is_comparable(matrix, weight) else None
 
 
 def _report(name: str, original: Tensor, changed: Weight, said: Mapping[str, Any]) -> LayerReport:
@@ -412,6 +430,46 @@ def _report(name: str, original: Tensor, changed: Weight, said: Mapping[str, Any
         return LayerReport(name=name, sparsity=sparsity, relative_error=None, bits=bits, shape=tuple(value.shape), **more)
     error = torch.linalg.vector_norm(value - original.float()) / torch.linalg.vector_norm(original.float()).clamp(min=1e-30)
     return LayerReport(name=name, sparsity=sparsity, relative_error=float(error), bits=bits, **more)
+
+
+def _is_comparable(original: Tensor, changed: Weight) -> bool:
+    """Whether a weight has the shape still that it had; of a table that lost rows there is no error to tell."""
+    return (changed.shape if isinstance(changed, Tensor) else changed.dequantize().shape) == original.shape
+
+
+def _low_rank_reports(run: Run, stage: Stage, spec: ModelSpec) -> dict[str, Callable[[], LayerReport | None]]:
+    """Tensor → the report that goes with it: of the whole weight with the second factor or correction, none with the weight that is corrected."""
+    known = {part.name: part for part in run.spec.parts if isinstance(part, Linear)}
+    found: dict[str, Callable[[], LayerReport | None]] = {}
+    for module in spec.config.get(RANKS, {}):
+        if module in known and stage.touched(f"{module}.{UP}.weight"):
+            found[f"{module}.{UP}.weight"] = partial(_low_rank_report, run, stage, known[module], (DOWN, UP))
+    for module in spec.config.get(CORRECTION, {}):
+        if module in known and stage.touched(f"{module}.lora_B.weight"):
+            found[f"{module}.weight"] = lambda: None
+            found[f"{module}.lora_B.weight"] = partial(_low_rank_report, run, stage, known[module], ("lora_A", "lora_B"))
+    return found
+
+
+def _low_rank_report(run: Run, stage: Stage, part: Linear, pair: tuple[str, str]) -> LayerReport:
+    """Of a weight before all steps, against its two factors and what stands beside them.
+
+    Args:
+        part: as it was before all steps.
+        pair: what the two linears are called, the one that is given the input first.
+    """
+    first, second = (stage[f"{part.name}.{each}.weight"] for each in pair)
+    value, held = _dense(second) @ _dense(first), second
+    if (name := f"{part.name}.weight") in stage.names:
+        held = stage[name]
+        value = value + (_dense(held).T if part.transposed and isinstance(held, Tensor) else _dense(held))
+    before = run.original.checkpoint[name]
+    found = _report(name, before.T if part.transposed else before, value, stage.said(f"{part.name}.{pair[1]}.weight"))
+    return replace(found, bits=None if isinstance(held, Tensor) else held.bits)
+
+
+def _dense(weight: Weight) -> Tensor:
+    return weight.float() if isinstance(weight, Tensor) else weight.dequantize()
 
 
 def weights_of(part: Any) -> list[str]:

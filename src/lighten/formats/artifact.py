@@ -31,9 +31,10 @@ from lighten.formats import files
 from lighten.formats.onnx_artifact import write_onnx_artifact
 from lighten.formats.onnx_export import dense_weights, export_onnx, is_exported
 from lighten.formats.openvino_ir import Batch, write_openvino
-from lighten.formats.safetensors_folder import copy_side_files, other_loaders_refuse, write_folder
+from lighten.formats.safetensors_folder import copy_side_files, other_loaders_refuse, write_dense, write_folder
 from lighten.formats.verify import Witness, verify_folder, verify_graph
 from lighten.model import ModelSpec
+from lighten.model.low_rank import has_low_rank
 from lighten.model.quantized.kv import KVFormat, kv_format_for
 from lighten.model.read import read_config, weight_files
 from lighten.model.runnable import read_for
@@ -196,6 +197,13 @@ def _refuse(plan: _Plan) -> None:
     if plan.recipe.runtime == "llama.cpp":
         from lighten.formats.gguf_file import refuse_gguf
 
+        if any((step.verb, step.method) == ("shrink", "vocab") for step in plan.recipe.steps):
+            raise RecipeError(
+                "shrink(vocab) is written for torch, onnxruntime and openvino; lighten export --to gguf writes a GGUF file of the result."
+            )
+        if any(step.verb == "factorize" for step in plan.recipe.steps):
+            raise RecipeError("llama.cpp has no linears of two factors; factorize for torch, onnxruntime or openvino.")
+
         refuse_gguf(plan.predicted, plan.source)
     if RUNTIMES[plan.recipe.runtime].exported and any(step.verb == "rotate" for step in plan.recipe.steps):
         raise RecipeError(f"rotate unties the head, and the graph of {plan.recipe.runtime} keeps it tied; rotate for torch or llama.cpp.")
@@ -317,10 +325,10 @@ def _write(plan: _Plan, memory: MemoryPlan, journal: Journal, folder: Path) -> t
         verify_gguf(folder / files.GGUF, write_gguf(weights, done.spec, plan.source, folder / files.GGUF))
     elif not RUNTIMES[plan.recipe.runtime].exported:
         witness = Witness(done.spec, plan.source)
-        write_folder(witness.watch(weights), done.spec, plan.source, folder, kv_cache=_kv_format(plan.recipe, done.spec))
+        write_folder(witness.watch(weights), done.spec, plan.source, folder, kv_cache=_kv_format(plan.recipe, done.spec), side_files=done.side_files)
         _verify_folder(plan, memory, folder, witness)
     else:
-        _write_exported(plan, dict(weights), folder)
+        _write_exported(plan, dict(weights), done, journal.scratch, folder)
     return layers, done.curves
 
 
@@ -335,19 +343,34 @@ def _verify_folder(plan: _Plan, memory: MemoryPlan, folder: Path, witness: Witne
         plan.work.log(f"read back: {verified.tensors} tensors are those that were written; its output differs by {verified.output_error:.1e}")
 
 
-def _write_exported(plan: _Plan, weights: Mapping[str, Weight], folder: Path) -> None:
-    exported = (plan.exports or folder) / f"{fingerprint(plan.source)}.onnx"
+def _write_exported(plan: _Plan, weights: Mapping[str, Weight], done: Done, scratch: Path, folder: Path) -> None:
+    """Write the graph of a model with new weights. Where a step changed the model's own form, it is exported in that form, for this recipe alone.
+
+    Args:
+        done: whose weights these are.
+    """
+    spec, source, exported = done.spec, plan.source, (plan.exports or folder) / f"{fingerprint(plan.source)}.onnx"
+    reformed = has_low_rank(spec.config) or spec.config.get("vocab_size") != plan.spec.config.get("vocab_size")
+    if reformed:
+        source = scratch / "reformed"
+        write_dense(weights, spec, plan.source, source)
+        exported = source / "model.onnx"
     if not is_exported(exported):
         exported.parent.mkdir(parents=True, exist_ok=True)
-        export_onnx(plan.source, plan.spec, exported)
+        export_onnx(source, read_for(source, exported=True) if reformed else plan.spec, exported)
     if plan.recipe.runtime == "onnxruntime":
-        write_onnx_artifact(exported, weights, plan.predicted, folder)
+        write_onnx_artifact(exported, weights, spec, folder)
     else:
-        write_openvino(exported, weights, plan.predicted, folder, calibration=plan.calibration() if _calibrated(plan.recipe) else None)
-    for path in folder.glob(f"{exported.stem}*"):
+        write_openvino(exported, weights, spec, folder, calibration=plan.calibration() if _calibrated(plan.recipe) else None)
+    for path in folder.glob(f"{exported.stem}*") if exported.parent == folder else ():
         path.unlink()
-    copy_side_files(plan.source, folder)
-    verify_graph(folder, plan.recipe.runtime, plan.source, plan.predicted, dense_weights(weights, plan.predicted))
+    copy_side_files(plan.source, folder, {**done.side_files, **_config_of(done)})
+    verify_graph(folder, plan.recipe.runtime, source, spec, dense_weights(weights, spec))
+
+
+def _config_of(done: Done) -> dict[str, bytes]:
+    """The config beside a graph, where the vocabulary is another."""
+    return {"config.json": (json.dumps(dict(done.spec.config), indent=2) + "\n").encode()} if done.side_files else {}
 
 
 def _kv_format(recipe: Recipe, spec: ModelSpec) -> KVFormat | None:

@@ -5,6 +5,7 @@
 | dense safetensors | is one | refused: rounds | the same floats | the same floats, or float32 |
 | without its zeros | the same floats | refused: rounds | the same floats | the same floats, or float32 |
 | compressed-tensors | dequantized, float32 | is one | the type that holds the codes | the same codes, or float32 where the runtime has none such |
+| factors, corrections | multiplied out, float32 | refused: other linears | refused: by way of safetensors | two products, as above |
 | gguf | the narrowest float that holds all | Q4_0 and Q8_0 | is one | refused: by way of safetensors |
 
 Every output is loaded back and compared before it is called done.
@@ -36,11 +37,13 @@ from lighten.formats.onnx_artifact import write_onnx_artifact
 from lighten.formats.onnx_export import dense_weights, export_onnx
 from lighten.formats.openvino_ir import write_openvino
 from lighten.formats.safetensors_file import SafetensorsWriter
-from lighten.formats.safetensors_folder import copy_side_files, expanded_weights, read_weights, write_folder
+from lighten.formats.safetensors_folder import StoredWeights, copy_side_files, expanded_weights, read_weights, write_folder
 from lighten.formats.verify import Witness, verify_folder, verify_graph
 from lighten.model import ModelSpec, read_spec
+from lighten.model.families import describe
 from lighten.model.ggml_types import exact_ggml_type, ggml_format
 from lighten.model.gguf_header import GgufHeader, read_gguf_header
+from lighten.model.low_rank import CORRECTION, DOWN, RANKS, UP, has_low_rank, is_low_rank
 from lighten.model.quantized import refuse_layouts
 from lighten.model.quantized.masked import SPARSITY_CONFIG, is_masked
 from lighten.model.spec import Embedding, Linear, Part, TensorSpec, WeightFormat
@@ -48,9 +51,9 @@ from lighten.recipe import Recipe, apply_recipe
 from lighten.recipe.targets import carries
 
 Weight: TypeAlias = Tensor | Quantized
-DENSE, PACKED, GGUF = "safetensors", "compressed-tensors", "gguf"
+DENSE, PACKED, GGUF, FACTORED = "safetensors", "compressed-tensors", "gguf", "low rank"
 SPARSE = "sparse safetensors"
-"""A source alone: `lighten compress` writes it."""
+"""A source alone, as FACTORED is: `lighten compress` writes them."""
 GRAPHS = {"onnx": "onnxruntime", "openvino": "openvino"}
 """Format → the runtime whose artifact it is."""
 TARGETS = (DENSE, PACKED, GGUF, *GRAPHS)
@@ -142,7 +145,7 @@ class Source:
     """An opened source.
 
     Attributes:
-        kind: DENSE, SPARSE, PACKED or GGUF.
+        kind: DENSE, SPARSE, PACKED, GGUF or FACTORED.
         spec: by Hugging Face's names; its parts say how each weight is stored.
         weights: each weight by those names, as stored; anew at each call.
         side: a context with a folder that holds config and tokenizer, and the headers of the tensors that `spec` has.
@@ -165,7 +168,8 @@ def open_source(path: Path) -> Source:
         spec = read_spec(path)
         refuse_layouts(spec.parts, spec.source)
         quantized = any(part.weight.bits is not None for part in _matrices(spec))
-        kind = PACKED if quantized else SPARSE if any(is_masked(part) for part in spec.parts) else DENSE
+        sparse = any(is_masked(part) for part in spec.parts)
+        kind = FACTORED if has_low_rank(spec.config) else PACKED if quantized else SPARSE if sparse else DENSE
         return Source(path=path, kind=kind, spec=_with_zeros(spec), weights=lambda: iter(read_weights(path, spec)))
     if path.is_dir() and (path / files.GGUF).is_file():
         path = path / files.GGUF
@@ -233,6 +237,30 @@ def _dequantized_folder(source: Source, folder: Path) -> Exported:
 
 def _dense_folder(source: Source, folder: Path) -> Exported:
     return _write_folder(source, folder, source.spec, source.weights(), source.path)
+
+
+def _multiplied_folder(source: Source, folder: Path) -> Exported:
+    """Factors multiplied out and corrections added: a model that its class loads."""
+    _refuse_activations(source)
+    config = {key: value for key, value in source.spec.config.items() if key not in (RANKS, CORRECTION, "quantization_config")}
+    spec = replace(source.spec, parts=describe(config, source.spec.architecture), config=config, dtype="float32")
+    return _write_folder(source, folder, spec, _multiplied(StoredWeights(source.path, source.spec), source.spec, spec), source.path)
+
+
+def _multiplied(stored: StoredWeights, spec: ModelSpec, dense: ModelSpec) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a class in its checkpoint's layout, float32 where it was made."""
+    turned = {part.name for part in dense.parts if isinstance(part, Linear) and part.transposed}
+    pairs = dict.fromkeys(spec.config.get(RANKS, {}), (DOWN, UP)) | dict.fromkeys(spec.config.get(CORRECTION, {}), ("lora_A", "lora_B"))
+    own = {name for part in spec.parts if is_low_rank(part, spec.config) for name in part.tensors()}
+    for name in stored.names:
+        if name not in own and name.removesuffix(".weight") not in pairs:
+            yield name, stored.expanded(name)
+    for name, (first, second) in pairs.items():
+        product = stored.expanded(f"{name}.{second}.weight").float() @ stored.expanded(f"{name}.{first}.weight").float()
+        product = product.T.contiguous() if name in turned else product
+        if first == DOWN and f"{name}.{UP}.bias" in stored.names:
+            yield f"{name}.bias", stored.expanded(f"{name}.{UP}.bias")
+        yield f"{name}.weight", product if first == DOWN else product + stored.expanded(f"{name}.weight")
 
 
 def _write_folder(source: Source, folder: Path, spec: ModelSpec, weights: Iterable[tuple[str, Weight]], like: Path) -> Exported:
@@ -474,9 +502,10 @@ def _write_tokenizer(path: Path, folder: Path) -> None:
 
 _Way: TypeAlias = Callable[[Source, Path], Exported]
 _WAYS: dict[tuple[str, str], _Way] = {
+    (FACTORED, DENSE): _multiplied_folder,
     (PACKED, DENSE): _dequantized_folder, (SPARSE, DENSE): _dense_folder, (GGUF, DENSE): _from_gguf, (GGUF, PACKED): _packed_from_gguf,
     **dict.fromkeys(((DENSE, GGUF), (SPARSE, GGUF), (PACKED, GGUF)), _to_gguf),
-    **{(kind, graph): _to_graph(graph) for kind in (DENSE, SPARSE, PACKED) for graph in GRAPHS},
+    **{(kind, graph): _to_graph(graph) for kind in (DENSE, SPARSE, PACKED, FACTORED) for graph in GRAPHS},
 }  # fmt: skip
 _ROUNDS = "is not quantized, and rounding loses; lighten compress {source} --recipe 'quantize(gptq, bits=4, group_size=64)' chooses codes."
 _REFUSED = {
@@ -485,6 +514,8 @@ _REFUSED = {
     (GGUF, GGUF): "is a GGUF file already.",
     (DENSE, PACKED): _ROUNDS,
     (SPARSE, PACKED): _ROUNDS,
+    (FACTORED, PACKED): "has linears of two factors, which compressed-tensors has not; lighten export {source} --to safetensors multiplies them out.",
+    (FACTORED, GGUF): "becomes a GGUF file by way of safetensors: lighten export {source} --to safetensors first.",
     (GGUF, "onnx"): "becomes a graph by way of safetensors: lighten export {source} --to safetensors first.",
     (GGUF, "openvino"): "becomes a graph by way of safetensors: lighten export {source} --to safetensors first.",
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -15,18 +15,19 @@ from torch import Tensor
 
 from lighten.compress.checkpoint import Checkpoint
 from lighten.compress.grid import Quantized, QuantizedTensor
-from lighten.errors import ModelError
+from lighten.errors import ModelError, RecipeError
 from lighten.formats import files
 from lighten.formats.bitmask import pack_bitmask, unpack_bitmask
 from lighten.formats.packing import pack, pack_codes, unpack, unpack_codes
 from lighten.formats.safetensors_file import SafetensorsWriter, split, write_index
+from lighten.model.low_rank import ADAPTER_PREFIX, CORRECTION, CORRECTION_FILE, CORRECTION_FOLDER, RANKS, config_to_store, is_correction, mark_of
 from lighten.model.quantized import FORMAT, METHOD, MXFP4, NVFP4, TURNED, kind_of, refuse_layouts, scheme, shares_codes, typed_tensors
 from lighten.model.quantized.kv import KVFormat
 from lighten.model.quantized.masked import SPARSITY_CONFIG, is_masked, sparsity_config
 from lighten.model.quantized.stored import BITMASK, VALUES
 from lighten.model.read import SIDE_FILES, weight_files
 from lighten.model.safetensors_header import read_header
-from lighten.model.spec import PER_TENSOR, Embedding, Linear, ModelSpec, Part, TensorSpec
+from lighten.model.spec import PER_TENSOR, Embedding, Linear, ModelSpec, Part, TensorSpec, WeightFormat
 from lighten.recipe.shrink import stream_width
 
 Matrix: TypeAlias = Linear | Embedding
@@ -39,9 +40,9 @@ __all__ = [
 ]  # fmt: skip
 
 
-def write_folder(
+def write_folder(  # noqa: PLR0913 - what is written, where to, and two things that steps say beside the weights
     weights: Iterable[tuple[str, Tensor | Quantized]], spec: ModelSpec, source: Path, folder: Path, *, shard_bytes: int = SHARD_BYTES,
-    kv_cache: KVFormat | None = None,
+    kv_cache: KVFormat | None = None, side_files: Mapping[str, bytes | None] | None = None,
 ) -> None:  # fmt: skip
     """Write the weights of a spec, whose parts say how each is stored, with the source's side files.
 
@@ -52,14 +53,18 @@ def write_folder(
             not are left out: a head that is tied, and what the architecture does not use.
         shard_bytes: of data in one file at most, but for a weight that is larger by itself.
         kv_cache: what the model's cache is stored in when it runs.
+        side_files: those that are not the source's, by name; None: left out.
 
     Raises:
         ModelError: a weight of the spec is missing among `weights`.
     """
+    if adapter := adapter_config(spec):
+        (folder / CORRECTION_FOLDER).mkdir()
+        (folder / CORRECTION_FOLDER / "adapter_config.json").write_text(json.dumps(adapter, indent=2) + "\n")
     _Folder(spec, source, folder, shard_bytes).fill(weights)
-    copy_side_files(source, folder)
+    copy_side_files(source, folder, side_files)
     _fit_pooling(folder, spec)
-    config = dict(spec.config) | {"dtype": spec.dtype}
+    config = config_to_store(spec.config) | {"dtype": spec.dtype}
     config.pop("torch_dtype", None)
     config.pop(SPARSITY_CONFIG, None)
     if quantization := quantization_config(spec, kv_cache):
@@ -75,27 +80,39 @@ class _Folder:
     def __init__(self, spec: ModelSpec, source: Path, folder: Path, shard_bytes: int) -> None:
         self._owners, self._masked = _owners(spec), masked_weights(spec)
         self._heads = [part for part in spec.parts if isinstance(part, Linear) and shares_codes(part)]
+        beside = {name for part in spec.parts if is_correction(part) for name in part.tensors()}
         groups = stored_specs(spec, source)
-        shards = split(groups, shard_bytes)
+        self._mark = mark_of(spec.config)
+        marks = [[TensorSpec(name=self._mark, shape=(0,), dtype="float32")]] if self._mark else []
+        shards = split([*marks, *(group for group in groups if group[0].name not in beside)], shard_bytes)
         whole = files.SPARSE if self._masked else files.SAFETENSORS
         names = [whole] if len(shards) == 1 else [files.shard(number, len(shards), whole) for number in range(1, len(shards) + 1)]
         if len(shards) > 1:
             write_index(folder, dict(zip(names, shards, strict=True)), files.index(whole))
         self._shards = {folder / name: tensors for name, tensors in zip(names, shards, strict=True)}
-        self._types = {tensor.name: tensor.dtype for tensors in shards for tensor in tensors}
+        self._prefixes: dict[Path, str] = {}
+        if beside:
+            path = folder / CORRECTION_FOLDER / CORRECTION_FILE
+            self._prefixes[path] = ADAPTER_PREFIX
+            self._shards[path] = [tensor for group in groups for tensor in group if tensor.name in beside]
+        self._types = {tensor.name: tensor.dtype for tensors in self._shards.values() for tensor in tensors}
 
     def fill(self, weights: Iterable[tuple[str, Tensor | Quantized]]) -> None:
         with ExitStack() as stack:
             writers = []
-            places: dict[str, SafetensorsWriter] = {}
+            places: dict[str, tuple[SafetensorsWriter, str]] = {}
             for path, tensors in self._shards.items():
-                writer = SafetensorsWriter(path, tensors)
+                prefix = self._prefixes.get(path, "")
+                writer = SafetensorsWriter(path, [replace(tensor, name=prefix + tensor.name) for tensor in tensors])
                 stack.callback(writer.close)
                 writers.append(writer)
-                places |= {tensor.name: writer for tensor in tensors}
+                places |= {tensor.name: (writer, prefix + tensor.name) for tensor in tensors}
+            if self._mark:
+                places[self._mark][0].write(self._mark, torch.empty(0))
             for name, weight in weights:
                 for stored, tensor in self._stored(name, weight):
-                    places[stored].write(stored, tensor)
+                    writer, within = places[stored]
+                    writer.write(within, tensor)
             missing = sorted(name for writer in writers for name in writer.missing)
         if missing:
             raise ModelError(f"{len(missing)} tensors that the model has were not written: {', '.join(missing[:3])}.")
@@ -105,7 +122,7 @@ class _Folder:
         if isinstance(weight, Tensor):
             if name in self._masked:
                 yield from _apart(name, weight, self._masked[name])
-            elif name in self._types:
+            elif name in self._types and name != self._mark:
                 yield name, weight.to(getattr(torch, self._types[name]))
             return
         part = self._owners.get(name)
@@ -198,10 +215,18 @@ def _group_of(name: str) -> str:
     return module if last in _PIECES else name
 
 
-def copy_side_files(source: Path, folder: Path) -> None:
-    """Copy config, tokenizer and pooling description."""
+def copy_side_files(source: Path, folder: Path, changed: Mapping[str, bytes | None] | None = None) -> None:
+    """Copy config, tokenizer and pooling description.
+
+    Args:
+        changed: what steps made of some of them; None in a name's place: it is left out.
+    """
+    changed = changed or {}
     for name in SIDE_FILES:
-        if (source / name).is_file():
+        content = changed.get(name)
+        if content is not None:
+            (folder / name).write_bytes(content)
+        elif (source / name).is_file() and name not in changed:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, folder / name)
 
@@ -217,7 +242,46 @@ def _fit_pooling(folder: Path, spec: ModelSpec) -> None:
         path.write_text(json.dumps(said | {"word_embedding_dimension": width}, indent=2) + "\n")
 
 
+def write_dense(weights: Mapping[str, Tensor | Quantized], spec: ModelSpec, source: Path, folder: Path) -> None:
+    """Write a model as it is computed, all its weights dequantized to float32."""
+    turned = {f"{part.name}.weight" for part in spec.parts if _is_turned(part)}
+
+    def dense(name: str, weight: Tensor | Quantized) -> Tensor:
+        if isinstance(weight, Tensor):
+            return weight.float() if weight.is_floating_point() else weight
+        return weight.dequantize().T.contiguous() if name in turned else weight.dequantize()
+
+    def plain(part: Part) -> Part:
+        return replace(part, weight=WeightFormat()) if isinstance(part, Linear | Embedding) else part
+
+    folder.mkdir(parents=True, exist_ok=True)
+    made = replace(spec.with_parts(plain), dtype="float32")
+    write_folder(((name, dense(name, weight)) for name, weight in weights.items()), made, source, folder)
+
+
 # what the config says
+
+
+def adapter_config(spec: ModelSpec) -> dict[str, Any] | None:
+    """PEFT's description of a correction, `lora_alpha` such that what it adds is added once; None where there is none.
+
+    Source: `LoraConfig` of PEFT 0.18, whose names these are: y = x Ŵᵀ + (x Aᵀ) Bᵀ · lora_alpha / r.
+
+    Raises:
+        RecipeError: corrections of more than one rank, which one adapter cannot say.
+    """
+    ranks: dict[str, int] = spec.config.get(CORRECTION) or {}
+    if not ranks:
+        return None
+    if len(set(ranks.values())) > 1:
+        said = ", ".join(map(str, sorted(set(ranks.values()))))
+        raise RecipeError(f"factorize(correction): ranks {said} in one adapter, which says one; give all weights the same.")
+    rank = next(iter(ranks.values()))
+    return {
+        "peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "inference_mode": True, "r": rank, "lora_alpha": rank,
+        "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": any(_is_turned(p) for p in spec.parts if isinstance(p, Linear) and p.name in ranks),
+        "use_rslora": False, "target_modules": sorted(ranks),
+    }  # fmt: skip
 
 
 def quantization_config(spec: ModelSpec, kv_cache: KVFormat | None = None) -> dict[str, Any] | None:
@@ -279,13 +343,17 @@ def _has_weight(part: Matrix) -> bool:
     return f"{part.name}.weight" in typed_tensors(part)
 
 
-def _is_turned(part: Matrix) -> bool:
+def _is_turned(part: Part) -> bool:
     return isinstance(part, Linear) and part.transposed
 
 
 def other_loaders_refuse(spec: ModelSpec) -> list[str]:
     """Why `transformers` with `compressed-tensors` (5.23, 0.20) does not load a spec's weights, a sentence each; empty where it does."""
     found = []
+    if spec.config.get(RANKS):
+        found.append("no other loader has linears of two factors; lighten export --to safetensors multiplies them out, ONNX and OpenVINO run them.")
+    if spec.config.get(CORRECTION):
+        found.append(f"the correction is an adapter in {CORRECTION_FOLDER}/, which PEFT loads beside the model; others run the model without it.")
     if any(_is_turned(part) for part in _quantized(spec)):
         found.append("compressed-tensors has no quantized Conv1D; lighten alone reads these weights.")
     parts = _quantized(spec) if len(quantization_groups(spec)) > 1 else []
@@ -315,7 +383,7 @@ class StoredWeights:
         self._stored = Checkpoint(folder)  # which maps one tensor at a time, however large the files are
         pieces = {piece for name, part in self._owners.items() for piece in _pieces_of(name, part)}
         pieces |= {name for part in spec.parts for name in typed_tensors(part) if part.name and name not in pieces and _is_copy(part, name)}
-        pieces |= {f"{name}{piece}" for name in self._masked for piece in (BITMASK, VALUES)}
+        pieces |= {f"{name}{piece}" for name in self._masked for piece in (BITMASK, VALUES)} | {mark_of(spec.config) or ""}
         self.names = [*sorted(set(self._stored.names) - pieces), *sorted(self._masked), *sorted(self._owners)]
 
     def __getitem__(self, name: str) -> Tensor | QuantizedTensor:

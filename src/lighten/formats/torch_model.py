@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lighten.compress.fake_quant import simulate_activations
+from lighten.compress.low_rank_module import put_low_rank
+from lighten.compress.skeleton import find_places
 from lighten.errors import ModelError, UnsupportedFamily
 from lighten.formats.safetensors_folder import StoredWeights
+from lighten.model.low_rank import CORRECTION, RANKS, UP, is_low_rank
 from lighten.model.quantized.masked import SPARSITY_CONFIG
 from lighten.model.read import weight_files
 from lighten.model.spec import Linear, ModelSpec
@@ -63,24 +67,48 @@ def named_class(spec: ModelSpec) -> Any:
     return found
 
 
+_OURS = ("quantization_config", SPARSITY_CONFIG, RANKS, CORRECTION)
+"""What a config says of weights that its class does not store as they lie in the files."""
+
+
 def _load(folder: Path, spec: ModelSpec, kind: Any, *, dtype: str, attention: str) -> Any:
     import transformers
 
     torch_dtype: torch.dtype = getattr(torch, dtype)
-    if "quantization_config" not in spec.config and SPARSITY_CONFIG not in spec.config:
+    ranks: dict[str, int] = spec.config.get(RANKS, {})
+    if not any(spec.config.get(key) for key in _OURS):
         loaded = kind.from_pretrained(folder, dtype=torch_dtype, attn_implementation=attention, use_safetensors=True, local_files_only=True)
         return loaded.eval()
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    known = transformers.CONFIG_MAPPING[spec.config["model_type"]]
+    config = known.from_dict({key: value for key, value in spec.config.items() if key not in _OURS})
     config.dtype = torch_dtype
     stored = StoredWeights(folder, spec)
-    weights = {name: _Unread(stored, name) for name in stored.names if not name.endswith(".input_scale")}
+    weights: dict[str, Any] = {name: _Unread(stored, name) for name in _whole(stored.names, spec)}
+    weights |= {f"{name}.bias": _Unread(stored, f"{name}.{UP}.bias") for name in ranks if f"{name}.{UP}.bias" in stored.names}
     with torch.device("meta"):
-        model_class = type(kind.from_config(config)) if hasattr(kind, "from_config") else kind
+        empty = kind.from_config(config) if hasattr(kind, "from_config") else kind._from_config(config)
+    model_class, state = type(empty), empty.state_dict()
+    for name, place in find_places(empty, {f"{name}.weight": (1, 1) for name in ranks}).items():
+        weights[name] = torch.zeros(()).expand(state[place.key].shape)  # exchanged once the class is filled
     module = model_class.from_pretrained(None, config=config, state_dict=weights, dtype=torch_dtype, attn_implementation=attention).eval()
+    _fill_low_rank(module, spec, stored)
     simulate_activations(module, spec, input_scales(folder, spec))
     return module
+
+
+def _whole(names: Iterable[str], spec: ModelSpec) -> Iterator[str]:
+    """Those of the tensors that a class of `transformers` has."""
+    own = {name for part in spec.parts if is_low_rank(part, spec.config) for name in part.tensors()}
+    return (name for name in names if name not in own and not name.endswith(".input_scale"))
+
+
+def _fill_low_rank(module: Any, spec: ModelSpec, stored: StoredWeights) -> None:
+    """Exchange the linears that a config names, and put the stored factors in."""
+    put_low_rank(module, spec.config)
+    own = {name for part in spec.parts if is_low_rank(part, spec.config) for name in part.tensors()}
+    state = module.state_dict()
+    for name, place in find_places(module, dict.fromkeys(own, (1, 1))).items():
+        place.of(state[place.key]).copy_(stored.expanded(name))
 
 
 class _Unread:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lighten.cost import Workload
+from lighten.errors import ModelError
 from lighten.formats.artifact import fingerprint, folder_bytes, read_artifact
 from lighten.judge.child import Child, WorkerFailed
 from lighten.judge.latency import Latency, time_beside
@@ -22,7 +23,7 @@ from lighten.judge.quality import Score, TokenScores, embedding_fidelity, langua
 from lighten.judge.text import Text
 from lighten.judge.tokens import Tokenizer
 from lighten.model import ModelSpec
-from lighten.model.read import SIDE_FILES, weight_files
+from lighten.model.read import SIDE_FILES, read_config, weight_files
 
 MOST_TEXTS = 1000
 WINDOW_TOKENS = 512
@@ -112,7 +113,7 @@ class Judge:
             try:
                 latency = time_beside(child, baseline, self.workload, timeout_s=self.limits.timeout_s, warm=baseline is before)
                 told = child.ask("describe", timeout_s=self.limits.timeout_s)
-                quality = self._quality(child)
+                quality = self._quality(child, target)
             except WorkerFailed as error:
                 if baseline.alive:
                     raise
@@ -149,23 +150,31 @@ class Judge:
         self._baseline = child
         return child
 
-    def _quality(self, child: Child) -> dict[str, Score]:
-        return self._language(child) if self.spec.is_decoder else self._embedding(child)
+    def _quality(self, child: Child, target: Target) -> dict[str, Score]:
+        if not self.spec.is_decoder:
+            return self._embedding(child, target.folder)
+        if (target.folder / "config.json").is_file() and (size := read_config(target.folder).get("vocab_size")) != self.spec.config["vocab_size"]:
+            raise ModelError(
+                f"{target.folder} has {size} tokens and its original {self.spec.config['vocab_size']}: what they answer cannot be compared token by "
+                "token; measure what else the recipe does without shrink(vocab)."
+            )
+        return self._language(child)
 
-    def _embedding(self, child: Child) -> dict[str, Score]:
+    def _embedding(self, child: Child, folder: Path) -> dict[str, Score]:
+        """folder: of the target, whose own tokenizer cuts the texts where it has one."""
         reference = self._reference("embeddings.npy")
         if not reference.is_file():
-            self._by_original(lambda original: self._embed(original, reference))
+            self._by_original(lambda original: self._embed(original, self.original, reference))
         own = self.work / f"candidate-{os.getpid()}.npy"
-        self._embed(child, own)
+        self._embed(child, folder if (folder / "tokenizer.json").is_file() else self.original, own)
         scores = embedding_fidelity(np.load(reference), np.load(own))
         own.unlink()
         return scores
 
-    def _embed(self, child: Child, out: Path) -> None:
+    def _embed(self, child: Child, tokenizer: Path, out: Path) -> None:
         beside = out.with_suffix(".part.npy")
         child.ask(
-            "embed", timeout_s=self.limits.timeout_s, texts=self.text.test[:MOST_TEXTS], tokenizer=str(self.original),
+            "embed", timeout_s=self.limits.timeout_s, texts=self.text.test[:MOST_TEXTS], tokenizer=str(tokenizer),
             batch_size=self.workload.batch_size, seq_len=self.workload.seq_len, out=str(beside),
         )  # fmt: skip
         beside.replace(out)

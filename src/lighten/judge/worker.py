@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 
 from lighten.errors import LightenError
 from lighten.model import ModelSpec, read_spec
+from lighten.model.read import read_config
 from lighten.recipe import parse_recipe
 from lighten.runtimes import MODULES, Runtime, Session, Setup
 
@@ -53,6 +55,9 @@ class Worker:
         """Import the runtime and load a folder with it."""
         start = time.perf_counter()
         self.spec = read_spec(Path(folder) if any(Path(folder).glob("*.safetensors")) else Path(original))
+        if (Path(folder) / "config.json").is_file():  # beside a graph of other tokens than the original's
+            said = read_config(Path(folder))
+            self.spec = replace(self.spec, config={**self.spec.config, **{key: said[key] for key in ("vocab_size",) if key in said}})
         self.runtime = MODULES[runtime]
         self.session = self.runtime.load(Path(folder), self.spec, Setup(**setup))
         return {"seconds": time.perf_counter() - start}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lighten.errors import ModelError
+from lighten.model.low_rank import config_as_stored
 from lighten.model.read import PICKLES, SIDE_FILES, make_spec, parse_config, refuse_pickle
 from lighten.model.safetensors_header import check_length, parse_header
 from lighten.model.spec import ModelSpec, TensorSpec
@@ -48,7 +49,7 @@ def read_hub(model_id: str) -> ModelSpec:
         raise _refusal(model_id, error) from error
     other = sum(size for name, size in sizes.items() if name in SIDE_FILES)
     tensors = tuple(tensor for header in headers for tensor in header)
-    return make_spec(parse_config(config.read_bytes(), model_id), tensors, name=model_id, source=model_id, other_bytes=other)
+    return make_spec(config_as_stored(parse_config(config.read_bytes(), model_id)), tensors, name=model_id, source=model_id, other_bytes=other)
 
 
 def _refuse_other_weights(model_id: str, names: Iterable[str]) -> None:

@@ -14,6 +14,7 @@ from lighten.errors import ModelError
 from lighten.model.families import FAMILIES, describe
 from lighten.model.families._config import SHAPES
 from lighten.model.leftovers import left_out
+from lighten.model.low_rank import CORRECTION_FILE, CORRECTION_FOLDER, config_as_stored, mark_of
 from lighten.model.quantized import quantized_parts, scale_names, stored_tensors, with_stored_scales
 from lighten.model.quantized.masked import SPARSITY_CONFIG, is_masked, masked_parts
 from lighten.model.quantized.stored import VALUES
@@ -69,7 +70,7 @@ def read_config_file(path: Path) -> ModelSpec:
         ModelError: no JSON object, or fields that no model can have.
         UnsupportedFamily: an architecture without a formula.
     """
-    config = parse_config(_limited(path, MAX_CONFIG_BYTES), str(path))
+    config = config_as_stored(parse_config(_limited(path, MAX_CONFIG_BYTES), str(path)))
     name = path.resolve().parent.name if path.name == "config.json" else path.stem
     return config_spec(config, name=name, source=str(path))
 
@@ -229,7 +230,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ModelError(f"{folder}: no config.json; a model folder holds config.json and *.safetensors.")
-    return parse_config(_limited(path, MAX_CONFIG_BYTES), str(path))
+    return config_as_stored(parse_config(_limited(path, MAX_CONFIG_BYTES), str(path)))
 
 
 def parse_config(raw: bytes, source: str) -> dict[str, Any]:
@@ -248,7 +249,7 @@ def parse_config(raw: bytes, source: str) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: those that its index names, else all.
+    """The safetensors files of a folder: those that its index names, else all; a correction's last.
 
     Raises:
         ModelError: no weights, pickled weights only, or shards that the index names and that are missing.
@@ -257,14 +258,19 @@ def weight_files(folder: Path) -> list[Path]:
         missing = sorted(name for name in shards if not (folder / name).is_file())
         if missing:
             raise ModelError(f"{folder}: {len(missing)} of its shards are missing: {', '.join(missing[:3])}.")
-        return sorted(folder / name for name in shards)
+        return sorted(folder / name for name in shards) + _corrections(folder)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         refuse_pickle(p.name for pattern in PICKLES for p in folder.glob(pattern))
         others = sorted(p.name for pattern in OTHER_WEIGHTS for p in folder.glob(pattern))
         more = f"; it holds {others[0]}, which is read by its own path" if others else ""
         raise ModelError(f"{folder}: no *.safetensors beside config.json{more}.")
-    return files
+    return files + _corrections(folder)
+
+
+def _corrections(folder: Path) -> list[Path]:
+    path = folder / CORRECTION_FOLDER / CORRECTION_FILE
+    return [path] if path.is_file() else []
 
 
 def refuse_pickle(names: Iterable[str]) -> None:
@@ -299,7 +305,11 @@ def make_spec(config: Mapping[str, Any], tensors: tuple[TensorSpec, ...], *, nam
         parts = quantized_parts(parts, quantization, source, types={tensor.name: tensor.dtype for tensor in tensors})
     if SPARSITY_CONFIG in config:
         parts = masked_parts(parts, config[SPARSITY_CONFIG], source)
-    stored = tuple(tensor for tensor in tensors if not (tensor.name == "lm_head.weight" and config.get("tie_word_embeddings")))
+    mark = mark_of(config)
+    stored = tuple(
+        tensor for tensor in tensors
+        if not (tensor.name == "lm_head.weight" and config.get("tie_word_embeddings")) and not (tensor.name == mark and not tensor.elements)
+    )  # fmt: skip
     expected = {name: shape for part in parts for name, shape in stored_tensors(part).items()}
     left = left_out(config, parts, [tensor for tensor in stored if tensor.name not in expected])
     stored = tuple(tensor for tensor in stored if tensor.name not in left.names)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lighten.errors import ModelError
+from lighten.model.low_rank import ADAPTER_PREFIX, CORRECTION_FILE
 from lighten.model.spec import TensorSpec
 from lighten.units import DTYPE_BITS
 
@@ -60,6 +61,11 @@ def parse_header(path: Path, raw: bytes, size: int) -> tuple[TensorSpec, ...]:
     return tensors
 
 
+def own_name(path: Path, name: str) -> str:
+    """A tensor's name in the model; a correction's file has it with PEFT's prefix."""
+    return name.removeprefix(ADAPTER_PREFIX) if path.name == CORRECTION_FILE else name
+
+
 def _parse(path: Path, raw: bytes) -> tuple[tuple[TensorSpec, ...], int]:
     """The tensors, and the bytes of data that they take together."""
     try:
@@ -68,7 +74,7 @@ def _parse(path: Path, raw: bytes) -> tuple[tuple[TensorSpec, ...], int]:
         tensors, places = [], []
         for name, entry in entries.items():
             shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
-            tensor = TensorSpec(name=name, shape=shape, dtype=DTYPES[entry["dtype"]])
+            tensor = TensorSpec(name=own_name(path, name), shape=shape, dtype=DTYPES[entry["dtype"]])
             if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in (*shape, start, end)):
                 raise ModelError(f"{path}: tensor {name!r} has a shape or offset that is no whole number.")
             if math.prod(shape) * DTYPE_BITS[tensor.dtype] != 8 * (end - start):

@@ -30,6 +30,10 @@ def notes(recipe: Recipe, spec: ModelSpec) -> list[str]:
             found += _fallbacks(step, spec, input_fallback_of)
         if (step.verb, step.method) == ("quantize", "auto"):
             found.append(f"{step}: which weight gets which width is measured when it is done; what stands here is the widest that fits, evenly.")
+        if (step.verb, step.method) == ("factorize", "svd") and step["energy"]:
+            found.append(f"{step}: ranks are known when it is done; what stands here is every weight whole, the most that can be left.")
+        if (step.verb, step.method) == ("factorize", "svd") and step["ratio"]:
+            found.append(f"{step}: which weight gets which rank is measured when it is done; what stands here has as many parameters, spread evenly.")
         if step.verb == "rotate" and any(_untied(spec)):
             found.append(f"{step}: {', '.join(_untied(spec))} becomes a weight of its own, for the last norm's weight is folded into it alone.")
         spec = after

@@ -48,7 +48,7 @@ class Step:
     @property
     def calibrated(self) -> bool:
         """Whether doing it needs calibration text."""
-        return self.kind.calibrated or self["activations"] == "static"
+        return self.kind.calibrated or self["activations"] == "static" or self["weighted"] is True
 
     def __str__(self) -> str:
         parameters, arguments = self.kind.parameters, dict(self.arguments)

@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 
 from lighten.model.ggml_types import exact_ggml_type
+from lighten.model.low_rank import ADAPTER_PREFIX, CORRECTION, ORIGINAL_TYPE, RANKS, STORED_TYPE, mark_of
 from lighten.model.quantized.masked import is_masked
 from lighten.model.quantized.packed import kind_of, scheme
 from lighten.model.quantized.stored import typed_tensors
@@ -38,7 +39,7 @@ def artifact_size(spec: ModelSpec, runtime: str) -> int:
     left_out = ("pooler", "head") if RUNTIMES[runtime].exported and not spec.is_decoder else ()  # an encoder is exported without them
     parts = sum(part_size(part, spec.dtype, runtime) for part in spec.parts if part.component not in left_out)
     once = CONTAINER_BASE_BYTES[runtime] if runtime in CONTAINER_BASE_BYTES else _formats_bytes(spec)
-    return parts + spec.other_bytes + once
+    return parts + spec.other_bytes + once + (_low_rank_bytes(spec) if not RUNTIMES[runtime].exported else 0)
 
 
 def part_size(part: Part, dtype: str, runtime: str) -> int:
@@ -84,6 +85,15 @@ def _formats_bytes(spec: ModelSpec) -> int:
     kinds = ((kind_of(part), part.weight) for part in parts if part.tensors() and part.weight.ggml_type is None)
     said = {json.dumps({"targets": [], **scheme(kind, weight)}, indent=2) for kind, weight in kinds if kind is not None}
     return sum(len(text) + 6 * (text.count("\n") + 1) + len('"group_0": ,\n') for text in said) + (_CONFIG if said else 0)
+
+
+def _low_rank_bytes(spec: ModelSpec) -> int:
+    """What a folder says of factors and corrections: in its config, in the header, and in the description of an adapter."""
+    ranks, corrected = spec.config.get(RANKS) or {}, spec.config.get(CORRECTION) or {}
+    mark = mark_of(spec.config)
+    found = sum(len(json.dumps({word: said}, indent=2)) + 2 * len(said) for word, said in ((RANKS, ranks), (CORRECTION, corrected)) if said)
+    found += _entry_bytes(mark, (0,)) + len(STORED_TYPE) + len(ORIGINAL_TYPE) if mark else 0
+    return found + (_CONFIG + len(json.dumps(sorted(corrected), indent=2)) + 2 * len(ADAPTER_PREFIX) * len(corrected) if corrected else 0)
 
 
 _CONFIG = 200

@@ -10,10 +10,12 @@ from dataclasses import replace
 
 from lighten.model.spec import Embedding, Linear, ModelSpec, Part
 from lighten.recipe.distill import DISTILLING
+from lighten.recipe.factorize import FACTORIZING
 from lighten.recipe.number_formats import group_columns
 from lighten.recipe.prune import PRUNING, is_pattern, parse_pattern
 from lighten.recipe.quantize import QUANTIZING
 from lighten.recipe.shrink import SHRINKING
+from lighten.recipe.vocabulary import SHRINKING_VOCABULARY
 from lighten.recipe.words import Arguments, Parameter, StepKind, refuse_quantized, selected_names
 
 __all__ = ["STEPS", "Parameter", "StepKind", "group_columns", "is_pattern", "parse_pattern", "selected_names"]
@@ -41,5 +43,7 @@ STEPS: dict[tuple[str, str], StepKind] = {
     **QUANTIZING,
     **SHRINKING,
     **DISTILLING,
+    **FACTORIZING,
+    **SHRINKING_VOCABULARY,
 }  # fmt: skip
 """(verb, method) → its kind."""

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, unset_fa
 
 from lighten.cost.workload import Workload
 from lighten.errors import ModelError, TraceError, WorkloadError
+from lighten.model.low_rank import CORRECTION, RANKS
 from lighten.trace.program import Program
 from lighten.trace.torch_run import CACHES, Batch, Run, follow_run
 
@@ -50,6 +51,8 @@ class TransformersModel:
     ) -> None:  # fmt: skip
         import transformers
 
+        if isinstance(config, Mapping) and (config.get(RANKS) or config.get(CORRECTION)):
+            raise TraceError(f"{source or name}: its linears are exchanged for factors, which its class has not; a formula describes it.")
         self.config = config if isinstance(config, transformers.PretrainedConfig) else _config(config, folder, trust_remote_code)
         self.architecture = architecture or next(iter(self.config.architectures or ()), "") or _default_architecture(self.config)
         self.family = str(self.config.model_type)

@@ -10,6 +10,7 @@ from typing import Any
 from lighten.errors import UnsupportedFamily
 from lighten.model.families._config import complete
 from lighten.model.families._family import Family
+from lighten.model.low_rank import with_low_rank
 from lighten.model.spec import Part
 
 MODULES = {
@@ -113,4 +114,4 @@ def describe(config: Mapping[str, Any], architecture: str) -> tuple[Part, ...]:
     known = (*FAMILIES[family].architectures, *FAMILIES[family].elsewhere)
     if architecture not in known:
         raise UnsupportedFamily(f"{family} architecture {architecture!r} has no formula; these have one: {', '.join(known)}.", config=config)
-    return FAMILIES[family].describe(complete(config), architecture)
+    return with_low_rank(FAMILIES[family].describe(complete(config), architecture), config)
