@@ -34,7 +34,6 @@ from lighten.formats.openvino_ir import Batch, write_openvino
 from lighten.formats.safetensors_folder import copy_side_files, other_loaders_refuse, write_dense, write_folder
 from lighten.formats.verify import Witness, verify_folder, verify_graph
 from lighten.model import ModelSpec
-from lighten.model.low_rank import has_low_rank
 from lighten.model.quantized.kv import KVFormat, kv_format_for
 from lighten.model.read import read_config, weight_files
 from lighten.model.runnable import read_for
@@ -207,11 +206,6 @@ def _refuse(plan: _Plan) -> None:
         refuse_gguf(plan.predicted, plan.source)
     if RUNTIMES[plan.recipe.runtime].exported and any(step.verb == "rotate" for step in plan.recipe.steps):
         raise RecipeError(f"rotate unties the head, and the graph of {plan.recipe.runtime} keeps it tied; rotate for torch or llama.cpp.")
-    if RUNTIMES[plan.recipe.runtime].exported and any(step.verb == "shrink" for step in plan.recipe.steps):
-        raise RecipeError(
-            f"shrink changes shapes, and the graph of {plan.recipe.runtime} is made from the model as it was; shrink for torch first, then compress "
-            f"what that gives for {plan.recipe.runtime}."
-        )
 
 
 def _move(journal: Journal, folder: Path) -> None:
@@ -350,10 +344,10 @@ def _write_exported(plan: _Plan, weights: Mapping[str, Weight], done: Done, scra
         done: whose weights these are.
     """
     spec, source, exported = done.spec, plan.source, (plan.exports or folder) / f"{fingerprint(plan.source)}.onnx"
-    reformed = has_low_rank(spec.config) or spec.config.get("vocab_size") != plan.spec.config.get("vocab_size")
+    reformed = dict(spec.config) != dict(plan.spec.config)
     if reformed:
         source = scratch / "reformed"
-        write_dense(weights, spec, plan.source, source)
+        write_dense(weights, spec, plan.source, source, side_files=done.side_files)
         exported = source / "model.onnx"
     if not is_exported(exported):
         exported.parent.mkdir(parents=True, exist_ok=True)
@@ -364,13 +358,8 @@ def _write_exported(plan: _Plan, weights: Mapping[str, Weight], done: Done, scra
         write_openvino(exported, weights, spec, folder, calibration=plan.calibration() if _calibrated(plan.recipe) else None)
     for path in folder.glob(f"{exported.stem}*") if exported.parent == folder else ():
         path.unlink()
-    copy_side_files(plan.source, folder, {**done.side_files, **_config_of(done)})
+    copy_side_files(source, folder)
     verify_graph(folder, plan.recipe.runtime, source, spec, dense_weights(weights, spec))
-
-
-def _config_of(done: Done) -> dict[str, bytes]:
-    """The config beside a graph, where the vocabulary is another."""
-    return {"config.json": (json.dumps(dict(done.spec.config), indent=2) + "\n").encode()} if done.side_files else {}
 
 
 def _kv_format(recipe: Recipe, spec: ModelSpec) -> KVFormat | None:

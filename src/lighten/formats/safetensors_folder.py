@@ -242,7 +242,9 @@ def _fit_pooling(folder: Path, spec: ModelSpec) -> None:
         path.write_text(json.dumps(said | {"word_embedding_dimension": width}, indent=2) + "\n")
 
 
-def write_dense(weights: Mapping[str, Tensor | Quantized], spec: ModelSpec, source: Path, folder: Path) -> None:
+def write_dense(
+    weights: Mapping[str, Tensor | Quantized], spec: ModelSpec, source: Path, folder: Path, *, side_files: Mapping[str, bytes | None] | None = None
+) -> None:
     """Write a model as it is computed, all its weights dequantized to float32."""
     turned = {f"{part.name}.weight" for part in spec.parts if _is_turned(part)}
 
@@ -256,7 +258,7 @@ def write_dense(weights: Mapping[str, Tensor | Quantized], spec: ModelSpec, sour
 
     folder.mkdir(parents=True, exist_ok=True)
     made = replace(spec.with_parts(plain), dtype="float32")
-    write_folder(((name, dense(name, weight)) for name, weight in weights.items()), made, source, folder)
+    write_folder(((name, dense(name, weight)) for name, weight in weights.items()), made, source, folder, side_files=side_files)
 
 
 # what the config says

@@ -12,7 +12,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +53,7 @@ class Worker:
     def load(self, folder: str, original: str, runtime: str, setup: dict[str, Any]) -> dict[str, Any]:
         """Import the runtime and load a folder with it."""
         start = time.perf_counter()
-        self.spec = read_spec(Path(folder) if any(Path(folder).glob("*.safetensors")) else Path(original))
-        if (Path(folder) / "config.json").is_file():  # beside a graph of other tokens than the original's
-            said = read_config(Path(folder))
-            self.spec = replace(self.spec, config={**self.spec.config, **{key: said[key] for key in ("vocab_size",) if key in said}})
+        self.spec = _spec_of(Path(folder), Path(original))
         self.runtime = MODULES[runtime]
         self.session = self.runtime.load(Path(folder), self.spec, Setup(**setup))
         return {"seconds": time.perf_counter() - start}
@@ -129,6 +125,14 @@ class Worker:
         assert self.session is not None, "the parent loads before it runs"
         assert self.spec is not None, "the parent loads before it runs"
         return self.session, self.spec
+
+
+def _spec_of(folder: Path, original: Path) -> ModelSpec:
+    """What a folder runs; of a graph the original, unless the config beside it says other shapes."""
+    if any(folder.glob("*.safetensors")):
+        return read_spec(folder)
+    spec, config = read_spec(original), folder / "config.json"
+    return spec if not config.is_file() or read_config(folder) == spec.config else read_spec(config)
 
 
 def calibration_batches(source: Path, text: Path | None) -> list[dict[str, Any]]:
