@@ -202,3 +202,35 @@ def test_a_limit_is_kept_and_the_prediction_is_near(middle, tmp_path):
     assert 0.75 < free["predicted"] / free["peak"] < 1.33
     tight = in_child(middle, tmp_path / "tight", recipe, free["predicted"] - free["base"] + BASE_STEP)
     assert tight["peak"] <= tight["limit"]
+
+
+def test_training_dense_weights_takes_four_copies_and_what_its_options_say(spec):
+    """A step of one unit and of more, blocks that are recomputed, an optimizer that remembers less."""
+
+    def parts(options: str) -> dict[str, int]:
+        plan = plan_memory(spec, parse_recipe(f"distill(logits, batch_tokens=1024{options})"), base_bytes=BASE)
+        return {**plan.parts, "peak": plan.peak_bytes}
+
+    usual = parts("")
+    assert usual["weights, gradients and the optimizer's memory"] == 16 * spec.total_parameters
+    assert parts(", optimizer=sgd")["weights, gradients and the optimizer's memory"] == 12 * spec.total_parameters
+    assert parts(", recompute=true")["what a step computes"] < usual["what a step computes"]
+    assert parts(", dtype=bfloat16")["what a step computes"] == pytest.approx(0.75 * usual["what a step computes"], rel=0.01)
+    assert parts("")["gradients of earlier rows"] == 0
+    more = plan_memory(spec, parse_recipe("distill(logits, batch_tokens=4096)"), base_bytes=BASE)
+    assert more.parts["gradients of earlier rows"] == 8 * spec.total_parameters
+    with pytest.raises(ConstraintError, match=r"weights, gradients and the optimizer's memory"):
+        plan_memory(spec, parse_recipe("distill(logits)"), base_bytes=BASE, limit_bytes=usual["peak"] // 2)
+
+
+def test_training_dense_weights_holds_about_what_is_planned(middle, tmp_path):
+    """In a process of its own; of a model this small the libraries are a large share of both."""
+    program = (
+        "import json, sys; from lighten import verbs; "
+        "made = verbs.compress(sys.argv[1], sys.argv[2], sys.argv[3]).made; print(json.dumps([made.predicted_peak_bytes, made.peak_bytes]))"
+    )
+    recipe = "distill(logits, steps=2, batch_tokens=1024, tokens=1024, learning_rate=0.00001)"
+    command = [sys.executable, "-c", program, str(middle), recipe, str(tmp_path / "out")]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
+    predicted, measured = json.loads(ran.stdout.splitlines()[-1])
+    assert 0.8 < predicted / measured < 1.4
