@@ -339,9 +339,7 @@ def test_every_step_on_every_runtime_is_carried_or_refused(runtime, architecture
             by_runtime = (
                 rf"runtime {runtime} (cannot carry \S+ as .*; it carries .*|does not run decoders here; these do: .*|has a cache of its own; .*)\.$"
             )
-            refusals = (
-                rf"{by_runtime}|{verb}\({method}\b.*(cannot be made so small|put it after quantize|no causal attention|not divide heads)"
-            )
+            refusals = rf"{by_runtime}|{verb}\({method}\b.*(cannot be made so small|put it after quantize|no causal attention|not divide heads)"
             assert said is None or re.match(refusals, said)
 
 
