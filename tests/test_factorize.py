@@ -239,7 +239,9 @@ def test_two_linears_compute_what_the_product_of_their_weights_computes(folders:
     with done(folder, name, text, tmp_path / "work") as result:
         found = list(result.weights)
         weights = values_of(Done(spec=result.spec, weights=iter(found)))
-    assert all(report.relative_error < 0.8 for _, _, report in found if report)  # of weights that are random; of one's transpose, 1.2
+    errors = [report.output_error for _, _, report in found if report]
+    assert errors
+    assert all(error is not None and error < 0.7 for error in errors)  # of weights that are random; of one's transpose, above 1
     predicted = apply_recipe(parse_recipe(text), read_spec(folder))
     assert result.spec.total_parameters == predicted.total_parameters
     assert result.spec.weight_bytes() == predicted.weight_bytes()
