@@ -171,6 +171,12 @@ def test_no_room_for_one_more_rank_is_left_unless_all_are_at_their_largest() -> 
     assert 0 <= left < 128
 
 
+def test_a_small_weights_first_rank_is_paid_for_by_the_others() -> None:
+    """3 of the first's 6 parameters are its share, and its first rank takes 5."""
+    parts = [Linear(name=str(rows), component="mlp", out_features=rows, in_features=columns) for rows, columns in ((2, 3), (8, 8))]
+    assert spread_evenly(parts, 0.5) == {"2": 1, "8": 1}
+
+
 def test_the_largest_rank_is_the_last_that_saves_something() -> None:
     for rows, columns in itertools.product((1, 2, 5, 8, 33), repeat=2):
         part = Linear(name="l", component="mlp", out_features=rows, in_features=columns)
@@ -239,7 +245,9 @@ def test_two_linears_compute_what_the_product_of_their_weights_computes(folders:
     with done(folder, name, text, tmp_path / "work") as result:
         found = list(result.weights)
         weights = values_of(Done(spec=result.spec, weights=iter(found)))
-    assert all(report.relative_error < 0.8 for _, _, report in found if report)  # of weights that are random; of one's transpose, 1.2
+    errors = [report.output_error for _, _, report in found if report]
+    assert errors
+    assert all(error is not None and error < 0.7 for error in errors)  # of weights that are random; of one's transpose, above 1
     predicted = apply_recipe(parse_recipe(text), read_spec(folder))
     assert result.spec.total_parameters == predicted.total_parameters
     assert result.spec.weight_bytes() == predicted.weight_bytes()

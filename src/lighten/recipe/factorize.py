@@ -58,14 +58,17 @@ def spread_evenly(parts: list[Linear], ratio: float) -> dict[str, int]:
     Raises:
         RecipeError: even rank 1 of each is more.
     """
-    budget = int(ratio * sum(part.in_features * part.out_features for part in parts))
-    ranks = {part.name: max(1, min(largest_rank(part), int(ratio * part.in_features * part.out_features) // _step(part))) for part in parts}
-    left = budget - sum(pair_parameters(part, ranks[part.name]) for part in parts)
-    if left < 0:
-        least = sum(map(_step, parts))
+    budget, least = int(ratio * sum(part.in_features * part.out_features for part in parts)), sum(map(_step, parts))
+    if least > budget:
         raise RecipeError(
             f"factorize(svd, ratio={ratio}): rank 1 of all {len(parts)} weights is {least} parameters, and {budget} are allowed; use a larger ratio."
         )
+    ranks = {part.name: max(1, min(largest_rank(part), int(ratio * part.in_features * part.out_features) // _step(part))) for part in parts}
+    left = budget - sum(pair_parameters(part, ranks[part.name]) for part in parts)
+    for part in reversed(parts):  # small weights took more than their share by their first rank
+        less = min(ranks[part.name] - 1, max(0, -(left // _step(part))))
+        ranks[part.name] -= less
+        left += less * _step(part)
     for part in parts:
         more = min(1, largest_rank(part) - ranks[part.name], left // _step(part))
         ranks[part.name] += more
