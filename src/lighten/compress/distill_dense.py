@@ -136,7 +136,7 @@ class _Distillation:
     def _read_rows(self) -> list[Sample]:
         """The text, a row a sample; written down, for a decoder's own text takes long to be written again."""
         if not self._journal.has(self._job.number, ROWS):
-            batches = [inputs_of(self._teacher.module, batch) for batch in texts(self._job, self._teacher)]
+            batches = [inputs_of(self._teacher.module, batch) for batch in texts(self._job, self._teacher, original_value)]
             rows = list(cut_rows(batches, length=self._job.step["seq_len"], said=self._said))
             named = {f"{place}/{name}": value for place, row in enumerate(rows) for name, value in row.items()}
             self._journal.write(self._job.number, ROWS, named)

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lighten.compress.admm import Spectrum
 from lighten.compress.block import Block, Subset
 from lighten.compress.channels import ChannelSet, find_sets
 from lighten.compress.graph import Graph
@@ -40,12 +41,14 @@ from lighten.compress.skeleton import Place, Skeleton
 from lighten.compress.smaller import Masked, Smaller, joined
 from lighten.compress.stage import Stage
 from lighten.compress.statistics import InputStatistics
-from lighten.compress.structured import group_costs, keep_groups, refit
+from lighten.compress.structured import damped, group_costs, keep_groups, refit
 from lighten.compress.walk import Job, walk_blocks, weights_of
 from lighten.compress.width_constants import constant_factors
 from lighten.errors import RecipeError
-from lighten.model.spec import Attention, Linear, ModelSpec, Norm, block_name
+from lighten.model.spec import Attention, Embedding, Linear, ModelSpec, Norm, block_name
+from lighten.recipe.prune import IN_FOLDER
 from lighten.recipe.shrink import keep_blocks, kept_count, origin_of, spread_evenly, stacks_of
+from lighten.recipe.sparse import with_counts
 
 CHOICE = "choice"
 """The journal's block of what is chosen for the whole model."""
@@ -232,10 +235,17 @@ def _refit_block(job: Job, block: Block, *, cuts: Sequence[Cut], refitted: Mappi
             weight, groups = block.weight(name), cut.consumers[name]
             hessian = statistics.hessian if statistics.rows else torch.eye(len(groups))
             kept = given[index] if index in given else keep_groups(weight, hessian, groups, count=cut.kept)
-            made = refit(weight, hessian, torch.isin(groups, kept))
+            stays = torch.isin(groups, kept)
+            made = _refit_zeros(weight, hessian, stays) if job.formats[name].sparsity else refit(weight, hessian, stays)
             block.put(name, job.stored(name, made).to(block.source(name).dtype))
             reports += [{"cut": index, "kept": kept.tolist()}, {"name": name, "rows": statistics.rows, **_errors(weight, made, statistics)}]
     return reports
+
+
+def _refit_zeros(weight: Tensor, hessian: Tensor, kept: Tensor) -> Tensor:
+    """The same where steps before set weights to 0: these stay 0."""
+    matrix = damped(hessian)
+    return Spectrum.of(matrix).refitted(weight.float(), (weight != 0) & kept, damping=0.0)
 
 
 def _errors(before: Tensor, made: Tensor, statistics: InputStatistics) -> dict[str, float]:
@@ -444,10 +454,28 @@ def _router_cuts(job: Job, kept: Mapping[str, Sequence[int]]) -> Iterator[tuple[
                     yield name, axis, torch.tensor(kept[str(block_name(part))])
 
 
+def _recounted(method: Callable[[Job], tuple[Stage, ModelSpec]]) -> Callable[[Job], tuple[Stage, ModelSpec]]:
+    """The same, and the zeros of pruned weights are counted in what is left of them."""
+
+    def do(job: Job) -> tuple[Stage, ModelSpec]:
+        stage, spec = method(job)
+        pruned = [part for part in spec.parts if isinstance(part, Linear | Embedding) and part.weight.sparsity and part.weight.bits is None]
+        kept = {part.name: max(_values_in(stage, name) for name in weights_of(part)) for part in pruned if weights_of(part)}
+        return stage, with_counts(spec, kept, in_folder=job.run.runtime in IN_FOLDER)
+
+    return do
+
+
+def _values_in(stage: Stage, name: str) -> int:
+    weight = stage[name]
+    assert isinstance(weight, Tensor), "it has no codes"
+    return int(weight.count_nonzero())
+
+
 METHODS: dict[tuple[str, str], Callable[[Job], tuple[Stage, ModelSpec]]] = {
-    **{("shrink", what): shrink_channels for what in ("ffn", "heads", "width")},
-    ("shrink", "layers"): shrink_layers,
-    ("shrink", "experts"): shrink_experts,
+    **{("shrink", what): _recounted(shrink_channels) for what in ("ffn", "heads", "width")},
+    ("shrink", "layers"): _recounted(shrink_layers),
+    ("shrink", "experts"): _recounted(shrink_experts),
 }
 
 

@@ -97,7 +97,8 @@ class Run:
     Attributes:
         spec: of the model before all steps, whose tensors `original` has.
         tied: weights that the model shares with another: name → the name that the checkpoint has.
-        written: tokens that the original wrote for a step: (length, starts) → them. Later steps that ask for the same take them.
+        written: tokens that the original wrote for a step: (length, whether what it became wrote in its place, starts) → them. Later steps that ask
+            for the same take them.
         graphs: traced so far, by config.
         curves: what steps that trained dense weights told so far.
         side_files: what steps made of files beside the weights; None: left out.
@@ -116,7 +117,7 @@ class Run:
     compute_dtype: str | None = None
     runtime: str = "torch"
     tied: Mapping[str, str] = field(default_factory=dict)
-    written: dict[tuple[int, bytes], Tensor] = field(default_factory=dict)
+    written: dict[tuple[int, bool, bytes], Tensor] = field(default_factory=dict)
     graphs: dict[str, Graph] = field(default_factory=dict)
     curves: list[Mapping[str, Any]] = field(default_factory=list)
     side_files: dict[str, bytes | None] = field(default_factory=dict)
@@ -167,6 +168,7 @@ class Job:
         number: its place in the recipe, which is that of its pass in the journal.
         before, after: the spec that it meets, and that it leaves.
         stage: the tensors that it meets.
+        reference: what tuning after a quantization compares with: the original, or, where steps changed its shapes, what they left.
         only: the tensors that it changes, where its arguments do not select them.
     """
 
@@ -176,6 +178,7 @@ class Job:
     before: ModelSpec
     after: ModelSpec
     stage: Stage
+    reference: Stage
     only: frozenset[str] | None = None
 
     @cached_property
@@ -273,9 +276,12 @@ def do_recipe(  # noqa: PLR0913 - one keyword for each thing that a run may be g
     )  # fmt: skip
     require_possible(run, spec, recipe)
     stage: Stage = run.original
+    reference: Stage = run.original
     for number, step in enumerate(recipe.steps):
+        if has_other_shapes(spec, run.spec) and not any(part.weight.bits for part in spec.parts if isinstance(part, Linear | Embedding)):
+            reference = stage
         after = step.kind.predict(spec, {**dict(step.arguments), "runtime": recipe.runtime})
-        job = Job(run=run, number=number, step=step, before=spec, after=after, stage=stage)
+        job = Job(run=run, number=number, step=step, before=spec, after=after, stage=stage, reference=reference)
         stage, spec = METHODS[step.verb, step.method](job)
     return Done(spec=spec, weights=_finished(run, stage, spec), curves=tuple(run.curves), side_files=run.side_files)
 
@@ -393,6 +399,21 @@ def inputs_of(module: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def original_value(job: Job, name: str) -> Tensor:
     """A tensor of the model before all steps; a head that a step untied has its table's."""
     return job.run.original.checkpoint[name if name in job.run.original.checkpoint else job.run.tied[name]]
+
+
+def reference_value(job: Job, name: str) -> Tensor:
+    """A tensor of what tuning compares with."""
+    if job.reference is job.run.original:
+        return original_value(job, name)
+    found = job.reference[name if name in job.reference.names else job.run.tied[name]]
+    assert isinstance(found, Tensor), "taken before anything was quantized"
+    return found
+
+
+def has_other_shapes(spec: ModelSpec, original: ModelSpec) -> bool:
+    """Whether steps changed more of a config than that the head is a weight of its own."""
+    left = [{key: value for key, value in each.config.items() if key != "tie_word_embeddings"} for each in (spec, original)]
+    return left[0] != left[1]
 
 
 def change_weights(job: Job, change: Change) -> tuple[Stage, ModelSpec]:

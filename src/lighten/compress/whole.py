@@ -25,7 +25,7 @@ from lighten.compress.self_text import prefixes_of, sample_text
 from lighten.compress.sensitivity import Sensitivity, measure_sensitivity, option_errors
 from lighten.compress.skeleton import Skeleton
 from lighten.compress.stage import Journaled, Stage
-from lighten.compress.walk import DoBlock, Job, inputs_of, original_value, walk_blocks, weights_of
+from lighten.compress.walk import DoBlock, Job, inputs_of, reference_value, walk_blocks, weights_of
 from lighten.model.spec import Embedding, Linear, ModelSpec, WeightFormat
 from lighten.recipe.automatic import Budget, budget, with_formats
 from lighten.recipe.number_formats import dividing_group
@@ -115,8 +115,8 @@ def tune(job: Job) -> tuple[Stage, ModelSpec]:
         skeleton = job.skeleton()
         changed = {name: job.stage[name] for name in job.stage.names if job.stage.touched(name)}
         task = Task(
-            skeleton=skeleton, source=partial(original_value, job), weights=changed,
-            transposed=job.transposed, batches=[inputs_of(skeleton.module, batch) for batch in texts(job, skeleton)],
+            skeleton=skeleton, source=partial(reference_value, job), weights=changed,
+            transposed=job.transposed, batches=[inputs_of(skeleton.module, batch) for batch in texts(job, skeleton, reference_value)],
             folder=journal.scratch, pruned=pruned_names(job.before),
             rounding=partial(simulating, skeleton.module, job.before, _input_scales(changed)),
             log=job.run.log,
@@ -134,11 +134,12 @@ def pruned_names(spec: ModelSpec) -> frozenset[str]:
     return frozenset(name for part in found for name in weights_of(part))
 
 
-def texts(job: Job, skeleton: Skeleton) -> list[dict[str, Tensor]]:
+def texts(job: Job, skeleton: Skeleton, value: Callable[[Job, str], Tensor]) -> list[dict[str, Tensor]]:
     """The calibration text, and as many tokens of the original's own as are asked for.
 
     Args:
-        skeleton: the original's.
+        skeleton: of the original, or of what stands for it.
+        value: its tensors, `original_value` or `reference_value`.
     """
     batches = job.run.batches(job.step["tokens"])
     length = min(SELF_LENGTH, job.before.max_positions or SELF_LENGTH)
@@ -146,9 +147,10 @@ def texts(job: Job, skeleton: Skeleton) -> list[dict[str, Tensor]]:
         stream = torch.cat([batch["input_ids"].reshape(-1) for batch in batches])
         starts = prefixes_of(stream, count=count, length=min(SELF_PREFIX, len(stream), length // 2))
         written = job.run.written
-        if (key := (length, starts.numpy().tobytes())) not in written:
+        own = value is reference_value and job.reference is not job.run.original
+        if (key := (length, own, starts.numpy().tobytes())) not in written:
             job.run.log(f"the original writes {count} texts of {length} tokens")
-            written[key] = sample_text(skeleton, partial(original_value, job), starts, length=length)
+            written[key] = sample_text(skeleton, partial(value, job), starts, length=length)
         batches.append({"input_ids": written[key]})
     return batches
 

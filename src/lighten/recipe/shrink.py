@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, chain
+from math import prod
 from typing import Any
 
 from lighten.errors import RecipeError
 from lighten.model.spec import Attention, Conv, Elementwise, Embedding, Linear, ModelSpec, Norm, Part, Table, block_name
 from lighten.recipe.config_trial import Wanted, carried, find_config, parts_of
 from lighten.recipe.quantize import CALIBRATION, TOKENS
+from lighten.recipe.sparse import size_of, with_kept
 from lighten.recipe.words import Arguments, Parameter, StepKind, is_number, is_positive, one_of, refuse_quantized
 
 TILE = 8
@@ -82,13 +84,17 @@ def _apply(spec: ModelSpec, step: str, base: Parts, goals: Iterator[Wanted], ref
 
 
 def _replaced(spec: ModelSpec, step: str, config: Mapping[str, Any], parts: Parts) -> ModelSpec:
-    """With other parts; how many zeros there are among the values that stay, or that are solved for anew, is not known before."""
+    """With other parts; of the zeros of pruned weights as large a share is taken to stay as there was, until they are counted."""
 
     def counted(before: Part, after: Part) -> Part:
         if not isinstance(after, Linear | Embedding) or before.tensors() == after.tensors():
             return after
         refuse_quantized(after, step)
-        return replace(after, weight=replace(after.weight, sparsity=0.0))
+        if after.weight.kept is None:
+            return replace(after, weight=replace(after.weight, pattern=None))
+        (rows, columns), size = size_of(after), prod(size_of(before)) if isinstance(before, Linear | Embedding) else 1
+        kept = round(after.weight.kept / size * rows * columns)
+        return replace(after, weight=with_kept(replace(after.weight, pattern=None), rows, columns, kept))
 
     return replace(spec, config=config, parts=tuple(map(counted, spec.parts, parts)), tensors=None)
 
