@@ -28,7 +28,7 @@ def kept_rows(spec: ModelSpec, arguments: Arguments) -> int:
     size = spec.config.get("vocab_size")
     if not isinstance(size, int):
         raise RecipeError(f"shrink(vocab): the config of {spec.name} names no vocab_size; it has no vocabulary of its own to cut.")
-    rows = int(arguments["keep"]) if "keep" in arguments else min(size, TILE * math.ceil(round(size * arguments["ratio"], 6) / TILE))
+    rows = int(arguments["keep"]) if "keep" in arguments else min(size, TILE * math.ceil(round(size * (1 - arguments["ratio"]), 6) / TILE))
     if rows >= size:
         raise RecipeError(f"shrink(vocab): {spec.name} has {size} tokens, and {rows} are to stay; keep fewer.")
     return rows
@@ -80,7 +80,7 @@ SHRINKING_VOCABULARY: dict[tuple[str, str], StepKind] = {
     ("shrink", "vocab"): StepKind(
         parameters={
             "keep": Parameter(accepts=is_positive, says="a number of tokens that stay"),
-            "ratio": Parameter(accepts=lambda v: is_number(v) and 0 < v < 1, says="the share of tokens that stay, rounded up to a multiple of 8"),
+            "ratio": Parameter(accepts=lambda v: is_number(v) and 0 < v < 1, says="the share that goes, between 0 and 1; a multiple of 8 stays"),
             **CALIBRATION,
         },
         predict=_predict, check=_check, calibrated=True,

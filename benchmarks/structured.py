@@ -1,0 +1,142 @@
+"""Smaller models, recovered: what is lost, how large the rest is, and is it as much faster as was predicted?
+
+    python benchmarks/structured.py --model .models/minilm --minutes 10
+    python benchmarks/structured.py --model .models/smollm2-135m-offgrid --minutes 30
+
+Each recipe makes a smaller model of the given one and trains it against the original's answers, for `--minutes` at most. What it leaves is a plain
+folder, which is then run by torch, ONNX Runtime and OpenVINO, in turn with the original by the same runtime, `--rounds` times; figures are medians.
+
+A row's figures
+    parameters, size_bytes   of the model, and over the original's
+    quality                  perplexity over the original's, of a decoder; the share of texts that keep their nearest neighbour, of an encoder
+    speedup                  by runtime: the original's latency over the smaller one's, measured; predicted; and the second over the first
+
+Rows that `--out` has already are not measured again, unless `--rerun`. The last line on stdout is one JSON object: `rows`, and `error`, the median of
+|predicted / measured - 1| over all speed-ups.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+RUNTIMES = ("torch", "onnxruntime", "openvino")
+ENCODER = {
+    "30 % fewer, vocabulary and neurons": "shrink(vocab, ratio=0.3) | shrink(ffn, ratio=0.5)",
+    "30 % fewer, neurons and blocks": "shrink(ffn, ratio=0.5) | shrink(layers, keep=4) | distill(embeddings, minutes<={minutes}, hidden=1.0)",
+    "student of 3 blocks": "shrink(layers, keep=3, by=even) | distill(embeddings, minutes<={minutes}, hidden=1.0)",
+}
+DECODER = {
+    "25 % fewer, neurons": "shrink(ffn, ratio=0.42) | distill(logits, minutes<={minutes}, dtype=bfloat16)",
+    "25 % fewer, neurons and blocks": "shrink(ffn, ratio=0.25) | shrink(layers, keep=26) | distill(logits, minutes<={minutes}, dtype=bfloat16)",
+}
+"""Name → recipe."""
+
+
+def run(arguments: Sequence[str], threads: int) -> dict[str, Any]:
+    """What a command of lighten prints as JSON."""
+    environment = dict(os.environ) | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    ended = subprocess.run([sys.executable, "-m", "lighten", *arguments, "--json"], capture_output=True, text=True, env=environment, check=False)
+    if ended.returncode:
+        raise RuntimeError((ended.stderr.strip().splitlines() or ["no output"])[-1])
+    document: dict[str, Any] = json.loads(ended.stdout)
+    return document
+
+
+def measure(folder: Path, runtime: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    shape = ["--batch-size", str(arguments.batch_size), "--seq-len", str(arguments.seq_len), "--phase", "prefill" if arguments.decoder else "encode"]
+    return run(["measure", str(folder), "--runtime", runtime, *shape], arguments.threads)
+
+
+def row(name: str, recipe: str, arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
+    text = ["--text", str(arguments.text)] if arguments.text else []
+    began = time.perf_counter()
+    run(
+        ["compress", str(arguments.model), "--recipe", recipe.replace("{minutes}", str(arguments.minutes)), "-o", str(work / "small"), *text],
+        arguments.threads,
+    )
+    seconds = time.perf_counter() - began
+    speedups: dict[str, Any] = {}
+    quality: dict[str, Any] = {}
+    for runtime in RUNTIMES:
+        found: dict[str, list[dict[str, Any]]] = {"original": [], "small": []}
+        for _ in range(arguments.rounds):
+            found["original"].append(measure(arguments.model, runtime, arguments))
+            found["small"].append(measure(work / "small", runtime, arguments))
+        latency = {which: statistics.median(each["latency_s"] for each in rows) for which, rows in found.items()}
+        predicted = {which: statistics.median(each["predicted"]["latency_s"] for each in rows) for which, rows in found.items()}
+        measured, expected = latency["original"] / latency["small"], predicted["original"] / predicted["small"]
+        speedups[runtime] = {"measured": measured, "predicted": expected, "ratio": expected / measured}
+        quality = quality or found["small"][0]["quality"]
+    whole, small = (sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in (arguments.model, work / "small"))
+    return {
+        "name": name, "recipe": recipe, "model": arguments.model.name, "seconds": seconds, "size_bytes": small, "size_share": small / whole,
+        "quality": quality, "speedup": speedups, "threads": arguments.threads, "minutes": arguments.minutes,
+    }  # fmt: skip
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = []
+    for each in rows:
+        if "failure" in each:
+            lines.append(f"{each['name']:36} {each['failure']}")
+            continue
+        said = "  ".join(f"{runtime} {found['measured']:.2f}x (pred. {found['predicted']:.2f}x)" for runtime, found in each["speedup"].items())
+        kept = ", ".join(
+            f"{key} {value['value']:.4f}" for key, value in each["quality"].items() if key in ("perplexity_ratio", "neighbour_agreement", "cosine")
+        )
+        lines.append(f"{each['name']:36} {each['size_bytes'] / 1e6:6.1f} MB ({each['size_share']:.3f})  {kept}  {said}")
+    return "\n".join(lines)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path(".models/minilm"))
+    parser.add_argument("--text", type=Path, help="a .txt or .jsonl file (default: the embedded text)")
+    parser.add_argument("--recipe", action="append", help="instead of the list")
+    parser.add_argument("--minutes", type=float, default=10, help="of training, at most")
+    parser.add_argument("--rounds", type=int, default=3, help="in turn")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--rerun", action="store_true")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "structured.json")
+    found = parser.parse_args(arguments)
+    found.decoder = "CausalLM" in json.loads((found.model / "config.json").read_text())["architectures"][0]
+    return found
+
+
+def main() -> None:
+    arguments = parse()
+    cases = {recipe: recipe for recipe in arguments.recipe} if arguments.recipe else DECODER if arguments.decoder else ENCODER
+    rows: list[dict[str, Any]] = json.loads(arguments.out.read_text()) if arguments.out.exists() else []
+    for name, recipe in cases.items():
+        known = [each for each in rows if (each["model"], each["recipe"]) == (arguments.model.name, recipe)]
+        if known and not arguments.rerun:
+            continue
+        with tempfile.TemporaryDirectory(prefix="structured-") as work:
+            try:
+                made = row(name, recipe, arguments, Path(work))
+            except RuntimeError as error:
+                made = {"name": name, "recipe": recipe, "model": arguments.model.name, "failure": str(error)}
+        rows = [each for each in rows if each not in known] + [made]
+        arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
+        print(table([made]), file=sys.stderr, flush=True)
+    own = [each for each in rows if each["model"] == arguments.model.name]
+    print(table(own))
+    errors = [abs(found["ratio"] - 1) for each in own for found in each.get("speedup", {}).values()]
+    print(json.dumps({"rows": own, "error": statistics.median(errors) if errors else None}))
+
+
+if __name__ == "__main__":
+    main()
