@@ -183,7 +183,7 @@ def test_weights_that_are_not_finite(refused, model, tmp_path, value):
     ("recipe", "says"),
     [
         ("quantize(magic)", "methods: rtn, hqq, gptq, awq, smoothquant, auto, kv, dynamic, static"),
-        ("squash(rtn)", "steps: cast, distill, prune, quantize, rotate"),
+        ("squash(rtn)", "steps: cast, distill, factorize, prune, quantize, rotate, shrink"),
         ("quantize(rtn, bits=5)", "bits is one of 8, 6, 4, 3, 2"),
         ("quantize(rtn, bites=4)", "arguments: bits"),
         ("quantize(rtn) @ tpu", "runtimes: torch, torch-compile, onnxruntime, openvino"),

@@ -355,7 +355,7 @@ def test_whatever_fails_in_the_middle_leaves_nothing_behind(failure, exists, tin
     """Weights are written by then."""
     raised, expected = FAILURES[failure]
 
-    def fail(source: Path, folder: Path) -> None:
+    def fail(source: Path, folder: Path, changed: Any = None) -> None:
         assert (folder / "model.safetensors").stat().st_size > 0
         raise raised
 

@@ -439,7 +439,7 @@ def _finished(run: Run, stage: Stage, spec: ModelSpec) -> Iterator[tuple[str, We
         else:
             before = original.checkpoint[own[name]]
             matrix = before.T if name in transposed and not isinstance(weight, Tensor) else before
-            yield name, weight, _report(name, matrix, weight, stage.said(name)) if _is_comparable(matrix, weight) else None
+            yield name, weight, _report(name, matrix, weight, stage.said(name))
 
 
 def _report(name: str, original: Tensor, changed: Weight, said: Mapping[str, Any]) -> LayerReport:
@@ -451,11 +451,6 @@ def _report(name: str, original: Tensor, changed: Weight, said: Mapping[str, Any
         return LayerReport(name=name, sparsity=sparsity, relative_error=None, bits=bits, shape=tuple(value.shape), **more)
     error = torch.linalg.vector_norm(value - original.float()) / torch.linalg.vector_norm(original.float()).clamp(min=1e-30)
     return LayerReport(name=name, sparsity=sparsity, relative_error=float(error), bits=bits, **more)
-
-
-def _is_comparable(original: Tensor, changed: Weight) -> bool:
-    """Whether a weight has the shape still that it had; of a table that lost rows there is no error to tell."""
-    return (changed.shape if isinstance(changed, Tensor) else changed.dequantize().shape) == original.shape
 
 
 def _low_rank_reports(run: Run, stage: Stage, spec: ModelSpec) -> dict[str, Callable[[], LayerReport | None]]:
