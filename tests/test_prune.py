@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from safetensors.torch import load_file
 from test_gptq import all_rows, inputs, random_weight, statistics_of
 from torch import Tensor
 
+from lighten.compress import admm
 from lighten.compress.admm import Spectrum
 from lighten.compress.checkpoint import Checkpoint
 from lighten.compress.gptq import layer_error
@@ -167,6 +169,23 @@ def test_admm_is_near_the_best_of_all_masks(seed: int) -> None:
         assert mine <= sorted(errors)[6], "among the best tenth of the 70 masks"
         total += mine - wandas
     assert total < 0
+
+
+def test_admms_zeros_are_those_of_its_textbook_form(monkeypatch: Any) -> None:
+    """Boyd et al. 2011, section 3.1, with the multiplier V itself in the place of U = V/ρ, and a solve in the place of the eigenvectors."""
+    monkeypatch.setattr(admm, "bfloat16_units", nullcontext)
+    weight, hessian, keep = random_weight(12, 40, seed=8), statistics_of(40, seed=8).hessian, Keep(sparsity=0.6)
+    spectrum = Spectrum.of(hessian)
+    target, matrix = (weight * spectrum.scale).double(), (spectrum.scaled + 0.1 * torch.eye(40)).double()
+    z, v, penalty = target, torch.zeros_like(target), admm.FIRST_PENALTY
+    for _ in range(admm.ROUNDS):
+        x = torch.linalg.solve(matrix + penalty * torch.eye(40), (target @ matrix + penalty * z - v).T).T
+        mask = keep.mask((x + v / penalty).abs())
+        z = (x + v / penalty) * mask
+        v = v + penalty * (x - z)
+        penalty *= admm.GROWTH
+    found = spectrum.pruned(weight, keep, damping=0.1) != 0
+    assert int((found != mask).sum()) <= 2, "but for near ties"
 
 
 def test_admm_leaves_less_error_than_sparsegpt_on_rows_that_chose_nothing() -> None:
