@@ -8,6 +8,7 @@ windows of the test text judge. A figure is (w - ŵ)ᵀ H (w - ŵ) over wᵀ H w
     damping   each share alone, on 3 and 15 windows     (gptq.DAMPINGS)
     rounds    of refitting scales and refining codes    (gptq._ROUNDS)
     search    shares of the range that are tried        (scale_search._STEPS)
+    pruning   rounds and first steps of the penalty, conjugate gradients, dampings and units of ADMM, beside SparseGPT   (compress/admm.py)
     moments   of bfloat16 inputs in float32, by bfloat16 units or not: seconds and difference (statistics.Moments)
 
 The last line is one JSON object.
@@ -30,8 +31,9 @@ import torch
 import transformers
 from torch import Tensor
 
-from lighten.compress import gptq, scale_search
+from lighten.compress import admm, gptq, scale_search, sparsegpt
 from lighten.compress import statistics as moments
+from lighten.compress.masks import Keep
 from lighten.compress.statistics import InputStatistics, Moments
 from lighten.judge.text import load_text
 from lighten.judge.tokens import Tokenizer
@@ -146,6 +148,37 @@ def search(found: list[Layer], bits: int) -> dict[str, Any]:
     return compared(f"search, {bits} bits", found, ways, f"{scale_search._STEPS} shares, {scale_search._REFITS} refits")
 
 
+def pruning(found: list[Layer], keep: Keep) -> dict[str, Any]:
+    """All of ADMM's constants varied one by one, and the paper's SparseGPT."""
+
+    def error(layer: Layer, pruned: Tensor) -> float:
+        return float(gptq.layer_error(layer.weight, pruned, layer.judge).sum() / gptq.layer_error(layer.weight, torch.zeros(()), layer.judge).sum())
+
+    def by_admm(damping: float | None = None) -> list[float]:
+        return [error(layer, admm.prune_admm({"w": layer.weight}, layer.few, {"w": keep}, damping)["w"]) for layer in found]
+
+    ways = {"as it is": by_admm()}
+    changes: dict[str, dict[str, Any]] = {
+        "48 rounds": {"ROUNDS": 48, "GROWTH": 1.1}, "12 rounds": {"ROUNDS": 12, "GROWTH": 1.45}, "8 rounds": {"ROUNDS": 8, "GROWTH": 1.7},
+        "first penalty 0.01": {"FIRST_PENALTY": 0.01}, "first penalty 0.1": {"FIRST_PENALTY": 0.1},
+        "5 gradient steps": {"GRADIENT_STEPS": 5}, "20 gradient steps": {"GRADIENT_STEPS": 20},
+        "float32 units": {"bfloat16_units": nullcontext},
+    }  # fmt: skip
+    for name, values in changes.items():
+        with ExitStack() as stack:
+            for constant, value in values.items():
+                stack.enter_context(patch.object(admm, constant, value))
+            ways[name] = by_admm()
+    for share in SHARES:
+        ways[f"damping {share}"] = by_admm(share)
+    ways["sparsegpt"] = [error(layer, sparsegpt.prune_sparsegpt({"w": layer.weight}, layer.few, {"w": keep})["w"]) for layer in found]
+    ways["sparsegpt, damping 0.01"] = [
+        error(layer, sparsegpt.prune_sparsegpt({"w": layer.weight}, layer.few, {"w": keep}, 0.01)["w"]) for layer in found
+    ]
+    name = f"pruning, {keep.pattern[0]}:{keep.pattern[1]}" if keep.pattern else f"pruning, {keep.sparsity}"
+    return compared(name, found, ways, "as it is")
+
+
 def moment_units(columns: int, rows: int = 4096, runs: int = 7) -> dict[str, Any]:
     """Seconds of one sum of moments, in turn by float32's units and bfloat16's, and how far apart the sums are."""
     x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -173,17 +206,20 @@ def main() -> None:
     parser.add_argument("--many", type=int, default=20, help="the same where there are many (default 20)")
     parser.add_argument("--judges", type=int, default=8, help="windows of the test text that judge (default 8)")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", choices=("pruning",))
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     said: dict[str, Any] = {}
     for columns in (576, 1536):
         said |= moment_units(columns)
     found = layers(asked.model, asked.blocks, few=asked.few, many=asked.many, judges=asked.judges)
-    for bits in (4, 2):
+    for keep in (Keep(sparsity=0.5), Keep(pattern=(2, 4))):
+        said |= pruning(found, keep)
+    for bits in (4, 2) if asked.only != "pruning" else ():
         said |= search(found, bits)
-    for bits in (4, 3, 2):
+    for bits in (4, 3, 2) if asked.only != "pruning" else ():
         said |= rounds(found, bits)
-    for bits in (4, 2):
+    for bits in (4, 2) if asked.only != "pruning" else ():
         for each in dampings(found, bits):
             said |= each
     print(json.dumps(said))
