@@ -291,6 +291,7 @@ def test_the_manifest_says_what_the_artifact_is(recipe, made, tiny_bert):
         "lighten": __version__, "recipe": str(said), "runtime": said.runtime, "dtype": "float32", "original": str(tiny_bert.resolve()),
         "original_fingerprint": fingerprint(tiny_bert), "size_bytes": folder_bytes(artifact.folder),
         "predicted": {"size_bytes": artifact_bytes(said, apply_recipe(said, spec))}, "notes": notes(said, spec), "run": manifest["run"],
+        "curves": [],
     }  # fmt: skip
     linears = sum(isinstance(part, Linear) for part in spec.parts)
     assert len(layers) == (linears if "rtn" in recipe else 0)

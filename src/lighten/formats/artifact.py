@@ -171,8 +171,8 @@ def _assemble(plan: _Plan, memory: MemoryPlan, journal: Journal, identity: Mappi
         "size_bytes": folder_bytes(folder),
         "predicted": {"size_bytes": artifact_bytes(plan.recipe, plan.predicted)}, "notes": _notes(plan),
         "layers": [{key: value for key, value in asdict(layer).items() if value is not None or key == "bits"} for layer in layers],
+        "curves": list(curves),
     }  # fmt: skip
-    manifest |= {"curves": list(curves)} if curves else {}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     for path in folder.rglob("*"):
         sync(path)
