@@ -38,7 +38,7 @@ from lighten.compress.structured import DAMPING, group_costs, keep_groups, refit
 from lighten.compress.walk import Done, LayerReport, do_recipe
 from lighten.errors import RecipeError
 from lighten.formats.artifact import Work, write_artifact
-from lighten.formats.safetensors_folder import write_folder
+from lighten.formats.safetensors_folder import expanded_weights, write_folder
 from lighten.model.families import FAMILIES
 from lighten.model.read import read_config
 from lighten.model.source import read_spec
@@ -367,11 +367,21 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(
     assert (tmp_path / "out" / "config.json").read_bytes() == (tmp_path / "whole" / "config.json").read_bytes()
 
 
-def test_how_many_zeros_stay_is_not_known(folders: Folders) -> None:
-    """Of what is cut or solved for anew; what keeps its shape keeps its zeros."""
-    after = apply_recipe(parse_recipe("prune(magnitude, sparsity=0.5) | shrink(ffn, ratio=0.5)"), read_spec(folders["llama"]))
-    zeros = {part.component: part.weight.sparsity for part in after.parts if isinstance(part, Linear) and part.component in ("mlp", "attention")}
-    assert zeros == {"mlp": 0.0, "attention": 0.5}
+def test_zeros_stay_through_a_cut_and_are_counted_in_what_is_left(folders: Folders, tmp_path: Path) -> None:
+    """Predicted: as large a share as there was; in the file: those that there are, in rows that go and in columns that are solved for anew too."""
+    recipe = parse_recipe("prune(magnitude, sparsity=0.5) | shrink(ffn, ratio=0.5)")
+    predicted = apply_recipe(recipe, read_spec(folders["llama"]))
+    artifact = write_artifact(folders["llama"], recipe, tmp_path / "out", calibration=list, work=Work(windows=calibration("llama")))
+    written = read_spec(tmp_path / "out")
+    for before, after in zip(predicted.parts, written.parts, strict=True):
+        if isinstance(before, Linear) and isinstance(after, Linear) and before.component in ("mlp", "attention"):
+            assert before.weight.sparsity == 0.5
+            assert before.weight.kept == before.in_features * before.out_features // 2
+            assert after.weight.kept == pytest.approx(before.weight.kept, rel=0.2)
+    dense = dict(expanded_weights(tmp_path / "out", written))
+    masks = {name: load_file(tmp_path / "out" / "sparse.safetensors")[f"{name}_values"] for name in dense if name.endswith("down_proj.weight")}
+    assert all(len(values) == int((dense[name] != 0).sum()) for name, values in masks.items())
+    assert artifact.size_bytes == pytest.approx(artifact.predicted_size_bytes, rel=0.05)
 
 
 # ---- edges ----
