@@ -14,6 +14,7 @@ import pytest
 from any_architecture import calibration, save_architecture
 
 from lighten.compress import methods
+from lighten.errors import RecipeError
 from lighten.formats.artifact import Artifact, Work, write_artifact
 from lighten.formats.safetensors_folder import expanded_weights
 from lighten.model import read_spec
@@ -83,3 +84,43 @@ def test_a_pipeline_that_ends_at_any_step_goes_on_to_the_same_bytes(ended_at: in
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
     if ended_at >= 2:
         assert not any(line.startswith("step ") and "loss" in line for line in said), "training was done already"
+
+
+MIXES = [
+    ("llama", "prune(magnitude, sparsity=0.5) | factorize(svd, ratio=0.5, tokens=64)"),
+    ("llama", "factorize(svd, ratio=0.5, tokens=64) | prune(admm, sparsity=0.5, tokens=64)"),
+    ("llama", "shrink(ffn, ratio=0.5, tokens=64) | factorize(svd, rank=8, tokens=64) | quantize(gptq, bits=4, group_size=8, tokens=64)"),
+    ("llama", "prune(admm, sparsity=0.5, tokens=64) | quantize(gptq, group_size=16, tokens=64) | factorize(correction, rank=4, tokens=64)"),
+    ("llama", "prune(admm, sparsity=0.5, allocation=sensitivity, tokens=64) | shrink(layers, keep=1, tokens=64)"),
+    ("llama", "prune(magnitude, sparsity=0.7) | prune(wanda, sparsity=0.5, tokens=64) | cast(bfloat16)"),
+    ("mixtral", "prune(admm, sparsity=0.5, tokens=64)"),
+    ("mixtral", "prune(magnitude, sparsity=0.5, scope=global) | shrink(experts, ratio=0.5, tokens=64)"),
+]
+
+
+@pytest.mark.parametrize(("name", "text"), MIXES)
+def test_a_mix_of_steps_is_written_and_comes_back(name: str, text: str, tmp_path: Path) -> None:
+    """Each artifact is read back and run before it has its name (`verify_folder`)."""
+    folder, recipe = save_architecture(name, tmp_path / "model"), parse_recipe(text)
+    write_artifact(folder, recipe, tmp_path / "out", calibration=list, work=Work(windows=calibration(name)))
+    assert read_spec(tmp_path / "out").total_parameters == apply_recipe(recipe, read_spec(folder)).total_parameters
+
+
+def test_experts_that_no_token_meets_lose_their_share_too(tmp_path: Path) -> None:
+    folder, recipe = save_architecture("mixtral", tmp_path / "model", num_local_experts=16), parse_recipe("prune(admm, sparsity=0.5, tokens=16)")
+    row = {key: value[:1, :2] for key, value in calibration("mixtral")(16)[0].items()}
+    said: list[str] = []
+    write_artifact(folder, recipe, tmp_path / "out", calibration=list, work=Work(windows=lambda tokens: [row], log=said.append))
+    assert any("no calibration row reaches" in line for line in said)
+    spec = read_spec(tmp_path / "out")
+    weights = dict(expanded_weights(tmp_path / "out", spec))
+    for part in spec.parts:
+        for key in part.tensors() if isinstance(part, Linear) and part.experts > 1 else ():
+            assert float((weights[key] == 0).float().mean()) == 0.5
+
+
+def test_shapes_are_cut_before_linears_are_factorized(llama: Path) -> None:
+    with pytest.raises(
+        RecipeError, match=r"^shrink\(ffn\) changes what follows from the config, which knows no linears of two factors; put it before"
+    ):
+        apply_recipe(parse_recipe("factorize(svd, rank=8) | shrink(ffn, ratio=0.5)"), read_spec(llama))

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from test_gptq import all_rows, inputs, random_weight, statistics_of
 from torch import Tensor
 
-from lighten.compress import admm
+from lighten.compress import admm, ratios
 from lighten.compress.admm import Spectrum
 from lighten.compress.checkpoint import Checkpoint
 from lighten.compress.gptq import layer_error
@@ -33,6 +33,8 @@ from lighten.compress.journal import Journal
 from lighten.compress.magnitude import prune_magnitude
 from lighten.compress.masks import COMPARED, Keep, keep_largest
 from lighten.compress.methods import PRUNERS
+from lighten.compress.ratios import choose_kept
+from lighten.compress.sensitivity import Sensitivity
 from lighten.compress.sparsegpt import prune_sparsegpt
 from lighten.compress.statistics import InputStatistics
 from lighten.compress.walk import do_recipe
@@ -214,6 +216,43 @@ def test_an_input_that_is_always_zero_harms_nothing(method: str) -> None:
     pruned = PRUNERS[method]({"w": random_weight(4, 16, seed=6)}, statistics, {"w": Keep(sparsity=0.5)})["w"]
     assert pruned.isfinite().all()
     assert int((pruned != 0).sum()) <= 32
+
+
+# ---- zeros by layer ----
+
+
+def seen_as(*, cost: float, columns: int) -> Sensitivity:
+    """Of a weight whose errors of one square each cost so much."""
+    return Sensitivity(importance=torch.ones(columns), probe_error=cost, probe_square=1.0)
+
+
+@given(st.floats(0.1, 0.9), st.lists(st.tuples(st.integers(1, 9), st.integers(1, 3), st.floats(0.01, 100)), min_size=1, max_size=5))
+def test_all_weights_together_lose_exactly_their_share(sparsity: float, layers: list[tuple[int, int, float]]) -> None:
+    """Copies are experts, which lose alike: their rounding is all that may be left."""
+    weights = {f"{place}.{copy}": random_weight(rows, 16, seed=place) for place, (rows, copies, _) in enumerate(layers) for copy in range(copies)}
+    names = {str(place): [f"{place}.{copy}" for copy in range(copies)] for place, (_, copies, _) in enumerate(layers)}
+    seen = {name: seen_as(cost=layers[int(name.split(".")[0])][2], columns=16) for name in weights}
+    sizes = {str(place): rows * 16 for place, (rows, _, _) in enumerate(layers)}
+    kept = choose_kept(sizes, sparsity, seen, names, weights.__getitem__)
+    total = sum(sizes[name] * len(names[name]) for name in sizes)
+    short = total - round(sparsity * total) - sum(count * len(names[name]) for name, count in kept.items())
+    assert 0 <= short < max(copies for _, copies, _ in layers)
+    assert all(0 <= count <= sizes[name] for name, count in kept.items())
+
+
+def test_zeros_go_where_they_cost_least() -> None:
+    """Of two weights whose costs differ, each place of a step by brute force."""
+    one, other = random_weight(8, 32, seed=1), random_weight(8, 32, seed=2)
+    seen = {"a": seen_as(cost=1.0, columns=32), "b": seen_as(cost=25.0, columns=32)}
+    kept = choose_kept({"a": 256, "b": 256}, 0.5, seen, {"a": ["a"], "b": ["b"]}, {"a": one, "b": other}.__getitem__)
+
+    def cost(weight: Tensor, count: int) -> float:
+        return float(weight.square().reshape(-1).sort().values[: 256 - count].sum())
+
+    tried = {count: cost(one, count) + 25 * cost(other, 256 - count) for count in (256 - round(share * 256) for share in ratios._shares(0.5))}
+    assert sum(kept.values()) == 256
+    assert abs(kept["a"] - min(tried, key=lambda count: tried[count])) <= 13, "a step of a twentieth: both need not lie on one"
+    assert kept["a"] < 128 < kept["b"]
 
 
 # ---- on models ----

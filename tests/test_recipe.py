@@ -176,6 +176,15 @@ REFUSED = {
     "quantize(rtn, symmetric=1)": "quantize(rtn): symmetric=1 is not possible; symmetric is true or false.",
     'quantize(rtn, targets="(")': "quantize(rtn): targets='(' is not possible; targets is a regular expression searched in module",
     "prune(magnitude, sparsity=1)": "prune(magnitude): sparsity=1 is not possible; sparsity is the share of zeros, between 0 and 1.",
+    "prune(admm, sparsity=1.0)": "prune(admm): sparsity=1.0 is not possible; sparsity is the share of zeros, between 0 and 1.",
+    "prune(magnitude, threshold=0)":
+        "prune(magnitude): threshold=0 is not possible; threshold is a positive number; smaller weights become 0.",
+    "prune(admm, pattern=2:4, allocation=sensitivity)":
+        "prune(admm, pattern=2:4, allocation=sensitivity): allocation=sensitivity gives each layer a sparsity of its own; it goes with "
+        "sparsity and scope=layer.",
+    "prune(wanda, sparsity=0.5, allocation=sensitivity)":
+        "prune(wanda, sparsity=0.5, allocation=sensitivity): allocation=sensitivity gives each layer a sparsity of its own; it goes with "
+        "sparsity and scope=layer.",
     "prune(magnitude, sparsity=nan)": "prune(magnitude): sparsity=nan is not possible; sparsity is the share of zeros, between 0 and 1.",
     "prune(magnitude, threshold=-1)": "prune(magnitude): threshold=-1 is not possible; threshold is a positive number; smaller weights become 0.",
     "prune(magnitude, threshold=1e39)": "prune(magnitude): threshold=1e+39 is not possible; threshold is a positive number;",

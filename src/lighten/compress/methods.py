@@ -48,14 +48,23 @@ REPORTED_OUTPUTS = 256
 
 
 def do_alone(job: Job, names: Iterable[str]) -> tuple[dict[str, Weight], list[dict[str, Any]]]:
-    """Weights that no calibration row reaches, such as tables: rounded on the grid of least error of the weight itself, or factorized by it."""
+    """Weights that no calibration row reaches, such as tables, or an expert that no token met: rounded on the grid of least error of the weight
+    itself, factorized by it, or pruned by magnitude."""
     if job.step.verb == "factorize":
         return factorize_alone(job, names)
-    weights: dict[str, Weight] = {}
-    for name in names:
-        weight, format = job.value(name), job.formats[name]
-        weights[name] = round_alone(job.matrix(name, weight), format) if format.bits is not None else _as_float(weight, format)
+    alone = _prune_alone if job.step.verb == "prune" else _round_alone
+    weights = {name: alone(job, name) for name in names}
     return weights, [{"name": name} for name in weights]
+
+
+def _prune_alone(job: Job, name: str) -> Weight:
+    keep = keep_of(job.step, job.formats[name].sparsity)
+    return job.stored(name, prune_magnitude(job.matrix(name, job.value(name)), keep))
+
+
+def _round_alone(job: Job, name: str) -> Weight:
+    weight, format = job.value(name), job.formats[name]
+    return round_alone(job.matrix(name, weight), format) if format.bits is not None else _as_float(weight, format)
 
 
 def round_alone(weight: Tensor, format: WeightFormat) -> Weight:
@@ -164,7 +173,7 @@ def each_subset(solve: Callable[[Job, Block, Subset, InputStatistics], Mapping[s
                 reports.append({"name": name, "rows": statistics.rows, **_errors(before[name], value, statistics)})
         unreached = sorted(block.wanted - block.results.keys())
         if unreached:
-            job.run.log(f"{block.name}: no calibration row reaches {', '.join(unreached)}; rounded by themselves")
+            job.run.log(f"{block.name}: no calibration row reaches {', '.join(unreached)}; done by themselves")
             weights, said = do_alone(job, unreached)
             for name, weight in weights.items():
                 block.put(name, weight)

@@ -57,8 +57,8 @@ class Smaller:
         return self.before.said(self.sources[name])
 
     def source(self, name: str) -> str:
-        """The name that a tensor had before."""
-        return self.sources[name]
+        """The name that a tensor had before; one that a later step made has its own."""
+        return self.sources.get(name, name)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -382,7 +382,7 @@ def _do_unreached(job: Job, unit: Unit, names: frozenset[str]) -> None:
     if job.run.journal.has(job.number, unit.name):
         return
     weights, reports = do_alone(job, sorted(names))
-    job.run.log(f"{unit.name}: no calibration row reaches it; its weights are rounded by themselves")
+    job.run.log(f"{unit.name}: no calibration row reaches it; its weights are done by themselves")
     job.run.journal.write(job.number, unit.name, weights, [{**report, "rows": 0} for report in reports])
 
 

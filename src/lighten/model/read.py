@@ -335,9 +335,10 @@ def _as_stored(part: Part, types: Mapping[str, str]) -> Part:
         return part
     name = (part.tied_to if isinstance(part, Linear) else None) or part.name
     if part.weight.bits is None:
-        stored = f"{name}.weight{VALUES if is_masked(part) else ''}"
-        if stored not in types:  # experts: a name for each, or one tensor of another name for all
+        stored = f"{name}.weight"
+        if {stored, f"{stored}{VALUES}"}.isdisjoint(types):  # experts: a name for each, or one tensor of another name for all
             stored = next(iter(part.tensors()))
+        stored = f"{stored}{VALUES}" if is_masked(part) else stored
         return replace(part, weight=replace(part.weight, dtype=types[stored]))
     return with_stored_scales(part, types)
 

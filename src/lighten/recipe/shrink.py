@@ -16,6 +16,7 @@ from math import prod
 from typing import Any
 
 from lighten.errors import RecipeError
+from lighten.model.low_rank import has_low_rank
 from lighten.model.spec import Attention, Conv, Elementwise, Embedding, Linear, ModelSpec, Norm, Part, Table, block_name
 from lighten.recipe.config_trial import Wanted, carried, find_config, parts_of
 from lighten.recipe.quantize import CALIBRATION, TOKENS
@@ -61,6 +62,8 @@ def _base(spec: ModelSpec, step: str) -> Parts:
     Raises:
         RecipeError: the config alone does not describe the spec.
     """
+    if has_low_rank(spec.config):
+        raise RecipeError(f"{step} changes what follows from the config, which knows no linears of two factors; put it before factorize.")
     parts = parts_of(spec.config, spec.architecture)
     if parts is None or [part.name for part in parts] != [part.name for part in spec.parts]:
         raise RecipeError(
