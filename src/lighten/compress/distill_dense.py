@@ -32,11 +32,12 @@ from lighten.compress.distill_scales import split
 from lighten.compress.memory_plan import RELATED, ROW_TOKENS, STEP_TOKENS, release_free, reusing_memory
 from lighten.compress.processes import Team, require_team
 from lighten.compress.pupil import Objective, match_layers
+from lighten.compress.reports import weights_of
 from lighten.compress.skeleton import Skeleton
 from lighten.compress.stage import Journaled, Stage
 from lighten.compress.teacher import Sample
 from lighten.compress.training import Leader, Setup, State, Unit, rate_at
-from lighten.compress.walk import Job, inputs_of, original_value, weights_of
+from lighten.compress.walk import Job, inputs_of, original_value
 from lighten.compress.whole import texts
 from lighten.errors import OutputError, RecipeError, TextError
 from lighten.model.spec import Embedding, Linear, ModelSpec

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from lighten.compress.activations import SpillBuffer
 from lighten.compress.block import Block
 from lighten.compress.memory_plan import release_free
+from lighten.compress.reports import weights_of
 from lighten.compress.skeleton import Skeleton
 from lighten.compress.suspend import Forwards
-from lighten.compress.walk import HELD_OUT, Job, inputs_of, weights_of
+from lighten.compress.walk import HELD_OUT, Job, inputs_of
 from lighten.model.spec import Linear
 
 

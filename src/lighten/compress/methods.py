@@ -25,6 +25,7 @@ from lighten.compress.hqq import quantize_hqq
 from lighten.compress.magnitude import global_threshold, prune_magnitude, prune_threshold
 from lighten.compress.masks import Keep
 from lighten.compress.minifloat import quantize_float
+from lighten.compress.reports import weights_of
 from lighten.compress.rtn import quantize_rtn
 from lighten.compress.scale_search import search_scales
 from lighten.compress.scaling import job_mappings, scale_then
@@ -32,7 +33,7 @@ from lighten.compress.sparsegpt import prune_sparsegpt
 from lighten.compress.stage import Change, Renewed, Stage
 from lighten.compress.statistics import InputStatistics, bfloat16_units
 from lighten.compress.vocabulary import require_vocabulary, shrink_vocabulary
-from lighten.compress.walk import DoBlock, Job, Method, Run, change_weights, walk_blocks, weights_of
+from lighten.compress.walk import DoBlock, Job, Method, Run, change_weights, walk_blocks
 from lighten.compress.wanda import prune_wanda
 from lighten.compress.whole import allocate_then, prune_then, tune
 from lighten.errors import RecipeError, UnsupportedFamily

@@ -37,12 +37,13 @@ from lighten.compress.channels import ChannelSet, find_sets
 from lighten.compress.graph import Graph
 from lighten.compress.look import look_at_blocks
 from lighten.compress.mappings import Channels, names_by_key
+from lighten.compress.reports import weights_of
 from lighten.compress.skeleton import Place, Skeleton
 from lighten.compress.smaller import Masked, Smaller, joined
 from lighten.compress.stage import Stage
 from lighten.compress.statistics import InputStatistics
 from lighten.compress.structured import damped, group_costs, keep_groups, refit
-from lighten.compress.walk import Job, walk_blocks, weights_of
+from lighten.compress.walk import Job, walk_blocks
 from lighten.compress.width_constants import constant_factors
 from lighten.errors import RecipeError
 from lighten.model.spec import Attention, Embedding, Linear, ModelSpec, Norm, block_name

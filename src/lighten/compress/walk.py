@@ -11,8 +11,8 @@ import inspect
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -27,11 +27,11 @@ from lighten.compress.graph import Graph, record_graph
 from lighten.compress.grid import Weight
 from lighten.compress.journal import Journal
 from lighten.compress.memory_plan import release_free
+from lighten.compress.reports import LayerReport, reported, weights_of
 from lighten.compress.skeleton import Skeleton, Unit
 from lighten.compress.stage import Change, Changed, Journaled, Original, Stage, origin_of
 from lighten.compress.suspend import Forwards
 from lighten.errors import RecipeError
-from lighten.model.low_rank import CORRECTION, DOWN, RANKS, UP
 from lighten.model.quantized import refuse_layouts
 from lighten.model.spec import Embedding, Linear, ModelSpec, WeightFormat
 from lighten.recipe import Recipe, Step
@@ -48,29 +48,6 @@ HELD_OUT = 4
 
 BATCH_ROWS = 4
 """Sequences that run at once where no plan says otherwise: choice."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerReport:
-    """What the recipe did to one weight: its zeros, and its error relative to the original, ‖W' - W‖ / ‖W‖ (Frobenius).
-
-    Attributes:
-        relative_error: None where it has another shape than the original.
-        shape: where it is not the original's.
-        bits: width of its codes; None: it has none.
-        output_error: error of up to 256 of the layer's outputs on the calibration rows that chose, relative to them; None where no row was looked at.
-        held_out_error: the same on rows that were kept apart.
-        rows: calibration rows that the codes were chosen by; 0: none reached it. None: the step looks at none.
-    """
-
-    name: str
-    sparsity: float
-    relative_error: float | None
-    bits: int | None
-    output_error: float | None = None
-    held_out_error: float | None = None
-    rows: int | None = None
-    shape: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,7 +260,7 @@ def do_recipe(  # noqa: PLR0913 - one keyword for each thing that a run may be g
         after = step.kind.predict(spec, {**dict(step.arguments), "runtime": recipe.runtime})
         job = Job(run=run, number=number, step=step, before=spec, after=after, stage=stage, reference=reference)
         stage, spec = METHODS[step.verb, step.method](job)
-    return Done(spec=spec, weights=_finished(run, stage, spec), curves=tuple(run.curves), side_files=run.side_files)
+    return Done(spec=spec, weights=reported(run.original, run.spec, stage, spec), curves=tuple(run.curves), side_files=run.side_files)
 
 
 def compress_weights(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe) -> Iterator[tuple[str, Weight, LayerReport | None]]:
@@ -419,80 +396,6 @@ def has_other_shapes(spec: ModelSpec, original: ModelSpec) -> bool:
 def change_weights(job: Job, change: Change) -> tuple[Stage, ModelSpec]:
     """A step that looks at one weight at a time: it is done when the weight is asked for."""
     return Changed(before=job.stage, selected=job.names, change=change), job.after
-
-
-def _finished(run: Run, stage: Stage, spec: ModelSpec) -> Iterator[tuple[str, Weight, LayerReport | None]]:
-    original = run.original
-    transposed = {name for part in spec.parts if isinstance(part, Linear) and part.transposed for name in weights_of(part)}
-    known = set(original.names)
-    own = {name: origin_of(stage, name) for name in stage.names}
-    dtypes = {name: part.weight.dtype for part in spec.parts if isinstance(part, Linear | Embedding) for name in weights_of(part)}
-    reported = _low_rank_reports(run, stage, spec)
-    for name in stage.names:
-        weight = stage[name]
-        if isinstance(weight, Tensor) and stage.touched(name) and weight.is_floating_point():
-            weight = weight.to(getattr(torch, dtypes.get(name, spec.dtype))) + 0.0  # of a zero the sign is lost where zeros are not stored
-        if name in reported:
-            yield name, weight, reported[name]()
-        elif own[name] not in known or not stage.touched(name):
-            yield name, weight, None
-        else:
-            before = original.checkpoint[own[name]]
-            matrix = before.T if name in transposed and not isinstance(weight, Tensor) else before
-            yield name, weight, _report(name, matrix, weight, stage.said(name))
-
-
-def _report(name: str, original: Tensor, changed: Weight, said: Mapping[str, Any]) -> LayerReport:
-    value = changed.float() if isinstance(changed, Tensor) else changed.dequantize()
-    bits = None if isinstance(changed, Tensor) else changed.bits
-    more: dict[str, Any] = {key: said.get(key) for key in ("output_error", "held_out_error", "rows")}
-    sparsity = float((value == 0).float().mean())
-    if value.shape != original.shape:
-        return LayerReport(name=name, sparsity=sparsity, relative_error=None, bits=bits, shape=tuple(value.shape), **more)
-    error = torch.linalg.vector_norm(value - original.float()) / torch.linalg.vector_norm(original.float()).clamp(min=1e-30)
-    return LayerReport(name=name, sparsity=sparsity, relative_error=float(error), bits=bits, **more)
-
-
-def _low_rank_reports(run: Run, stage: Stage, spec: ModelSpec) -> dict[str, Callable[[], LayerReport | None]]:
-    """Tensor → the report that goes with it: of the whole weight with the second factor or correction, none with the weight that is corrected."""
-    known = {part.name: part for part in run.spec.parts if isinstance(part, Linear)}
-    found: dict[str, Callable[[], LayerReport | None]] = {}
-    for module in spec.config.get(RANKS, {}):
-        if module in known and stage.touched(f"{module}.{UP}.weight"):
-            found[f"{module}.{UP}.weight"] = partial(_low_rank_report, run, stage, known[module], (DOWN, UP))
-    for module in spec.config.get(CORRECTION, {}):
-        if module in known and stage.touched(f"{module}.lora_B.weight"):
-            found[f"{module}.weight"] = lambda: None
-            found[f"{module}.lora_B.weight"] = partial(_low_rank_report, run, stage, known[module], ("lora_A", "lora_B"))
-    return found
-
-
-def _low_rank_report(run: Run, stage: Stage, part: Linear, pair: tuple[str, str]) -> LayerReport:
-    """Of a weight before all steps, against its two factors and what stands beside them.
-
-    Args:
-        part: as it was before all steps.
-        pair: what the two linears are called, the one that is given the input first.
-    """
-    first, second = (stage[f"{part.name}.{each}.weight"] for each in pair)
-    value, held = _dense(second) @ _dense(first), second
-    if (name := f"{part.name}.weight") in stage.names:
-        held = stage[name]
-        value = value + (_dense(held).T if part.transposed and isinstance(held, Tensor) else _dense(held))
-    before = run.original.checkpoint[name]
-    found = _report(name, before.T if part.transposed else before, value, stage.said(f"{part.name}.{pair[1]}.weight"))
-    return replace(found, bits=None if isinstance(held, Tensor) else held.bits)
-
-
-def _dense(weight: Weight) -> Tensor:
-    return weight.float() if isinstance(weight, Tensor) else weight.dequantize()
-
-
-def weights_of(part: Any) -> list[str]:
-    """Names of a part's matrices: one for each expert."""
-    if isinstance(part, Linear):
-        return [name for name, shape in part.tensors().items() if part.is_weight(shape)]
-    return list(part.tensors())
 
 
 def _stored_value(job: Job, name: str, weight: Weight) -> Tensor:

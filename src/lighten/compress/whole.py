@@ -21,11 +21,12 @@ from lighten.compress.grid import QuantizedTensor, Weight
 from lighten.compress.memory_plan import SELF_LENGTH, SENSITIVITY_WINDOW, release_free
 from lighten.compress.qat import train_codes
 from lighten.compress.ratios import choose_kept
+from lighten.compress.reports import weights_of
 from lighten.compress.self_text import prefixes_of, sample_text
 from lighten.compress.sensitivity import Sensitivity, measure_sensitivity, option_errors
 from lighten.compress.skeleton import Skeleton
 from lighten.compress.stage import Journaled, Stage
-from lighten.compress.walk import DoBlock, Job, inputs_of, reference_value, walk_blocks, weights_of
+from lighten.compress.walk import DoBlock, Job, inputs_of, reference_value, walk_blocks
 from lighten.model.spec import Embedding, Linear, ModelSpec, WeightFormat
 from lighten.recipe.automatic import Budget, budget, with_formats
 from lighten.recipe.number_formats import dividing_group
