@@ -3,7 +3,8 @@
     python benchmarks/distill_processes.py --model MODEL --text TEXT.txt --kills 10
 
 Prints one JSON line: of each kill the line of progress that it came after and whether the resumed run ended in the bytes of an uninterrupted one; of
-DDP and FSDP2 the largest difference of a logged loss from one process's; with `--speed` positions a second of a plain loop of torch on as many rows.
+DDP and FSDP2 the largest difference of a logged loss from one process's; of two epochs over the same rows the seconds of a step in each, how often
+and how long the original ran, all before the first step; with `--speed` positions a second of a plain loop of torch on as many rows.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -60,7 +62,7 @@ def run(given: argparse.Namespace, work: Path) -> dict[str, Any]:
         out = work / parallel
         finish(command(given, out, parallel=parallel))
         found[f"{parallel}_loss_difference"] = max(abs(one - other) for one, other in zip(losses(whole), losses(out), strict=True))
-    return found | (speed(given) if given.speed else {})
+    return found | epochs(given, work / "epochs") | (speed(given) if given.speed else {})
 
 
 def command(given: argparse.Namespace, out: Path, *more: str, parallel: str = "none") -> list[str]:
@@ -91,6 +93,31 @@ def kill(given: argparse.Namespace, out: Path, line: int, wait: float, whole: Pa
     run.communicate()
     finish(command(given, out, "--resume"))
     return {"after": said[-1].strip()[:60], "killed": run.returncode == -signal.SIGKILL, "same_bytes": digest(out) == digest(whole)}
+
+
+def epochs(given: argparse.Namespace, out: Path) -> dict[str, Any]:
+    """Twice over the same rows: how often the original ran and how long, and the seconds of a step in the first epoch and in the second."""
+    training = given.tokens // given.seq_len * 7 // 8  # each eighth row is held out
+    half = training // (given.batch_tokens // given.seq_len)
+    words = command(argparse.Namespace(**vars(given) | {"steps": 2 * half}), out)
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert process.stderr is not None, "it is a pipe"
+    at: dict[int, float] = {}
+    teacher_s = before = time.perf_counter()
+    for line in process.stderr:
+        if "the original answered" in line:
+            teacher_s = time.perf_counter() - before
+        before = time.perf_counter()
+        if found := re.match(r".*step (\d+) of", line):
+            at[int(found[1])] = time.perf_counter()
+    process.wait()
+    first, last = min(at), max(at)
+    middle = min(at, key=lambda step: abs(step - half))
+    curve = json.loads((out / "lighten.json").read_text())["curves"][0]
+    return {
+        "epoch_steps": half, "teacher_passes": curve["teacher_passes"], "teacher_s": teacher_s,
+        "epoch_1_step_s": (at[middle] - at[first]) / (middle - first), "epoch_2_step_s": (at[last] - at[middle]) / (last - middle),
+    }  # fmt: skip
 
 
 def digest(out: Path) -> str:

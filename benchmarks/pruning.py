@@ -1,7 +1,7 @@
 """Pruning, ours beside the peers': what zeros cost, what a recovery gives back, and how large the file is.
 
     python benchmarks/pruning.py --model .models/smollm2-135m-offgrid
-    python benchmarks/pruning.py --model .models/smollm2-135m-offgrid --peers llm-compressor --environments ENVS
+    python benchmarks/pruning.py --model .models/smollm2-135m-offgrid --peers llm-compressor,torch-pruning --environments ENVS
     python benchmarks/pruning.py --recipe "prune(admm, sparsity=0.6, tokens={tokens})"
 
 Everybody gets the same calibration tokens, `--tokens` in windows of 1,024 of the text's calibration part, and everybody's dense weights are scored by
@@ -34,6 +34,8 @@ from typing import Any
 from compression import LENGTH, TEST_WINDOWS, Bench, Case, Failure, machine, our_cases
 
 HERE = Path(__file__).parent
+FFN_RATIO = 0.43
+"""Of the inner features, that go: a quarter of SmolLM2-135M's parameters."""
 RECIPES = (
     "prune(magnitude, sparsity=0.5)",
     "prune(wanda, sparsity=0.5, tokens={tokens})",
@@ -44,11 +46,16 @@ RECIPES = (
     "prune(sparsegpt, pattern=2:4, damping=0.01, tokens={tokens})",
     "prune(admm, pattern=2:4, tokens={tokens})",
     "prune(admm, sparsity=0.7, tokens={tokens})",
+    "prune(admm, sparsity=0.5, allocation=sensitivity, tokens={tokens})",
+    f"shrink(ffn, ratio={FFN_RATIO}, tokens={{tokens}})",
 )
 PEERS = tuple(
     Case(peer="llm-compressor", settings={"method": method, "sparsity": 0.5, "mask_structure": pattern})
     for method in ("sparsegpt", "wanda")
     for pattern in ("0:0", "2:4")
+) + tuple(
+    Case(peer="torch-pruning", settings={"method": method, "ffn": FFN_RATIO, "round_to": 16}, calibrated=method == "taylor")
+    for method in ("magnitude", "taylor")
 )
 
 
@@ -169,7 +176,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=Path(".models/smollm2-135m-offgrid"), help="a Hugging Face folder of a decoder")
     parser.add_argument("--text", type=Path, help="a .txt or .jsonl file (default: the embedded text)")
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096], help="calibration tokens, in windows of 1,024")
-    parser.add_argument("--peers", default="", help="llm-compressor")
+    parser.add_argument("--peers", default="", help="llm-compressor, torch-pruning; parted by commas")
     parser.add_argument("--only", choices=("ours", "peers"), help="measure only these")
     parser.add_argument("--recipe", action="append", help="one of ours instead of the list; {tokens} becomes the number of tokens")
     parser.add_argument("--rerun", action="append", default=[], metavar="PEER", help="measure its rows again; `ours` too")
