@@ -179,6 +179,17 @@ RECIPES = (
     f"{TABLE} | quantize(auto, size<=60MB, tokens={{tokens}}) | {TUNED_FAST}",
 )
 """Our recipes; `{tokens}` becomes the number of calibration tokens. The peers load the model in bfloat16, embedding included; so the cast."""
+PIPELINES = (
+    "shrink(ffn, ratio=0.43, tokens={tokens}) | distill(logits, minutes<=20, dtype=bfloat16, tokens={tokens}) | cast(bfloat16)"
+    f" | quantize(auto, size<=60MB, tokens={{tokens}}) | {TUNED_FAST}",
+    f"{TABLE} | quantize(auto, size<=60MB, tokens={{tokens}}) | {TUNED_FAST}",
+)
+ENCODER_PIPELINES = (
+    "shrink(ffn, ratio=0.5, tokens={tokens}) | distill(embeddings, minutes<=10, hidden=1.0, tokens={tokens})"
+    " | quantize(auto, size<=15MB, tokens={tokens})",
+    "quantize(auto, size<=15MB, tokens={tokens})",
+)
+"""Quantization of a smaller model, recovered, beside that of the whole one, at the same size. `--pipelines` measures these instead."""
 
 
 def our_cases(recipes: Iterable[str], tokens: int) -> list[Case]:
@@ -373,7 +384,10 @@ class Bench:
             if values > 2 ** settings["bits"]:
                 raise Failure(f"{linear} has {values} values in a group, and {settings['bits']} bits were asked for")
         dtype = torch.bfloat16 if bits < 8 else torch.float32
-        evaluator = Evaluator(model=self.model, windows=self.windows("test", self.test_windows), dtype=dtype, cache=self.work / "reference")
+        evaluator = Evaluator(
+            model=self.model, windows=self.windows("test", self.test_windows), dtype=dtype, cache=self.work / "reference",
+            architecture=folder / "artifact" if "shrink(" in case.name else None,
+        )  # fmt: skip
         inputs = frozenset(figures.get("int8_inputs", ()))
         scores = evaluator.scores(weights, int8_inputs=inputs)
         ratio = scores["perplexity_ratio"]
@@ -597,6 +611,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peers", default="", help=f"any of {','.join(dict.fromkeys(case.peer for case in CASES))}")
     parser.add_argument("--only", choices=("ours", "peers"), help="measure only these")
     parser.add_argument("--recipe", action="append", help="one of ours instead of the list; {tokens} becomes the number of tokens")
+    parser.add_argument("--pipelines", action="store_true", help="smaller models, recovered and quantized, in place of all else")
     parser.add_argument("--match", default="", help="measure only rows whose name holds this")
     parser.add_argument("--rerun", action="append", default=[], metavar="PEER", help="measure its rows again; `ours` too")
     parser.add_argument("--environments", type=Path, default=Path("/tmp/compression-peers"), help="where peers' environments are or are made")
@@ -615,6 +630,8 @@ def asked_cases(arguments: argparse.Namespace, *, encoder: bool = False) -> list
     """The cases of a call with their number of calibration tokens, None where a method reads none."""
     peers = [name for name in arguments.peers.split(",") if name]
     cases, recipes = (ENCODER_CASES, ENCODER_RECIPES) if encoder else (CASES, RECIPES)
+    if arguments.pipelines:
+        cases, recipes = (), ENCODER_PIPELINES if encoder else PIPELINES
     if unknown := set(peers) - {case.peer for case in cases}:
         raise SystemExit(f"unknown peers {', '.join(sorted(unknown))}; known: {', '.join(dict.fromkeys(case.peer for case in cases))}")
     asked: dict[tuple[str, str, int | None], tuple[Case, int | None]] = {}

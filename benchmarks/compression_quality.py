@@ -70,6 +70,7 @@ class Evaluator:
             original: nn.Module = AutoModelForCausalLM.from_pretrained(self.model, dtype=self.dtype)
             return original.eval()
         config = AutoConfig.from_pretrained(self.architecture or self.model)
+        config.__dict__.pop("quantization_config", None)  # the weights are dense
         if "lm_head.weight" in weights:  # a rotation makes the head a weight of its own
             config.tie_word_embeddings = False
         module: nn.Module = AutoModelForCausalLM.from_config(config, dtype=self.dtype)

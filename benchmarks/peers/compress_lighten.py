@@ -64,10 +64,12 @@ def main() -> None:
         compress_job.write_dense(job, dense, smaller=True)
         meter.report(job, "lighten", {"sparsity": compress_job.share_of_zeros(dense, linears)})
         return
+    weights = {part.name: part.out_features * part.in_features for part in spec.parts if isinstance(part, Linear)}
+    linears = {name: weights[name] for name in linears if name in weights}
     bits: dict[str, Any] = compress_job.counted_bits(artifact, linears, code_bits=code_bits(spec, linears), symmetric=False)
     formats = {part.name: part.weight for part in spec.parts if isinstance(part, Linear)}
     bits["int8_inputs"] = sorted(name for name in linears if formats[name].activations is not None)
-    compress_job.write_dense(job, dict(expanded_weights(artifact, spec)))
+    compress_job.write_dense(job, dict(expanded_weights(artifact, spec)), smaller="shrink(" in settings["recipe"])
     meter.report(job, "lighten", bits)
 
 
