@@ -46,7 +46,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 LENGTH, TEST_WINDOWS = 1024, 20
-FAMILIES: dict[str, str] = {"llm-compressor": "llm_compressor"}
+FAMILIES: dict[str, str] = {"llm-compressor": "llm_compressor", "torch-pruning": "torch_pruning"}
 """A peer's name → its file's; the others are named alike."""
 
 
