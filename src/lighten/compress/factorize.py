@@ -73,6 +73,10 @@ class Split:
     def said(self, name: str) -> Mapping[str, Any]:
         return self.before.said(self._from.get(name, name))
 
+    def whole(self, name: str) -> str:
+        """The tensor that a factor was taken from."""
+        return self._from.get(name, name)
+
 
 def factorize_svd(errors: Errors) -> Callable[[Job], tuple[Stage, ModelSpec]]:
     def method(job: Job) -> tuple[Stage, ModelSpec]:
@@ -231,6 +235,10 @@ class Beside:
 
     def said(self, name: str) -> Mapping[str, Any]:
         return {} if name in self.added else self.before.said(name)
+
+    def whole(self, name: str) -> str:
+        """The weight that a tensor stands beside."""
+        return f"{name.rpartition('.lora_')[0]}.weight" if name in self.added else name
 
 
 @dataclass(frozen=True, kw_only=True)

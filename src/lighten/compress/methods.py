@@ -348,9 +348,8 @@ def _refuse_around_factors(recipe: Recipe) -> None:
             continue
         if step.verb != "factorize":
             continue
-        if (other := next((each for each in after if each.verb == "distill" or each.method in FOLLOW_THE_GRAPH), None)) is not None:
-            what = "compares with the original layer by layer" if other.verb == "distill" else "follows the graph of the original"
-            raise RecipeError(f"{other} {what}, whose layers {step} exchanges; leave one of them out.")
+        if step.method == "correction" and (other := next((each for each in after if each.verb == "distill"), None)) is not None:
+            raise RecipeError(f"{other} compares with the original, which has nothing in the place of what {step} adds; put it before.")
         if step.method == "correction" and (other := next((each for each in before if _moves(each)), None)) is not None:
             raise RecipeError(f"{step} is measured against the original's weights, which {other} changes into others; quantize by gptq, rtn or hqq.")
 

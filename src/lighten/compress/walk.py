@@ -28,7 +28,7 @@ from lighten.compress.grid import Weight
 from lighten.compress.journal import Journal
 from lighten.compress.memory_plan import release_free
 from lighten.compress.skeleton import Skeleton, Unit
-from lighten.compress.stage import Change, Changed, Journaled, Original, Stage, origin_of
+from lighten.compress.stage import Change, Changed, Journaled, Original, Stage, origin_of, rebased
 from lighten.compress.suspend import Forwards
 from lighten.errors import RecipeError
 from lighten.model.low_rank import CORRECTION, DOWN, RANKS, UP
@@ -168,7 +168,7 @@ class Job:
         number: its place in the recipe, which is that of its pass in the journal.
         before, after: the spec that it meets, and that it leaves.
         stage: the tensors that it meets.
-        reference: what tuning after a quantization compares with: the original, or, where steps changed its shapes, what they left.
+        reference: what tuning after a quantization compares with: the original, or, where steps changed its shapes, what they left of it.
         only: the tensors that it changes, where its arguments do not select them.
     """
 
@@ -278,11 +278,14 @@ def do_recipe(  # noqa: PLR0913 - one keyword for each thing that a run may be g
     stage: Stage = run.original
     reference: Stage = run.original
     for number, step in enumerate(recipe.steps):
-        if has_other_shapes(spec, run.spec) and not any(part.weight.bits for part in spec.parts if isinstance(part, Linear | Embedding)):
+        quantized = any(part.weight.bits for part in spec.parts if isinstance(part, Linear | Embedding))
+        if has_other_shapes(spec, run.spec) and not quantized:
             reference = stage
         after = step.kind.predict(spec, {**dict(step.arguments), "runtime": recipe.runtime})
         job = Job(run=run, number=number, step=step, before=spec, after=after, stage=stage, reference=reference)
         stage, spec = METHODS[step.verb, step.method](job)
+        if quantized and has_other_shapes(spec, job.before):
+            reference = rebased(stage, job.stage, reference)
     return Done(spec=spec, weights=_finished(run, stage, spec), curves=tuple(run.curves), side_files=run.side_files)
 
 
@@ -457,30 +460,31 @@ def _low_rank_reports(run: Run, stage: Stage, spec: ModelSpec) -> dict[str, Call
     """Tensor → the report that goes with it: of the whole weight with the second factor or correction, none with the weight that is corrected."""
     known = {part.name: part for part in run.spec.parts if isinstance(part, Linear)}
     found: dict[str, Callable[[], LayerReport | None]] = {}
-    for module in spec.config.get(RANKS, {}):
-        if module in known and stage.touched(f"{module}.{UP}.weight"):
-            found[f"{module}.{UP}.weight"] = partial(_low_rank_report, run, stage, known[module], (DOWN, UP))
-    for module in spec.config.get(CORRECTION, {}):
-        if module in known and stage.touched(f"{module}.lora_B.weight"):
-            found[f"{module}.weight"] = lambda: None
-            found[f"{module}.lora_B.weight"] = partial(_low_rank_report, run, stage, known[module], ("lora_A", "lora_B"))
+    for word, pair in ((RANKS, (DOWN, UP)), (CORRECTION, ("lora_A", "lora_B"))):
+        for module in spec.config.get(word, {}):
+            second = f"{module}.{pair[1]}.weight"
+            part = known.get(origin_of(stage, second, whole=True).removesuffix(".weight"))
+            if part is not None and stage.touched(second):
+                found |= {f"{module}.weight": lambda: None} if word == CORRECTION else {}
+                found[second] = partial(_low_rank_report, run, stage, (module, part), pair)
     return found
 
 
-def _low_rank_report(run: Run, stage: Stage, part: Linear, pair: tuple[str, str]) -> LayerReport:
+def _low_rank_report(run: Run, stage: Stage, linear: tuple[str, Linear], pair: tuple[str, str]) -> LayerReport:
     """Of a weight before all steps, against its two factors and what stands beside them.
 
     Args:
-        part: as it was before all steps.
+        linear: its name now, and as it was before all steps.
         pair: what the two linears are called, the one that is given the input first.
     """
-    first, second = (stage[f"{part.name}.{each}.weight"] for each in pair)
+    module, part = linear
+    first, second = (stage[f"{module}.{each}.weight"] for each in pair)
     value, held = _dense(second) @ _dense(first), second
-    if (name := f"{part.name}.weight") in stage.names:
+    if (name := f"{module}.weight") in stage.names:
         held = stage[name]
         value = value + (_dense(held).T if part.transposed and isinstance(held, Tensor) else _dense(held))
-    before = run.original.checkpoint[name]
-    found = _report(name, before.T if part.transposed else before, value, stage.said(f"{part.name}.{pair[1]}.weight"))
+    before = run.original.checkpoint[f"{part.name}.weight"]
+    found = _report(name, before.T if part.transposed else before, value, stage.said(f"{module}.{pair[1]}.weight"))
     return replace(found, bits=None if isinstance(held, Tensor) else held.bits)
 
 
