@@ -343,8 +343,8 @@ def _refuse_around_factors(recipe: Recipe) -> None:
     for number, step in enumerate(recipe.steps):
         before, after = recipe.steps[:number], recipe.steps[number + 1 :]
         if (step.verb, step.method) == ("shrink", "vocab"):
-            if (other := next((each for each in after if each.verb == "distill" or each.method == "vocab"), None)) is not None:
-                raise RecipeError(f"{other} cannot follow {step}: the original has other tokens; put it before, or leave one of them out.")
+            if (other := next((each for each in after if each.method == "vocab"), None)) is not None:
+                raise RecipeError(f"{other} cannot follow {step}: the original has other tokens; leave one of them out.")
             continue
         if step.verb != "factorize":
             continue

@@ -46,6 +46,9 @@ CalibrationSource: TypeAlias = Callable[[int], Sequence[Batch]]
 HELD_OUT = 4
 """Each fourth batch only judges what the others choose: choice."""
 
+TOKEN_INPUTS = ("input_ids", "decoder_input_ids")
+"""Inputs of a forward that are tokens."""
+
 BATCH_ROWS = 4
 """Sequences that run at once where no plan says otherwise: choice."""
 
@@ -103,6 +106,7 @@ class Run:
         curves: what steps that trained dense weights told so far.
         side_files: what steps made of files beside the weights; None: left out.
         new_ids: where a step changed the vocabulary, each old token in new ones.
+        old_ids: then the old token that each new one was.
     """
 
     folder: Path
@@ -122,6 +126,7 @@ class Run:
     curves: list[Mapping[str, Any]] = field(default_factory=list)
     side_files: dict[str, bytes | None] = field(default_factory=dict)
     new_ids: dict[int, list[int]] = field(default_factory=dict)
+    old_ids: list[int] = field(default_factory=list)
 
     def graph(self, spec: ModelSpec) -> Graph:
         """The traced graph of the model as some steps left it.
@@ -142,7 +147,7 @@ class Run:
         """
         found = self.calibration(tokens) if self.calibration is not None else ()
         rows = [
-            {name: self._in_new_ids(name, torch.from_numpy(np.asarray(value[row : row + 1]))) for name, value in batch.items()}
+            {name: self.in_new_ids(name, torch.from_numpy(np.asarray(value[row : row + 1]))) for name, value in batch.items()}
             for batch in found
             for row in range(_rows(batch))
         ]
@@ -152,12 +157,17 @@ class Run:
         groups = [rows[start : start + size] for start in range(0, len(rows), size)]
         return [{name: torch.cat([row[name] for row in group]) for name in group[0]} for group in groups]
 
-    def _in_new_ids(self, name: str, value: Tensor) -> Tensor:
+    def in_new_ids(self, name: str, value: Tensor) -> Tensor:
         """[1, S] tokens as the changed vocabulary spells them, as many; what it cannot spell is left out, and the row filled from its start."""
-        if not self.new_ids or name not in ("input_ids", "decoder_input_ids"):
+        if not self.new_ids or name not in TOKEN_INPUTS:
             return value
         spelled = [each for old in value[0].tolist() for each in self.new_ids[old]] or [0]
         return torch.tensor([(spelled * value.shape[1])[: value.shape[1]]])
+
+    def in_old_ids(self, row: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A forward's inputs as the original takes them: the same tokens by the ids that they had."""
+        old = torch.tensor(self.old_ids)
+        return {name: old[value] if self.old_ids and name in TOKEN_INPUTS else value for name, value in row.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
