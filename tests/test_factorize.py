@@ -652,7 +652,7 @@ def test_what_a_step_cannot_take_is_said(models: dict[str, Path], text: str, say
     ("text", "says"),
     [
         ("quantize(rtn) | factorize(correction, rank=4) | distill(scales, steps=1)", "which has nothing in the place of what factorize"),
-        ("quantize(awq, group_size=16) | factorize(correction, rank=4)", "is measured against the original's weights"),
+        ("quantize(awq, group_size=16) | factorize(correction, rank=4)", "is measured against the weights before they were quantized"),
         ("factorize(svd, rank=4) | quantize(rtn) | factorize(correction, rank=2)", "is a factor already"),
     ],
 )

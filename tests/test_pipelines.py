@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from any_architecture import calibration, save_architecture
 from safetensors.torch import load_file, save_file
 
 from lighten.compress import methods, training
 from lighten.errors import RecipeError
 from lighten.formats.artifact import Artifact, Work, write_artifact
+from lighten.formats.export import export
 from lighten.formats.safetensors_folder import expanded_weights
 from lighten.model import read_spec
 from lighten.model.quantized import stored_tensors
@@ -236,6 +238,44 @@ def test_codes_are_tuned_against_the_blocks_that_are_left(tmp_path: Path) -> Non
 def test_what_stands_between_steps_is_written_and_comes_back(llama: Path, tmp_path: Path, text: str) -> None:
     compress(llama, text, tmp_path / "out")
     assert shapes_of(read_spec(tmp_path / "out")) == shapes_of(apply_recipe(parse_recipe(text), read_spec(llama)))
+
+
+@pytest.mark.parametrize("first", [
+    "shrink(ffn, ratio=0.5, tokens=64)", "shrink(layers, keep=1, tokens=64)", "distill(logits, steps=2, tokens=64, batch_tokens=64)",
+    "rotate(hadamard)", "factorize(svd, rank=8, targets=self_attn, tokens=64)", "prune(admm, sparsity=0.3, tokens=64)",
+])  # fmt: skip
+def test_a_correction_makes_up_for_what_quantizing_lost_after_any_step(llama: Path, tmp_path: Path, first: str) -> None:
+    """And for what pruning lost before it, which left each weight in its place."""
+    quantized = f"{first} | quantize(rtn, bits=3, group_size=16, targets=mlp)"
+    found = []
+    for number, text in enumerate(
+        ("cast(float32)" if "prune" in first else first, quantized, f"{quantized} | factorize(correction, rank=16, targets=mlp, tokens=64)")
+    ):
+        compress(llama, text, tmp_path / str(number))
+        export(tmp_path / str(number), "safetensors", tmp_path / f"dense{number}") if number else None
+        folder = tmp_path / (f"dense{number}" if number else "0")
+        found.append(dict(expanded_weights(folder, read_spec(folder))))
+    whole, without, with_it = found
+    for name in [name for name in whole if ".mlp." in name]:
+        assert (with_it[name].float() - whole[name].float()).norm() < 0.97 * (without[name].float() - whole[name].float()).norm()
+
+
+@pytest.mark.parametrize("text", [
+    "factorize(svd, rank=16, tokens=64) | prune(magnitude, sparsity=0.5)",
+    "prune(magnitude, sparsity=0.5) | quantize(rtn, bits=8, targets=mlp)",
+])  # fmt: skip
+def test_what_is_part_zeros_is_exported_whole(llama: Path, tmp_path: Path, text: str) -> None:
+    compress(llama, text, tmp_path / "out")
+    export(tmp_path / "out", "safetensors", tmp_path / "dense")
+    spec, before = read_spec(tmp_path / "dense"), read_spec(llama)
+    assert shapes_of(spec) == shapes_of(before)
+    assert not {"sparsity_config", "low_rank", "quantization_config"} & spec.config.keys()
+    found = dict(expanded_weights(tmp_path / "dense", spec))
+    stored = dict(expanded_weights(tmp_path / "out", read_spec(tmp_path / "out")))
+    pairs = {name.removesuffix(".up.weight"): stored[name] @ stored[name.replace(".up.", ".down.")] for name in stored if name.endswith(".up.weight")}
+    for name, value in found.items():
+        expected = stored[name] if name in stored else pairs[name.removesuffix(".weight")]
+        assert torch.allclose(value, expected, atol=1e-5)
 
 
 def test_a_correction_is_not_tuned(llama: Path, tmp_path: Path) -> None:

@@ -261,14 +261,16 @@ class _Correcting(Job):
         return {f"{part.name}.weight": part.out_features for part in self.before.parts if isinstance(part, Linear)}
 
     def lost(self, name: str, quantized: Tensor) -> tuple[Tensor, Tensor]:
-        """[O, I] float32 of the original of a weight, and what quantizing lost of it.
+        """[O, I] float32 of a weight before it was quantized, and what quantizing lost of it.
 
         Args:
             name: of the first linear's weight.
             quantized: what is computed with, in the checkpoint's orientation.
         """
         weight = _corrected(name)
-        original = self.matrix(weight, self.run.original.checkpoint[weight]).float()
+        found = self.dense[weight]
+        assert isinstance(found, Tensor), "taken before anything was quantized"
+        original = self.matrix(weight, found).float()
         return original, original - self.matrix(weight, quantized).float()
 
     def factors(self, name: str, lost: Tensor, root: Tensor | None) -> dict[str, Tensor]:

@@ -334,6 +334,8 @@ def require_possible(run: Run, spec: ModelSpec, recipe: Recipe) -> None:
 
 FOLLOW_THE_GRAPH = ("awq", "smoothquant", "hadamard")
 """Methods that move numbers from one weight into another along the model's graph."""
+SCALED = ("awq", "smoothquant")
+"""Those that do so and quantize at once."""
 
 
 def _refuse_around_factors(recipe: Recipe) -> None:
@@ -350,13 +352,14 @@ def _refuse_around_factors(recipe: Recipe) -> None:
             continue
         if step.method == "correction" and (other := next((each for each in after if each.verb == "distill"), None)) is not None:
             raise RecipeError(f"{other} compares with the original, which has nothing in the place of what {step} adds; put it before.")
-        if step.method == "correction" and (other := next((each for each in before if _moves(each)), None)) is not None:
-            raise RecipeError(f"{step} is measured against the original's weights, which {other} changes into others; quantize by gptq, rtn or hqq.")
+        if step.method == "correction" and (other := next((each for each in before if each.method in SCALED), None)) is not None:
+            said = f"{step} is measured against the weights before they were quantized, which {other} scales"
+            raise RecipeError(f"{said}; quantize by gptq, rtn or hqq.")
 
 
-def _moves(step: Step) -> bool:
+def moves_weights(step: Step) -> bool:
     """Whether weights after a step are not to be compared with those before, one by one."""
-    return step.method in FOLLOW_THE_GRAPH or step.verb in ("factorize", "shrink") or (step.verb, step.method) == ("prune", "structured")
+    return step.verb in ("rotate", "factorize", "shrink") or step.method in ("logits", "embeddings")
 
 
 METHODS: dict[tuple[str, str], Method] = {

@@ -179,6 +179,7 @@ class Job:
         before, after: the spec that it meets, and that it leaves.
         stage: the tensors that it meets.
         reference: what tuning after a quantization compares with: the original, or, where steps changed its shapes, what they left of it.
+        dense: what a correction is measured against: the original, or, where steps moved weights before they were quantized, what they left.
         only: the tensors that it changes, where its arguments do not select them.
     """
 
@@ -189,6 +190,7 @@ class Job:
     after: ModelSpec
     stage: Stage
     reference: Stage
+    dense: Stage
     only: frozenset[str] | None = None
 
     @cached_property
@@ -275,7 +277,7 @@ def do_recipe(  # noqa: PLR0913 - one keyword for each thing that a run may be g
         ModelError: its weights are another method's codes.
         RecipeError: a step that is predicted alone, or that this model cannot take.
     """
-    from lighten.compress.methods import METHODS, require_possible
+    from lighten.compress.methods import METHODS, moves_weights, require_possible
 
     recipe.require_done()
     refuse_layouts(spec.parts, spec.source)
@@ -287,15 +289,18 @@ def do_recipe(  # noqa: PLR0913 - one keyword for each thing that a run may be g
     require_possible(run, spec, recipe)
     stage: Stage = run.original
     reference: Stage = run.original
+    dense: Stage = run.original
     for number, step in enumerate(recipe.steps):
         quantized = any(part.weight.bits for part in spec.parts if isinstance(part, Linear | Embedding))
         if has_other_shapes(spec, run.spec) and not quantized:
             reference = stage
+        if not quantized and any(moves_weights(each) for each in recipe.steps[:number]):
+            dense = stage
         after = step.kind.predict(spec, {**dict(step.arguments), "runtime": recipe.runtime})
-        job = Job(run=run, number=number, step=step, before=spec, after=after, stage=stage, reference=reference)
+        job = Job(run=run, number=number, step=step, before=spec, after=after, stage=stage, reference=reference, dense=dense)
         stage, spec = METHODS[step.verb, step.method](job)
         if quantized and has_other_shapes(spec, job.before):
-            reference = rebased(stage, job.stage, reference)
+            reference, dense = (rebased(stage, job.stage, each) for each in (reference, dense))
     return Done(spec=spec, weights=_finished(run, stage, spec), curves=tuple(run.curves), side_files=run.side_files)
 
 

@@ -88,9 +88,7 @@ def _apply(spec: ModelSpec, step: str, base: Parts, goals: Iterator[Wanted], ref
     raise RecipeError(f"{step}: {refusal}")
 
 
-def _in_factors(
-    spec: ModelSpec, base: Parts, found: tuple[Mapping[str, Any], Parts], origin: Callable[[str], str]
-) -> tuple[dict[str, Any], Parts]:
+def _in_factors(spec: ModelSpec, base: Parts, found: tuple[Mapping[str, Any], Parts], origin: Callable[[str], str]) -> tuple[dict[str, Any], Parts]:
     """A smaller config and its parts, with each linear that was two factors as two factors again, of the rank that they had.
 
     A pair keeps its rank where it is no smaller than the weight any more: what is not lost by one step is not lost by another.
