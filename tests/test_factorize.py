@@ -2,7 +2,8 @@
 
 Faults put in by hand, each caught: the whitening left out of the decomposition; blocks that go on with the weights that factors are the place of;
 a rank given where the budget has no room for it; the last ranks under a budget left to the greedy choice; the bias left at its old name; a Conv1D's
-square weight factorized in its transpose; the correction of the wrong sign; an adapter that counts twice.
+square weight factorized in its transpose; the correction of the wrong sign; an adapter that counts twice; pairs that keep their blocks' old numbers,
+in the config or in a report; a cut judged by the first factor alone; a graph without the pairs, or with products that nothing reads.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Recipes of several verbs: any order, one journal, zeros and shapes that survive to the end, and the same bytes after an end at any step.
 
-Faults put in by hand, each caught: tuning after a quantization that compares with the original's blocks by their old numbers; zeros that training or
-a refit fills.
+Faults put in by hand, each caught: tuning after a quantization that compares with the original's blocks by their old numbers, whether they went
+before it or after; zeros that training or a refit fills; formats of experts that are looked for under the name of all.
 """
 
 from __future__ import annotations

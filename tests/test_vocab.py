@@ -3,7 +3,8 @@
 Oracles: the `tokenizers` library, which reads what is written and cuts texts; the original model's logits.
 
 Faults put in by hand, each caught: a token of BPE kept without those that lead to it; merges that make a token that is gone; ids of a post-processor
-left as they were; a head's bias not sliced; marks of a config left at their old ids; calibration text left in old ids.
+left as they were; a head's bias not sliced; marks of a config left at their old ids; calibration text left in old ids; a teacher that is given new
+ids; its logits compared with those of other tokens.
 """
 
 from __future__ import annotations
