@@ -65,6 +65,14 @@ FUSED: dict[str, tuple[str, str, dict[str, Any]]] = {
         "Llama4TextConfig", "Llama4ForCausalLM",
         GQA | {"num_local_experts": 2, "intermediate_size_mlp": 64, "head_dim": 16, "pad_token_id": 0},
     ),
+    "granitemoe": ("GraniteMoeConfig", "GraniteMoeForCausalLM", GQA | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gpt_oss": (
+        "GptOssConfig", "GptOssForCausalLM",
+        GQA | {
+            "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
 }  # fmt: skip
 """Experts of a layer in one tensor."""
 

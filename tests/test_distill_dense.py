@@ -460,7 +460,7 @@ def shrunk_job(folder: Path, student: Path, text: str, work: Path, stage: Any) -
             folder=folder, spec=read_spec(folder), original=Original(checkpoint=Checkpoint(folder)), journal=journal, calibration=rows(),
             log=lambda line: None,
         )  # fmt: skip
-        job = Job(run=run, number=0, step=step, before=spec, after=spec, stage=stage(run.original), reference=run.original)
+        job = Job(run=run, number=0, step=step, before=spec, after=spec, stage=stage(run.original), reference=run.original, dense=run.original)
         after, _ = distill_dense.distill_dense(job)
         return {name: after[name].clone() for name in after.names}, dict(run.curves[0])
 

@@ -2,7 +2,8 @@
 
 Faults put in by hand, each caught: the whitening left out of the decomposition; blocks that go on with the weights that factors are the place of;
 a rank given where the budget has no room for it; the last ranks under a budget left to the greedy choice; the bias left at its old name; a Conv1D's
-square weight factorized in its transpose; the correction of the wrong sign; an adapter that counts twice.
+square weight factorized in its transpose; the correction of the wrong sign; an adapter that counts twice; pairs that keep their blocks' old numbers,
+in the config or in a report; a cut judged by the first factor alone; a graph without the pairs, or with products that nothing reads.
 """
 
 from __future__ import annotations
@@ -21,13 +22,19 @@ import transformers
 from any_architecture import ARCHITECTURES, calibration, save_architecture
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
+from test_shrink import with_zeros
 from tiny_models import bert_config, llama_config, save
 from torch import Tensor
 
+from lighten.compress import factorize, methods
 from lighten.compress.checkpoint import Checkpoint
+from lighten.compress.graph import record_graph
 from lighten.compress.journal import Journal
 from lighten.compress.lowrank import Factors, Spectrum, decompose, energy_rank, spread_ranks, whitening
+from lighten.compress.mappings import find_mappings
 from lighten.compress.skeleton import Skeleton
+from lighten.compress.stage import Changed
 from lighten.compress.walk import Done, do_recipe, inputs_of
 from lighten.cost.operators import Forward, forward_operators
 from lighten.errors import RecipeError, TraceError, UnsupportedFamily
@@ -260,7 +267,7 @@ def test_two_linears_compute_what_the_product_of_their_weights_computes(folders:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
 def test_ranks_survive_quantization(folders: dict[str, Path], tmp_path: Path, name: str, method: str) -> None:
     targets = TARGETS.get(name, "")
     found = []
@@ -350,6 +357,124 @@ def test_a_run_that_is_gone_on_with_ends_in_the_same_bytes(folders: dict[str, Pa
         found = values_of(again)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+# ---- steps that follow ----
+
+ZEROED = [
+    *((name, "ffn") for name in ("llama", "gpt2", "mixtral", "bert", "t5", "whisper")),
+    *((name, "heads") for name in ("llama", "qwen", "mixtral", "t5")),
+    *((name, "width") for name in ("llama", "gemma", "mixtral", "t5")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "what"), ZEROED)
+def test_channels_of_zeros_go_from_both_factors_and_nothing_changes(folders: dict[str, Path], tmp_path: Path, name: str, what: str) -> None:
+    """Their inputs and outputs lie in the first factor's columns and the second's rows; the rank stays."""
+    cut = f"shrink({what}, ratio=0.5)"
+    zeros = with_zeros(folders[name], cut, tmp_path / "zeros")
+    found = []
+    for number, more in enumerate(("", f" | {cut}")):
+        with done(zeros, name, f"factorize(svd, rank=16{TARGETS.get(name, '')}){more}", tmp_path / str(number)) as result:
+            found.append((result.spec, values_of(result)))
+    (before, whole), (after, smaller) = found
+    predicted = apply_recipe(parse_recipe(cut), before)
+    assert after.config == predicted.config
+    shapes = {key: shape for part in predicted.parts for key, shape in part.tensors().items()}
+    assert {key: tuple(smaller[key].shape) for key in shapes} == shapes
+    assert after.config["low_rank"] == before.config["low_rank"]
+    expected = run(before.config, name, whole)
+    assert (run(after.config, name, smaller) - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_what_goes_is_judged_by_both_factors(folders: dict[str, Path], tmp_path: Path) -> None:
+    """A first factor's rows that the second does not read make no difference, however large they are."""
+    folder, text = folders["llama"], "factorize(svd, rank=16, targets=mlp) | shrink(ffn, ratio=0.5)"
+    kept = []
+    for number, share in enumerate((0.0, 1e4)):
+
+        def loud(name: str, value: Tensor, share: float = share) -> Tensor:
+            if name.endswith("down_proj.down.weight"):
+                value = value.clone()
+                value[-1] = share * torch.linspace(1, 2, value.shape[1])
+            return torch.cat([value[:, :-1], torch.zeros(len(value), 1)], 1) if name.endswith("down_proj.up.weight") else value
+
+        with Journal.open(tmp_path / str(number), {}, resume=False) as journal:
+            original = factorize.factorize_svd
+            method = original(methods._errors)
+
+            def changed(job: Any, method: Any = method, loud: Any = loud) -> Any:
+                stage, spec = method(job)
+                both = frozenset(name for name in stage.names if "mlp.down_proj." in name)
+                return Changed(before=stage, selected=both, change=loud), spec
+
+            with pytest.MonkeyPatch.context() as patched:
+                patched.setitem(methods.METHODS, ("factorize", "svd"), changed)
+                result = do_recipe(Checkpoint(folder), read_spec(folder), parse_recipe(text), folder, journal, calibration=calibration("llama"))
+                assert list(result.weights)
+            kept.append([report["kept"] for block in journal.blocks(1) for report in journal.read(1, block).reports if "cut" in report])
+    assert kept[0] == kept[1] != []
+
+
+def test_pairs_go_with_their_blocks_and_have_their_new_numbers(folders: dict[str, Path], tmp_path: Path) -> None:
+    """The first block does nothing and goes; the second's pairs are the first's then, and each weight is reported beside its own original."""
+    folder = tmp_path / "model"
+    tensors = {key: Checkpoint(folders["llama"])[key] for key in Checkpoint(folders["llama"]).names}
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        tensors[f"model.layers.0.{name}.weight"] = torch.zeros_like(tensors[f"model.layers.0.{name}.weight"])
+    folder.mkdir()
+    (folder / "config.json").write_bytes((folders["llama"] / "config.json").read_bytes())
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    text = "factorize(svd, rank=16, targets='layers.1.*proj') | shrink(layers, keep=1)"
+    with done(folder, "llama", text, tmp_path / "work") as result:
+        found = list(result.weights)
+    weights = {key: value for key, value, _ in found if isinstance(value, Tensor)}
+    assert sorted(result.spec.config["low_rank"]) == sorted(
+        part.name for part in read_spec(folder).parts if part.name.startswith("model.layers.0.") and "_proj" in part.name
+    )
+    reports = {report.name: report for _, _, report in found if report}
+    for module, rank in result.spec.config["low_rank"].items():
+        assert rank == 16
+        own = tensors[f"{module.replace('layers.0', 'layers.1')}.weight"]
+        value = weights[f"{module}.up.weight"] @ weights[f"{module}.down.weight"]
+        assert reports[f"{module}.weight"].relative_error == pytest.approx(float((value - own).norm() / own.norm()), rel=1e-4)
+    last = "factorize(svd, rank=16, targets='layers.1.*proj') | shrink(layers, keep=1, by=last)"
+    assert "low_rank" not in apply_recipe(parse_recipe(last), read_spec(folder)).config, "no pair is left"
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen", "phi", "gpt2", "mixtral", "mamba"])
+def test_a_rotation_passes_through_both_factors(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
+    found = []
+    for number, more in enumerate(("", " | rotate(hadamard)")):
+        with done(folders[name], name, f"factorize(svd, rank=16{TARGETS.get(name, '')}){more}", tmp_path / str(number)) as result:
+            found.append((result.spec, values_of(result)))
+    (plain, before), (rotated, after) = found
+    module = next(iter(plain.config["low_rank"]))
+    assert not torch.allclose(before[f"{module}.down.weight"], after[f"{module}.down.weight"], atol=1e-2)
+    expected = run(plain.config, name, before)
+    assert (run(rotated.config, name, after) - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_scales_move_into_a_pair_and_between_its_factors(folders: dict[str, Path]) -> None:
+    config = {**read_spec(folders["llama"]).config, "low_rank": {"model.layers.0.mlp.down_proj": 8, "model.layers.0.mlp.up_proj": 8}}
+    found = [
+        ({end.name for end in each.producers}, {end.name for end in each.consumers}, each.channels) for each in find_mappings(record_graph(config))
+    ]  # fmt: skip
+    at = "model.layers.0.mlp"
+    assert ({f"{at}.up_proj.down.weight"}, {f"{at}.up_proj.up.weight"}, 8) in found
+    assert ({f"{at}.up_proj.up.weight"}, {f"{at}.down_proj.down.weight"}, 128) in found
+    norm = "model.layers.0.post_attention_layernorm.weight"
+    assert ({norm}, {f"{at}.gate_proj.weight", f"{at}.up_proj.down.weight"}, 64) in found
+
+
+@pytest.mark.parametrize(("name", "what"), [("llama", "logits"), ("bert", "embeddings"), ("gpt2", "logits"), ("mixtral", "logits")])
+def test_factors_learn_from_the_original(folders: dict[str, Path], tmp_path: Path, name: str, what: str) -> None:
+    text = f"factorize(svd, rank=16{TARGETS.get(name, '')}) | distill({what}, steps=16, learning_rate=0.003, tokens=128, batch_tokens=128)"
+    with done(folders[name], name, text, tmp_path / "work") as result:
+        weights = values_of(result)
+    (curve,) = result.curves
+    assert curve["curve"][-1][2] < 0.9 * curve["curve"][0][2], "of the rows that it learns; random ones say nothing of others"
+    assert all(weights[f"{module}.down.weight"].shape[0] == rank for module, rank in result.spec.config["low_rank"].items())
 
 
 # ---- artifacts ----
@@ -527,9 +652,8 @@ def test_what_a_step_cannot_take_is_said(models: dict[str, Path], text: str, say
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("factorize(svd, rank=4) | quantize(awq, group_size=4)", "follows the graph of the original"),
-        ("factorize(svd, rank=4) | quantize(rtn) | distill(scales, steps=1)", "compares with the original layer by layer"),
-        ("quantize(awq, group_size=16) | factorize(correction, rank=4)", "is measured against the original's weights"),
+        ("quantize(rtn) | factorize(correction, rank=4) | distill(scales, steps=1)", "which has nothing in the place of what factorize"),
+        ("quantize(awq, group_size=16) | factorize(correction, rank=4)", "is measured against the weights before they were quantized"),
         ("factorize(svd, rank=4) | quantize(rtn) | factorize(correction, rank=2)", "is a factor already"),
     ],
 )

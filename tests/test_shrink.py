@@ -201,6 +201,13 @@ def test_where_only_zeros_go_nothing_changes(folders: Folders, tmp_path: Path, n
     assert relative(output(tmp_path / "out", name), output(zeros, name)) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["granitemoe", "gpt_oss"])
+def test_experts_in_one_tensor_lose_channels_of_the_stream_alike(tmp_path: Path, name: str) -> None:
+    zeros = with_zeros(save_architecture(name, tmp_path / "model"), METHODS["width"], tmp_path / "zeros")
+    write(zeros, name, METHODS["width"], tmp_path / "out")
+    assert relative(output(tmp_path / "out", name), output(zeros, name)) < 1e-5
+
+
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES.keys() - POSTNORM - {"mamba"}))
 def test_blocks_that_add_nothing_go_and_nothing_changes(folders: Folders, tmp_path: Path, name: str) -> None:
     for number in (0, 1):

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from any_architecture import ARCHITECTURES, calibration, save_architecture
+from any_architecture import ARCHITECTURES, FUSED, calibration, save_architecture
 from torch import Tensor
 
 from lighten.compress import fake_quant
@@ -21,7 +21,7 @@ from lighten.compress.checkpoint import Checkpoint
 from lighten.compress.journal import Journal
 from lighten.compress.methods import METHODS, PRUNERS
 from lighten.compress.skeleton import Skeleton
-from lighten.compress.walk import Done, LayerReport, do_recipe, inputs_of
+from lighten.compress.walk import Done, LayerReport, do_recipe, inputs_of, weights_of
 from lighten.errors import LightenError, RecipeError, UnsupportedFamily
 from lighten.model.read import read_config
 from lighten.model.source import read_spec
@@ -208,11 +208,25 @@ def test_what_no_row_reaches_is_rounded_by_itself_and_said(folders: Folders, tmp
     assert all(any(name in line for line in said) for name in unreached)
 
 
-def test_experts_in_one_tensor_are_refused_before_any_work(tmp_path: Path) -> None:
-    folder = save_architecture("llama4", tmp_path / "model")
-    said = r"keeps the experts of a layer in one tensor .* which no step changes yet"
+@pytest.mark.parametrize("text", ["quantize(rtn)", "prune(wanda, sparsity=0.5)", "shrink(ffn)", "shrink(experts)", "quantize(awq, targets=attn)"])
+def test_steps_that_take_experts_in_one_tensor_apart_are_refused_before_any_work(tmp_path: Path, text: str) -> None:
+    folder = save_architecture("granitemoe", tmp_path / "model")
+    said = r"keeps the experts of a layer in one tensor \(model.layers.0.block_sparse_moe.input_linear.weight\), which this step does not take apart"
     with Journal.open(tmp_path / "work", {}, resume=False) as journal, pytest.raises(UnsupportedFamily, match=said):
-        do_recipe(Checkpoint(folder), read_spec(folder), parse_recipe("quantize(rtn)"), folder, journal)
+        do_recipe(Checkpoint(folder), read_spec(folder), parse_recipe(text), folder, journal)
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_experts_in_one_tensor_are_pruned_each_by_itself_and_trained_with_their_zeros(tmp_path: Path, name: str) -> None:
+    folder = save_architecture(name, tmp_path / "model")
+    text = "prune(magnitude, sparsity=0.25) | distill(logits, steps=2, tokens=64, batch_tokens=64) | quantize(rtn, bits=8, targets=self_attn)"
+    with done(folder, name, text, tmp_path / "work") as result:
+        weights = {key: weight for key, weight, _ in result.weights if isinstance(weight, Tensor)}
+    stacked = [key for part in result.spec.parts if isinstance(part, Linear) and part.in_one_tensor for key in weights_of(part)]
+    assert len(stacked) >= 2
+    for key in stacked:
+        zeros = (weights[key] == 0).flatten(1).sum(1)
+        assert zeros.tolist() == [weights[key][0].numel() // 4] * len(weights[key])
 
 
 def test_a_recipe_that_looks_at_text_is_refused_without_any(folders: Folders, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from lighten.compress.distances import TopLogits, keep_top, pooled
 from lighten.compress.journal import ALIGNMENT, sync
 from lighten.compress.memory_plan import DENSE_LOGITS
 from lighten.compress.pupil import Objective, Target, Watching, answer_name, answer_of, type_of
-from lighten.compress.teacher import Sample, counting, find_head, through_head
+from lighten.compress.teacher import Sample, among, counting, find_head, through_head
 from lighten.errors import RecipeError
 
 ROWS_AT_ONCE = 4
@@ -86,6 +86,7 @@ class Asking:
         top_k: largest logits of a position that are kept; 0: what all are made from.
         computing: entered while it runs.
         dtype: states of layers are kept in it.
+        words: the tokens whose logits are compared, by the teacher's ids; None: all.
     """
 
     module: Any
@@ -93,6 +94,7 @@ class Asking:
     top_k: int = 0
     computing: Callable[[], AbstractContextManager[Any]] = nullcontext
     dtype: torch.dtype = torch.float32
+    words: Tensor | None = None
 
 
 def find_kind(module: Any, sample: Sample, objective: Objective) -> tuple[str, str]:
@@ -154,7 +156,7 @@ def _main(asking: Asking, answer: Tensor, batch: Sample) -> Iterator[tuple[str, 
     if said.kind == "embeddings":
         yield "embedding", pooled(answer.float(), counting(batch, answer), first_token=said.first_token)
     elif not asking.top_k:
-        yield ("states" if said.kind == "head" else "logits"), answer
+        yield ("states", answer) if said.kind == "head" else ("logits", among(answer, asking.words))
     else:
         pieces = [keep_top(logits, count=asking.top_k, temperature=said.temperature) for logits in _logits(asking, answer.flatten(0, -2))]
         top = TopLogits(**{name: torch.cat([getattr(piece, name) for piece in pieces]) for name in ("values", "ids", "log_sum")})
@@ -165,13 +167,13 @@ def _main(asking: Asking, answer: Tensor, batch: Sample) -> Iterator[tuple[str, 
 def _logits(asking: Asking, answer: Tensor) -> Iterator[Tensor]:
     """[N, D or V] → [N, V], in pieces."""
     if asking.objective.kind == "logits":
-        yield answer
+        yield among(answer, asking.words)
         return
     module = asking.module
     base, kind = getattr(module, module.base_model_prefix), type_of(asking.objective.answer)
     piece = max(1, DENSE_LOGITS // int(module.config.get_text_config().vocab_size))
     for start in range(0, len(answer), piece):
-        yield through_head(module, base, kind, answer[start : start + piece])
+        yield among(through_head(module, base, kind, answer[start : start + piece]), asking.words)
 
 
 def _mean_square(states: Tensor) -> float:

@@ -4,6 +4,9 @@ The student is the model as the steps before left it; zeros that they made stay 
 answers wait on disk (`answers.py`), so that later epochs and resumed runs never ask it again. Each eighth row is held out, and where its distance did
 not fall, all stays as it was.
 
+Where a step before cut the vocabulary, the text is spelled in the tokens that are left, and the teacher is given the same tokens by their old ids; of
+its distribution over all tokens that over those which are left is compared, with a sum of 1 again: p(token | one of those that are left).
+
 What a run keeps in the journal's pass, in this order: `rows`, the text; `teacher`, where the answers lie; `plan`, how many steps; `training`, the
 weights and the optimizer's memory of some step, replaced as it goes on; `all`, the result, after which the others go.
 
@@ -103,7 +106,7 @@ class _Distillation:
         self._shapes = {name: tuple(value.shape) for name, value in self._start.items()}
         self._dtypes = {name: value.dtype for name, value in self._start.items()}
         self._student = Skeleton(job.before.config, self._shapes, dtype=torch.float32)
-        _refuse_other_words(self._said, run.spec, job.before)
+        self._words = run.old_ids if _gives_words(job.before, len(run.old_ids)) else []
 
     def run(self) -> None:
         """Train, and write the result to the journal."""
@@ -137,7 +140,7 @@ class _Distillation:
     def _read_rows(self) -> list[Sample]:
         """The text, a row a sample; written down, for a decoder's own text takes long to be written again."""
         if not self._journal.has(self._job.number, ROWS):
-            batches = [inputs_of(self._teacher.module, batch) for batch in texts(self._job, self._teacher, original_value)]
+            batches = [inputs_of(self._student.module, batch) for batch in texts(self._job, self._teacher, original_value)]
             rows = list(cut_rows(batches, length=self._job.step["seq_len"], said=self._said))
             named = {f"{place}/{name}": value for place, row in enumerate(rows) for name, value in row.items()}
             self._journal.write(self._job.number, ROWS, named)
@@ -154,13 +157,14 @@ class _Distillation:
             start = time.monotonic()
             bfloat16 = job.step["dtype"] == "bfloat16"
             self._teacher.load(self._teacher.module, partial(original_value, job))
-            kind, answer = find_kind(self._teacher.module, self._rows[0], self._objective("logits" if job.step.method == "logits" else "embeddings"))
+            rows = [job.run.in_old_ids(row) for row in self._rows]
+            kind, answer = find_kind(self._teacher.module, rows[0], self._objective("logits" if job.step.method == "logits" else "embeddings"))
             computing = (lambda: torch.autocast("cpu", dtype=torch.bfloat16)) if bfloat16 else nullcontext
             asking = Asking(
                 module=self._teacher.module, objective=replace(self._objective(kind), answer=answer), top_k=job.step["top_k"] or 0,
-                computing=computing, dtype=torch.bfloat16 if bfloat16 else torch.float32,
+                computing=computing, dtype=torch.bfloat16 if bfloat16 else torch.float32, words=torch.tensor(self._words) if self._words else None,
             )  # fmt: skip
-            index = record(asking, self._rows, path)
+            index = record(asking, rows, path)
             self._teacher.drop(self._teacher.module)
             self._journal.write(job.number, TEACHER, {}, [asdict(index)])
             said = f"{format_bytes(path.stat().st_size)} of answers on disk"
@@ -187,7 +191,7 @@ class _Distillation:
             config=self._job.before.config, shapes=self._shapes, teacher_config=self._job.run.spec.config, teacher_shapes=self._teacher_shapes,
             objective=objective, needs_head=index.kind == "head" and not step["top_k"], held=held, widths=self._widths(objective),
             optimizer=step["optimizer"], parallel=step["parallel"], dtype=step["dtype"], recompute=step["recompute"], embeddings=step["embeddings"],
-            seed=step["seed"], routed=any(isinstance(part, Linear) and part.experts > 1 for part in self._job.before.parts),
+            seed=step["seed"], words=tuple(self._words), routed=any(isinstance(part, Linear) and part.experts > 1 for part in self._job.before.parts),
         )  # fmt: skip
 
     def _widths(self, objective: Objective) -> dict[str, tuple[int, int]]:
@@ -380,19 +384,9 @@ def pools_first_token(folder: Path) -> bool:
     raise RecipeError(f"distill(embeddings): {path} pools by {' and '.join(modes) or 'nothing known'}; mean and cls are known here.")
 
 
-def _refuse_other_words(said: str, original: ModelSpec, student: ModelSpec) -> None:
-    """Raises:
-    RecipeError: the student reads or writes other tokens than the teacher.
-    """
-    sizes = [
-        next((part.num_embeddings for part in spec.parts if isinstance(part, Embedding) and part.embedding_dim and "position" not in part.name), None)
-        for spec in (original, student)
-    ]
-    if sizes[0] != sizes[1]:
-        raise RecipeError(
-            f"{said} compares answers to the same tokens: the original has {sizes[0]} and the student {sizes[1]}; put this step before the "
-            "vocabulary is cut."
-        )
+def _gives_words(spec: ModelSpec, count: int) -> bool:
+    """Whether the model's logits are of so many tokens, and not of classes."""
+    return any(isinstance(part, Linear) and part.component == "head" and part.out_features == count for part in spec.parts)
 
 
 def _held(job: Job) -> frozenset[str]:

@@ -73,6 +73,10 @@ class Split:
     def said(self, name: str) -> Mapping[str, Any]:
         return self.before.said(self._from.get(name, name))
 
+    def whole(self, name: str) -> str:
+        """The tensor that a factor was taken from."""
+        return self._from.get(name, name)
+
 
 def factorize_svd(errors: Errors) -> Callable[[Job], tuple[Stage, ModelSpec]]:
     def method(job: Job) -> tuple[Stage, ModelSpec]:
@@ -232,6 +236,10 @@ class Beside:
     def said(self, name: str) -> Mapping[str, Any]:
         return {} if name in self.added else self.before.said(name)
 
+    def whole(self, name: str) -> str:
+        """The weight that a tensor stands beside."""
+        return f"{name.rpartition('.lora_')[0]}.weight" if name in self.added else name
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Correcting(Job):
@@ -253,14 +261,16 @@ class _Correcting(Job):
         return {f"{part.name}.weight": part.out_features for part in self.before.parts if isinstance(part, Linear)}
 
     def lost(self, name: str, quantized: Tensor) -> tuple[Tensor, Tensor]:
-        """[O, I] float32 of the original of a weight, and what quantizing lost of it.
+        """[O, I] float32 of a weight before it was quantized, and what quantizing lost of it.
 
         Args:
             name: of the first linear's weight.
             quantized: what is computed with, in the checkpoint's orientation.
         """
         weight = _corrected(name)
-        original = self.matrix(weight, self.run.original.checkpoint[weight]).float()
+        found = self.dense[weight]
+        assert isinstance(found, Tensor), "taken before anything was quantized"
+        original = self.matrix(weight, found).float()
         return original, original - self.matrix(weight, quantized).float()
 
     def factors(self, name: str, lost: Tensor, root: Tensor | None) -> dict[str, Tensor]:

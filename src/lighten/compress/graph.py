@@ -7,7 +7,7 @@ from one layer into the next, rotations) is read off this list, so that no archi
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from lighten.compress.low_rank_module import put_low_rank
 from lighten.cost.workload import Workload
 from lighten.errors import LightenError, TraceError
+from lighten.model.low_rank import CORRECTION, RANKS
 from lighten.trace.torch_model import TransformersModel
 from lighten.trace.torch_run import fake_tensors
 
@@ -96,11 +98,22 @@ def record_graph(
         ModelError: no such class, or the config does not make one.
         TraceError: its code looks at values, of which a run without memory has none.
     """
-    return _Recorded(config, architecture, source=source, folder=folder, trust_remote_code=trust_remote_code).graph()
+    given = config if isinstance(config, Mapping) else {}
+    low_rank = {word: given[word] for word in (RANKS, CORRECTION) if word in given}
+    config = {name: value for name, value in given.items() if name not in low_rank} if low_rank else config
+    return _Recorded(config, architecture, low_rank=low_rank, source=source, folder=folder, trust_remote_code=trust_remote_code).graph()
 
 
 class _Recorded(TransformersModel):
-    """A model whose forward pass is written down."""
+    """A model whose forward pass is written down.
+
+    Args:
+        low_rank: the words of a config that say which linears are two, or have two more beside them.
+    """
+
+    def __init__(self, config: Any, architecture: str | None, *, low_rank: Mapping[str, Any], **named: Any) -> None:
+        super().__init__(config, architecture, **named)
+        self._low_rank = low_rank
 
     def graph(self) -> Graph:
         workload = Workload(phase="encode", seq_len=TOKENS if self.takes_ids else self.seq_len, dtype=self.dtype, attention="eager")
@@ -108,7 +121,9 @@ class _Recorded(TransformersModel):
         torch.set_default_dtype(getattr(torch, workload.dtype))
         try:
             with fake_tensors(), _every_expert(), torch.no_grad():
-                module = self._build(workload).eval()
+                module = self._build(workload)
+                put_low_rank(module, self._low_rank)
+                module.eval()
                 inputs = self._inputs(module, workload)
                 recorder = _Recorder(module)
                 with recorder:
@@ -160,9 +175,18 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """What was written down, of a pass that gave `out`."""
         given = tree_leaves(tuple(out.values()) if isinstance(out, Mapping) else out)
         outputs = tuple(self._value(leaf) for leaf in given if isinstance(leaf, Tensor))
-        return Graph(
-            nodes=tuple(self._nodes), parameters=self._parameters, tied=self._tied, tables=self._tables, outputs=outputs, buffers=self._buffers
-        )
+        nodes = tuple(_read(self._nodes, outputs))
+        return Graph(nodes=nodes, parameters=self._parameters, tied=self._tied, tables=self._tables, outputs=outputs, buffers=self._buffers)
+
+
+def _read(nodes: Sequence[Node], outputs: Sequence[Value]) -> list[Node]:
+    """The operators that something comes of: code that asks for the type of a weight makes the product of two factors, which nothing reads."""
+    needed, found = {value.index for value in outputs}, []
+    for node in reversed(nodes):
+        if node.op._schema.is_mutable or any(value.index in needed for value in node.outputs):
+            needed.update(value.index for value in node.inputs)
+            found.append(node)
+    return found[::-1]
 
 
 @contextlib.contextmanager

@@ -42,6 +42,7 @@ from lighten.recipe import Recipe, Step
 from lighten.recipe.prune import IN_FOLDER, parse_pattern
 from lighten.recipe.quantize import AUTO
 from lighten.recipe.sparse import with_counts
+from lighten.recipe.steps import selected_names
 from lighten.recipe.vocabulary import kept_rows
 
 REPORTED_OUTPUTS = 256
@@ -110,7 +111,13 @@ def _magnitude(job: Job) -> Change:
         prune = partial(prune_threshold, threshold=threshold)
     else:
         prune = partial(prune_magnitude, keep=keep_of(step))
-    return lambda name, weight: job.stored(name, prune(job.matrix(name, weight)))
+
+    def change(name: str, weight: Tensor) -> Tensor:
+        if weight.ndim == 3:  # of all experts
+            return torch.stack([change(name, expert) for expert in weight])
+        return job.stored(name, prune(job.matrix(name, weight)))
+
+    return change
 
 
 def _prune_magnitude(job: Job) -> tuple[Stage, ModelSpec]:
@@ -308,21 +315,16 @@ def _hadamard(job: Job) -> tuple[Stage, ModelSpec]:
 
 def require_possible(run: Run, spec: ModelSpec, recipe: Recipe) -> None:
     """Raises, before any work:
-    UnsupportedFamily: experts in one tensor of three dimensions, which nothing here takes apart.
+    UnsupportedFamily: a step on experts in one tensor of three dimensions that has to take it apart.
     TraceError: a step follows the model's graph, and its code cannot be followed without values.
     RecipeError: a rotation that does not pass through the model, or channels that the graph does not tell apart.
     """
-    fused = [name for part in spec.parts if isinstance(part, Linear) for name, shape in part.tensors().items() if len(shape) == 3]
-    if fused and any(step.verb != "cast" for step in recipe.steps):
-        raise UnsupportedFamily(
-            f"{spec.name} ({spec.architecture}) keeps the experts of a layer in one tensor ({fused[0]} and {len(fused) - 1} others), which no step "
-            "changes yet; cast can be done, and what a step would give can be estimated."
-        )
     _refuse_around_factors(recipe)
     cuts = [step for step in recipe.steps if (step.verb, step.method) == ("shrink", "vocab")]
     for step in cuts[:1]:
         require_vocabulary(run, spec, kept_rows(spec, dict(step.arguments)))
     for step in recipe.steps:
+        _refuse_stacked(spec, step)
         if step.method in FOLLOW_THE_GRAPH:
             graph = run.graph(spec)
             if step.verb == "rotate":
@@ -335,6 +337,32 @@ def require_possible(run: Run, spec: ModelSpec, recipe: Recipe) -> None:
 
 FOLLOW_THE_GRAPH = ("awq", "smoothquant", "hadamard")
 """Methods that move numbers from one weight into another along the model's graph."""
+SCALED = ("awq", "smoothquant")
+"""Those that do so and quantize at once."""
+
+
+WHOLE_TENSORS = {
+    ("prune", "magnitude"), ("rotate", "hadamard"), ("quantize", "kv"), *(("shrink", what) for what in ("layers", "vocab", "heads", "width")),
+}  # fmt: skip
+"""Steps that leave experts in one tensor, or change all of them alike."""
+
+
+def _refuse_stacked(spec: ModelSpec, step: Step) -> None:
+    """Raises:
+    UnsupportedFamily: a step that looks at each expert of those in one tensor.
+    """
+    stacked = {part.name: part for part in spec.parts if isinstance(part, Linear) and part.in_one_tensor}
+    if not stacked or step.verb in ("cast", "distill") or (step.verb, step.method) in WHOLE_TENSORS:
+        return
+    by_target = step.verb in ("prune", "quantize", "factorize") and step.method not in FOLLOW_THE_GRAPH and "targets" in step.kind.parameters
+    if by_target and stacked.keys().isdisjoint(selected_names(spec, dict(step.arguments))):
+        return
+    first = next(iter(next(iter(stacked.values())).tensors()))
+    raise UnsupportedFamily(
+        f"{step}: {spec.name} ({spec.architecture}) keeps the experts of a layer in one tensor ({first}), which this step does not take apart; "
+        f"{'narrow its targets to other weights' if by_target else 'use another step'}. cast, prune(magnitude), distill, rotate and "
+        "shrink of layers, heads, width and vocab can be done."
+    )
 
 
 def _refuse_around_factors(recipe: Recipe) -> None:
@@ -344,21 +372,21 @@ def _refuse_around_factors(recipe: Recipe) -> None:
     for number, step in enumerate(recipe.steps):
         before, after = recipe.steps[:number], recipe.steps[number + 1 :]
         if (step.verb, step.method) == ("shrink", "vocab"):
-            if (other := next((each for each in after if each.verb == "distill" or each.method == "vocab"), None)) is not None:
-                raise RecipeError(f"{other} cannot follow {step}: the original has other tokens; put it before, or leave one of them out.")
+            if (other := next((each for each in after if each.method == "vocab"), None)) is not None:
+                raise RecipeError(f"{other} cannot follow {step}: the original has other tokens; leave one of them out.")
             continue
         if step.verb != "factorize":
             continue
-        if (other := next((each for each in after if each.verb == "distill" or each.method in FOLLOW_THE_GRAPH), None)) is not None:
-            what = "compares with the original layer by layer" if other.verb == "distill" else "follows the graph of the original"
-            raise RecipeError(f"{other} {what}, whose layers {step} exchanges; leave one of them out.")
-        if step.method == "correction" and (other := next((each for each in before if _moves(each)), None)) is not None:
-            raise RecipeError(f"{step} is measured against the original's weights, which {other} changes into others; quantize by gptq, rtn or hqq.")
+        if step.method == "correction" and (other := next((each for each in after if each.verb == "distill"), None)) is not None:
+            raise RecipeError(f"{other} compares with the original, which has nothing in the place of what {step} adds; put it before.")
+        if step.method == "correction" and (other := next((each for each in before if each.method in SCALED), None)) is not None:
+            said = f"{step} is measured against the weights before they were quantized, which {other} scales"
+            raise RecipeError(f"{said}; quantize by gptq, rtn or hqq.")
 
 
-def _moves(step: Step) -> bool:
+def moves_weights(step: Step) -> bool:
     """Whether weights after a step are not to be compared with those before, one by one."""
-    return step.method in FOLLOW_THE_GRAPH or step.verb in ("factorize", "shrink") or (step.verb, step.method) == ("prune", "structured")
+    return step.verb in ("rotate", "factorize", "shrink") or step.method in ("logits", "embeddings")
 
 
 METHODS: dict[tuple[str, str], Method] = {

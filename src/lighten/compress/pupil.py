@@ -29,7 +29,7 @@ from lighten.compress.distances import (
 )
 from lighten.compress.memory_plan import DENSE_LOGITS
 from lighten.compress.skeleton import Skeleton, Source
-from lighten.compress.teacher import Sample, counting, through_head
+from lighten.compress.teacher import Sample, among, counting, through_head
 from lighten.errors import RecipeError
 
 Target = Mapping[str, Tensor]
@@ -172,10 +172,12 @@ class TeacherHead:
     Args:
         skeleton: the teacher's, without weights; what lies outside of its base is loaded, and stays.
         answer: the type that its base answers with, as `answer_name` says it.
+        words: the tokens whose logits are compared, by its own ids; empty: all.
     """
 
-    def __init__(self, skeleton: Skeleton, source: Source, answer: str) -> None:
+    def __init__(self, skeleton: Skeleton, source: Source, answer: str, words: Sequence[int] = ()) -> None:
         self._module: Any = skeleton.module
+        self._words = torch.tensor(words) if words else None
         self._base: nn.Module = getattr(self._module, self._module.base_model_prefix)
         self._answer = type_of(answer)
         inside = {id(part) for part in self._base.modules()}
@@ -192,7 +194,7 @@ class TeacherHead:
     def logits(self, states: Tensor) -> Tensor:
         """[N, D] → [N, V]."""
         with torch.no_grad():
-            return through_head(self._module, self._base, self._answer, states)
+            return among(through_head(self._module, self._base, self._answer, states), self._words)
 
 
 def answer_name(answer: type[Any]) -> str:

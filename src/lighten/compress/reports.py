@@ -80,30 +80,31 @@ def _low_rank_reports(original: Original, before: ModelSpec, stage: Stage, spec:
     """Tensor → the report that goes with it: of the whole weight with the second factor or correction, none with the weight that is corrected."""
     known = {part.name: part for part in before.parts if isinstance(part, Linear)}
     found: dict[str, Callable[[], LayerReport | None]] = {}
-    for module in spec.config.get(RANKS, {}):
-        if module in known and stage.touched(f"{module}.{UP}.weight"):
-            found[f"{module}.{UP}.weight"] = partial(_low_rank_report, original, stage, known[module], (DOWN, UP))
-    for module in spec.config.get(CORRECTION, {}):
-        if module in known and stage.touched(f"{module}.lora_B.weight"):
-            found[f"{module}.weight"] = lambda: None
-            found[f"{module}.lora_B.weight"] = partial(_low_rank_report, original, stage, known[module], ("lora_A", "lora_B"))
+    for word, pair in ((RANKS, (DOWN, UP)), (CORRECTION, ("lora_A", "lora_B"))):
+        for module in spec.config.get(word, {}):
+            second = f"{module}.{pair[1]}.weight"
+            part = known.get(origin_of(stage, second, whole=True).removesuffix(".weight"))
+            if part is not None and stage.touched(second):
+                found |= {f"{module}.weight": lambda: None} if word == CORRECTION else {}
+                found[second] = partial(_low_rank_report, original, stage, (module, part), pair)
     return found
 
 
-def _low_rank_report(original: Original, stage: Stage, part: Linear, pair: tuple[str, str]) -> LayerReport:
+def _low_rank_report(original: Original, stage: Stage, linear: tuple[str, Linear], pair: tuple[str, str]) -> LayerReport:
     """Of a weight before all steps, against its two factors and what stands beside them.
 
     Args:
-        part: as it was before all steps.
+        linear: its name now, and as it was before all steps.
         pair: what the two linears are called, the one that is given the input first.
     """
-    first, second = (stage[f"{part.name}.{each}.weight"] for each in pair)
+    module, part = linear
+    first, second = (stage[f"{module}.{each}.weight"] for each in pair)
     value, held = _dense(second) @ _dense(first), second
-    if (name := f"{part.name}.weight") in stage.names:
+    if (name := f"{module}.weight") in stage.names:
         held = stage[name]
         value = value + (_dense(held).T if part.transposed and isinstance(held, Tensor) else _dense(held))
-    was = original.checkpoint[name]
-    found = _report(name, was.T if part.transposed else was, value, stage.said(f"{part.name}.{pair[1]}.weight"))
+    was = original.checkpoint[f"{part.name}.weight"]
+    found = _report(name, was.T if part.transposed else was, value, stage.said(f"{module}.{pair[1]}.weight"))
     return replace(found, bits=None if isinstance(held, Tensor) else held.bits)
 
 

@@ -46,6 +46,7 @@ from lighten.compress.structured import damped, group_costs, keep_groups, refit
 from lighten.compress.walk import Job, walk_blocks
 from lighten.compress.width_constants import constant_factors
 from lighten.errors import RecipeError
+from lighten.model.low_rank import DOWN, RANKS, UP
 from lighten.model.spec import Attention, Embedding, Linear, ModelSpec, Norm, block_name
 from lighten.recipe.prune import IN_FOLDER
 from lighten.recipe.shrink import keep_blocks, kept_count, origin_of, spread_evenly, stacks_of
@@ -235,12 +236,18 @@ def _refit_block(job: Job, block: Block, *, cuts: Sequence[Cut], refitted: Mappi
             cut = cuts[index]
             weight, groups = block.weight(name), cut.consumers[name]
             hessian = statistics.hessian if statistics.rows else torch.eye(len(groups))
-            kept = given[index] if index in given else keep_groups(weight, hessian, groups, count=cut.kept)
+            kept = given[index] if index in given else keep_groups(_judged(job, block, name), hessian, groups, count=cut.kept)
             stays = torch.isin(groups, kept)
             made = _refit_zeros(weight, hessian, stays) if job.formats[name].sparsity else refit(weight, hessian, stays)
             block.put(name, job.stored(name, made).to(block.source(name).dtype))
             reports += [{"cut": index, "kept": kept.tolist()}, {"name": name, "rows": statistics.rows, **_errors(weight, made, statistics)}]
     return reports
+
+
+def _judged(job: Job, block: Block, name: str) -> Tensor:
+    """[O, I] what makes the outputs that are judged: a weight, or both factors where it is the first of two."""
+    weight, module = block.weight(name), name.removesuffix(f".{DOWN}.weight")
+    return block.weight(f"{module}.{UP}.weight") @ weight if module in job.before.config.get(RANKS, {}) else weight
 
 
 def _refit_zeros(weight: Tensor, hessian: Tensor, kept: Tensor) -> Tensor:
@@ -273,7 +280,7 @@ def _choose_at_once(job: Job, cuts: Mapping[int, Cut]) -> dict[int, Tensor]:
         for subset, statistics in _inputs(block):
             for name in subset.names:
                 cut = cuts[readers[name]]
-                totals[readers[name]] += _reader_scores(block.weight(name), statistics, cut.consumers[name], cut)
+                totals[readers[name]] += _reader_scores(_judged(job, block, name), statistics, cut.consumers[name], cut)
                 seen.add(name)
     for index, cut in cuts.items():
         if seen.isdisjoint(cut.consumers):

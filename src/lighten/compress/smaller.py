@@ -93,8 +93,9 @@ class Masked:
 
 
 def joined(cuts: Iterable[tuple[str, int, Tensor]]) -> dict[str, tuple[tuple[int, Tensor], ...]]:
-    """(tensor, axis, indices) → by tensor."""
-    found: dict[str, tuple[tuple[int, Tensor], ...]] = {}
+    """(tensor, axis, indices) → by tensor; of an axis that is said for each expert of a tensor, once."""
+    found: dict[str, dict[int, Tensor]] = {}
     for name, axis, indices in cuts:
-        found[name] = (*found.get(name, ()), (axis, indices.to(torch.int64)))
-    return found
+        known = found.setdefault(name, {}).setdefault(axis, indices.to(torch.int64))
+        assert torch.equal(known, indices), "experts in one tensor lose the same channels"
+    return {name: tuple(axes.items()) for name, axes in found.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor
@@ -156,10 +156,28 @@ class Journaled:
         return self._last[1]
 
 
-def origin_of(stage: Stage, name: str) -> str:
-    """The name that a tensor has in the checkpoint, where steps gave tensors other names."""
+def rebased(stage: Stage, before: Stage, other: Stage) -> Stage:
+    """What a step makes of other tensors than those that it was given: rows and columns go where they went, what it wrote down stays.
+
+    Args:
+        before: what it was given.
+        other: what stands in that place.
+    """
+    above: Any = stage
+    return other if stage is before else replace(above, before=rebased(above.before, before, other))
+
+
+def origin_of(stage: Stage, name: str, *, whole: bool = False) -> str:
+    """The name that a tensor has in the checkpoint, where steps gave tensors other names.
+
+    Args:
+        whole: of a factor or a correction, the weight that it is a part of.
+    """
     below: Any = stage
     while not isinstance(below, Original):
-        name = below.source(name) if hasattr(below, "source") else name
+        if hasattr(below, "source"):
+            name = below.source(name)
+        elif whole and hasattr(below, "whole"):
+            name = below.whole(name)
         below = below.before
     return name

@@ -187,6 +187,11 @@ def through_head(module: Any, base: nn.Module, answer: type[Any], states: Tensor
     return found[0]
 
 
+def among(logits: Tensor, words: Tensor | None) -> Tensor:
+    """[..., V] → [..., kept] the logits of some tokens alone, whose softmax is the distribution given that it is one of them; None: of all."""
+    return logits if words is None else logits.index_select(-1, words)
+
+
 @contextmanager
 def _instead(base: nn.Module, answer: Any) -> Iterator[None]:
     own = base.__dict__.get("forward")

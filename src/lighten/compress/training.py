@@ -56,6 +56,7 @@ class Setup:
         config, shapes: of the student, and of the teacher, whose head may be needed.
         held: names of tensors whose zeros stay zeros.
         widths: (the student's, the teacher's) width of what is compared by a projection.
+        words: the tokens whose logits are compared, by the teacher's ids; empty: all.
         routed: which weights a unit meets depends on it.
     """
 
@@ -73,6 +74,7 @@ class Setup:
     recompute: bool
     embeddings: bool
     seed: int
+    words: tuple[int, ...]
     routed: bool
 
 
@@ -94,7 +96,7 @@ class Trainer:
         head = None
         if setup.needs_head:
             teacher = Skeleton(setup.teacher_config, dict(setup.teacher_shapes), dtype=torch.float32)
-            head = TeacherHead(teacher, teacher_source or _empty(setup.teacher_shapes), setup.objective.answer)
+            head = TeacherHead(teacher, teacher_source or _empty(setup.teacher_shapes), setup.objective.answer, setup.words)
             for tensor in head.tensors:
                 team.spread(tensor.data)
         self._train_some(self.skeleton.module)

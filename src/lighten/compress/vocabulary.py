@@ -30,7 +30,7 @@ from torch import Tensor
 
 from lighten.compress.grid import Weight
 from lighten.compress.stage import Changed, Stage
-from lighten.compress.walk import Job, Run
+from lighten.compress.walk import TOKEN_INPUTS, Job, Run
 from lighten.errors import RecipeError
 from lighten.model.read import parse_config
 from lighten.model.spec import ModelSpec
@@ -300,7 +300,7 @@ def shrink_vocabulary(job: Job) -> tuple[Stage, ModelSpec]:
     if not run.journal.has(job.number, KEPT):
         counts = np.zeros(vocabulary.size, np.int64)
         for batch in run.batches(job.step["tokens"]):
-            for name in ("input_ids", "decoder_input_ids"):
+            for name in TOKEN_INPUTS:
                 if name in batch:
                     counts += np.bincount(batch[name].reshape(-1).numpy(), minlength=vocabulary.size)
         run.journal.write(job.number, KEPT, {}, [{"kept": choose_kept(vocabulary, counts, keep)}])
@@ -308,6 +308,7 @@ def shrink_vocabulary(job: Job) -> tuple[Stage, ModelSpec]:
     new = {old: place for place, old in enumerate(kept)}
     run.side_files.update(cut_files(run.folder, vocabulary, kept))
     run.new_ids.update(respelled(vocabulary, new))
+    run.old_ids[:] = kept
     rows, dims = torch.tensor(kept), sliced_tensors(job.before, job.after)
 
     def change(name: str, tensor: Tensor) -> Weight:

@@ -29,7 +29,7 @@ from lighten.compress.journal import Journal
 from lighten.compress.memory_plan import release_free
 from lighten.compress.reports import LayerReport, reported, weights_of
 from lighten.compress.skeleton import Skeleton, Unit
-from lighten.compress.stage import Change, Changed, Journaled, Original, Stage, origin_of
+from lighten.compress.stage import Change, Changed, Journaled, Original, Stage, origin_of, rebased
 from lighten.compress.suspend import Forwards
 from lighten.errors import RecipeError
 from lighten.model.quantized import refuse_layouts
@@ -45,6 +45,9 @@ CalibrationSource: TypeAlias = Callable[[int], Sequence[Batch]]
 
 HELD_OUT = 4
 """Each fourth batch only judges what the others choose: choice."""
+
+TOKEN_INPUTS = ("input_ids", "decoder_input_ids")
+"""Inputs of a forward that are tokens."""
 
 BATCH_ROWS = 4
 """Sequences that run at once where no plan says otherwise: choice."""
@@ -80,6 +83,7 @@ class Run:
         curves: what steps that trained dense weights told so far.
         side_files: what steps made of files beside the weights; None: left out.
         new_ids: where a step changed the vocabulary, each old token in new ones.
+        old_ids: then the old token that each new one was.
     """
 
     folder: Path
@@ -99,6 +103,7 @@ class Run:
     curves: list[Mapping[str, Any]] = field(default_factory=list)
     side_files: dict[str, bytes | None] = field(default_factory=dict)
     new_ids: dict[int, list[int]] = field(default_factory=dict)
+    old_ids: list[int] = field(default_factory=list)
 
     def graph(self, spec: ModelSpec) -> Graph:
         """The traced graph of the model as some steps left it.
@@ -119,7 +124,7 @@ class Run:
         """
         found = self.calibration(tokens) if self.calibration is not None else ()
         rows = [
-            {name: self._in_new_ids(name, torch.from_numpy(np.asarray(value[row : row + 1]))) for name, value in batch.items()}
+            {name: self.in_new_ids(name, torch.from_numpy(np.asarray(value[row : row + 1]))) for name, value in batch.items()}
             for batch in found
             for row in range(_rows(batch))
         ]
@@ -129,12 +134,17 @@ class Run:
         groups = [rows[start : start + size] for start in range(0, len(rows), size)]
         return [{name: torch.cat([row[name] for row in group]) for name in group[0]} for group in groups]
 
-    def _in_new_ids(self, name: str, value: Tensor) -> Tensor:
+    def in_new_ids(self, name: str, value: Tensor) -> Tensor:
         """[1, S] tokens as the changed vocabulary spells them, as many; what it cannot spell is left out, and the row filled from its start."""
-        if not self.new_ids or name not in ("input_ids", "decoder_input_ids"):
+        if not self.new_ids or name not in TOKEN_INPUTS:
             return value
         spelled = [each for old in value[0].tolist() for each in self.new_ids[old]] or [0]
         return torch.tensor([(spelled * value.shape[1])[: value.shape[1]]])
+
+    def in_old_ids(self, row: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A forward's inputs as the original takes them: the same tokens by the ids that they had."""
+        old = torch.tensor(self.old_ids)
+        return {name: old[value] if self.old_ids and name in TOKEN_INPUTS else value for name, value in row.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +155,8 @@ class Job:
         number: its place in the recipe, which is that of its pass in the journal.
         before, after: the spec that it meets, and that it leaves.
         stage: the tensors that it meets.
-        reference: what tuning after a quantization compares with: the original, or, where steps changed its shapes, what they left.
+        reference: what tuning after a quantization compares with: the original, or, where steps changed its shapes, what they left of it.
+        dense: what a correction is measured against: the original, or, where steps moved weights before they were quantized, what they left.
         only: the tensors that it changes, where its arguments do not select them.
     """
 
@@ -156,6 +167,7 @@ class Job:
     after: ModelSpec
     stage: Stage
     reference: Stage
+    dense: Stage
     only: frozenset[str] | None = None
 
     @cached_property
@@ -242,7 +254,7 @@ def do_recipe(  # noqa: PLR0913 - one keyword for each thing that a run may be g
         ModelError: its weights are another method's codes.
         RecipeError: a step that is predicted alone, or that this model cannot take.
     """
-    from lighten.compress.methods import METHODS, require_possible
+    from lighten.compress.methods import METHODS, moves_weights, require_possible
 
     recipe.require_done()
     refuse_layouts(spec.parts, spec.source)
@@ -254,12 +266,18 @@ def do_recipe(  # noqa: PLR0913 - one keyword for each thing that a run may be g
     require_possible(run, spec, recipe)
     stage: Stage = run.original
     reference: Stage = run.original
+    dense: Stage = run.original
     for number, step in enumerate(recipe.steps):
-        if has_other_shapes(spec, run.spec) and not any(part.weight.bits for part in spec.parts if isinstance(part, Linear | Embedding)):
+        quantized = any(part.weight.bits for part in spec.parts if isinstance(part, Linear | Embedding))
+        if has_other_shapes(spec, run.spec) and not quantized:
             reference = stage
+        if not quantized and any(moves_weights(each) for each in recipe.steps[:number]):
+            dense = stage
         after = step.kind.predict(spec, {**dict(step.arguments), "runtime": recipe.runtime})
-        job = Job(run=run, number=number, step=step, before=spec, after=after, stage=stage, reference=reference)
+        job = Job(run=run, number=number, step=step, before=spec, after=after, stage=stage, reference=reference, dense=dense)
         stage, spec = METHODS[step.verb, step.method](job)
+        if quantized and has_other_shapes(spec, job.before):
+            reference, dense = (rebased(stage, job.stage, each) for each in (reference, dense))
     return Done(spec=spec, weights=reported(run.original, run.spec, stage, spec), curves=tuple(run.curves), side_files=run.side_files)
 
 

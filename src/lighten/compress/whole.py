@@ -136,7 +136,7 @@ def pruned_names(spec: ModelSpec) -> frozenset[str]:
 
 
 def texts(job: Job, skeleton: Skeleton, value: Callable[[Job, str], Tensor]) -> list[dict[str, Tensor]]:
-    """The calibration text, and as many tokens of the original's own as are asked for.
+    """The calibration text, and as many tokens of the original's own as are asked for, as the vocabulary that is left spells them.
 
     Args:
         skeleton: of the original, or of what stands for it.
@@ -151,7 +151,9 @@ def texts(job: Job, skeleton: Skeleton, value: Callable[[Job, str], Tensor]) -> 
         own = value is reference_value and job.reference is not job.run.original
         if (key := (length, own, starts.numpy().tobytes())) not in written:
             job.run.log(f"the original writes {count} texts of {length} tokens")
-            written[key] = sample_text(skeleton, partial(value, job), starts, length=length)
+            asked = starts if own else job.run.in_old_ids({"input_ids": starts})["input_ids"]
+            found = sample_text(skeleton, partial(value, job), asked, length=length)
+            written[key] = found if own else torch.cat([job.run.in_new_ids("input_ids", row[None]) for row in found])
         batches.append({"input_ids": written[key]})
     return batches
 

@@ -232,7 +232,7 @@ def _plain(spec: ModelSpec, dtype: str) -> ModelSpec:
 def _dequantized_folder(source: Source, folder: Path) -> Exported:
     spec = _plain(source.spec, "float32")
     _refuse_activations(source)
-    return _write_folder(source, folder, spec, expanded_weights(source.path, source.spec), source.path)
+    return _write_folder(source, folder, spec, expanded_weights(source.path, read_spec(source.path)), source.path)
 
 
 def _dense_folder(source: Source, folder: Path) -> Exported:
@@ -244,7 +244,7 @@ def _multiplied_folder(source: Source, folder: Path) -> Exported:
     _refuse_activations(source)
     config = {key: value for key, value in source.spec.config.items() if key not in (RANKS, CORRECTION, "quantization_config")}
     spec = replace(source.spec, parts=describe(config, source.spec.architecture), config=config, dtype="float32")
-    return _write_folder(source, folder, spec, _multiplied(StoredWeights(source.path, source.spec), source.spec, spec), source.path)
+    return _write_folder(source, folder, spec, _multiplied(StoredWeights(source.path, read_spec(source.path)), source.spec, spec), source.path)
 
 
 def _multiplied(stored: StoredWeights, spec: ModelSpec, dense: ModelSpec) -> Iterator[tuple[str, Tensor]]:

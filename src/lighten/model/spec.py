@@ -193,6 +193,11 @@ class Linear(Part):
         """Whether a tensor of its is the weight matrix, or that of all experts, and not a bias."""
         return len(shape) >= 2 and shape[-2:] in ((self.out_features, self.in_features), (self.in_features, self.out_features))
 
+    @property
+    def in_one_tensor(self) -> bool:
+        """Whether the matrices of all experts are one tensor of three dimensions."""
+        return any(len(shape) == 3 for shape in self.tensors().values())
+
 
 @dataclass(frozen=True, kw_only=True)
 class Embedding(Part):

@@ -13,7 +13,7 @@ from typing import Any
 from lighten.errors import RecipeError
 from lighten.model.spec import Embedding, Linear, ModelSpec, WeightFormat
 from lighten.recipe.quantize import AUTO, CALIBRATION, is_damping
-from lighten.recipe.sparse import kept_weights, size_of, with_kept
+from lighten.recipe.sparse import is_stacked, kept_weights, size_of, with_kept
 from lighten.recipe.words import TARGETS, Arguments, Parameter, StepKind, change_weights, columns_of, is_number, one_of, refuse_quantized
 
 LARGEST = 3e38
@@ -72,7 +72,7 @@ def _predict(method: str) -> Callable[[ModelSpec, Arguments], ModelSpec]:
             if pattern and columns_of(part) % pattern[1]:
                 raise RecipeError(f"pattern={arguments['pattern']}: {pattern[1]} does not divide the {columns_of(part)} columns of {part.name}.")
             weight = replace(part.weight, sparsity=sparsity, pattern=pattern, kept=None)
-            if not in_folder or "threshold" in arguments:
+            if not in_folder or "threshold" in arguments or is_stacked(part):
                 return weight
             rows, columns = size_of(part)
             kept = kept_weights(rows, columns, sparsity=sparsity, by_row=arguments["scope"] == "row", pattern=pattern)

@@ -16,7 +16,7 @@ from math import prod
 from typing import Any
 
 from lighten.errors import RecipeError
-from lighten.model.low_rank import has_low_rank
+from lighten.model.low_rank import CORRECTION, RANKS, with_low_rank
 from lighten.model.spec import Attention, Conv, Elementwise, Embedding, Linear, ModelSpec, Norm, Part, Table, block_name
 from lighten.recipe.config_trial import Wanted, carried, find_config, parts_of
 from lighten.recipe.quantize import CALIBRATION, TOKENS
@@ -56,16 +56,19 @@ def kept_features(width: int, ratio: float, multiple: int = TILE) -> int:
     return min(width, multiple * math.ceil(round(width * (1 - ratio), 6) / multiple))
 
 
+def _whole(spec: ModelSpec) -> dict[str, Any]:
+    """The spec's config, which says each linear of two factors whole."""
+    return {name: value for name, value in spec.config.items() if name not in (RANKS, CORRECTION)}
+
+
 def _base(spec: ModelSpec, step: str) -> Parts:
-    """The parts of the spec's config.
+    """The parts of the spec's config; a linear of two factors is whole among them.
 
     Raises:
         RecipeError: the config alone does not describe the spec.
     """
-    if has_low_rank(spec.config):
-        raise RecipeError(f"{step} changes what follows from the config, which knows no linears of two factors; put it before factorize.")
-    parts = parts_of(spec.config, spec.architecture)
-    if parts is None or [part.name for part in parts] != [part.name for part in spec.parts]:
+    parts = parts_of(_whole(spec), spec.architecture)
+    if parts is None or [part.name for part in with_low_rank(parts, spec.config)] != [part.name for part in spec.parts]:
         raise RecipeError(
             f"{step}: the config of {spec.name} ({spec.architecture}) does not describe it by a formula; none of its fields can be changed."
         )
@@ -79,11 +82,28 @@ def _apply(spec: ModelSpec, step: str, base: Parts, goals: Iterator[Wanted], ref
         RecipeError: none can, or a weight whose shape changes is quantized.
     """
     for wanted in goals:
-        found = find_config(spec.config, spec.architecture, wanted)
+        found = find_config(_whole(spec), spec.architecture, wanted)
         if found is not None:
-            config, parts = found
-            return _replaced(spec, step, config, carried(spec, base, parts, lambda name: name))
+            return _replaced(spec, step, *_in_factors(spec, base, found, lambda name: name))
     raise RecipeError(f"{step}: {refusal}")
+
+
+def _in_factors(spec: ModelSpec, base: Parts, found: tuple[Mapping[str, Any], Parts], origin: Callable[[str], str]) -> tuple[dict[str, Any], Parts]:
+    """A smaller config and its parts, with each linear that was two factors as two factors again, of the rank that they had.
+
+    A pair keeps its rank where it is no smaller than the weight any more: what is not lost by one step is not lost by another.
+
+    Args:
+        base: the parts before.
+        found: config and parts, all linears whole.
+        origin: the name that a part had.
+    """
+    config, parts = dict(found[0]), found[1]
+    for word in (RANKS, CORRECTION):
+        before = spec.config.get(word, {})
+        if said := {part.name: before[old] for part in parts if isinstance(part, Linear) and (old := origin(part.name)) in before}:
+            config[word] = said
+    return config, carried(spec, with_low_rank(base, spec.config), with_low_rank(parts, config), origin)
 
 
 def _replaced(spec: ModelSpec, step: str, config: Mapping[str, Any], parts: Parts) -> ModelSpec:
@@ -348,7 +368,7 @@ def keep_blocks(spec: ModelSpec, kept: Mapping[str, tuple[int, ...]]) -> ModelSp
     if all(len(kept[stack]) == len(blocks) for stack, blocks in stacks.items()):
         raise RecipeError(f"{step}: all of {spec.name}'s {' and '.join(str(len(blocks)) for blocks in stacks.values()) or 'no'} blocks would stay.")
     _refuse_unequal(stacks, base, step)
-    names = {name for part in base for name in (part.name, *part.tensors())}
+    names = {name for part in (*base, *spec.parts) for name in (part.name, *part.tensors())}
     renamed = {f"{stack}.{new}": stacks[stack][old] for stack, places in kept.items() for new, old in enumerate(places)}
     origin = partial(origin_of, renamed=renamed, known=names)
     shapes = {name: shape for part in base for name, shape in part.tensors().items()}
@@ -362,7 +382,7 @@ def keep_blocks(spec: ModelSpec, kept: Mapping[str, tuple[int, ...]]) -> ModelSp
             and all(replace(attentions[origin(part.name)], name=part.name) == part for part in parts if isinstance(part, Attention))
         )  # fmt: skip
 
-    config = dict(spec.config)
+    config = _whole(spec)
     for stack, places in kept.items():
         config = _sliced_lists(config, len(stacks[stack]), places)
     wanted = Wanted(changes={len(stacks[stack]): len(places) for stack, places in kept.items()}, explicit=(), fits=fits)
@@ -370,7 +390,8 @@ def keep_blocks(spec: ModelSpec, kept: Mapping[str, tuple[int, ...]]) -> ModelSp
     if found is None:
         which = "; ".join(f"{stack} {', '.join(map(str, places))}" for stack, places in kept.items())
         raise RecipeError(f"{step}: no fields of {spec.name}'s config say its number of blocks alone ({which} would stay).")
-    return replace(spec, config=found[0], parts=carried(spec, base, found[1], origin), tensors=None)
+    smaller, parts = _in_factors(spec, base, found, origin)
+    return replace(spec, config=smaller, parts=parts, tensors=None)
 
 
 def _refuse_unequal(stacks: Mapping[str, list[str]], base: Parts, step: str) -> None:

@@ -41,10 +41,16 @@ def with_counts(spec: ModelSpec, kept: Mapping[str, int], *, in_folder: bool) ->
         if not isinstance(part, Linear | Embedding) or part.name not in kept:
             return part
         rows, columns = size_of(part)
+        rows = rows * part.experts if isinstance(part, Linear) and is_stacked(part) else rows
         weight = replace(part.weight, sparsity=1 - kept[part.name] / (rows * columns))
-        return replace(part, weight=with_kept(weight, rows, columns, kept[part.name]) if in_folder else weight)
+        return replace(part, weight=with_kept(weight, rows, columns, kept[part.name]) if in_folder and not is_stacked(part) else weight)
 
     return spec.with_parts(counted)
+
+
+def is_stacked(part: Linear | Embedding) -> bool:
+    """Whether a weight is one tensor with those of other experts, whose zeros a file stores."""
+    return isinstance(part, Linear) and part.in_one_tensor
 
 
 def size_of(part: Linear | Embedding) -> tuple[int, int]:

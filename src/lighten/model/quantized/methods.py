@@ -304,10 +304,11 @@ def _targets(targets: Any) -> set[str]:
 
 def _matches(part: Linear | Embedding, targets: set[str]) -> bool:
     kind = "Embedding" if isinstance(part, Embedding) else "" if isinstance(part, Router | StackedExperts) else "Linear"
-    names = {part.name, kind}
+    name = part.name.replace("*", "0")  # of experts, which are stored alike, the first
+    names = {name, kind}
     if isinstance(part, Linear) and part.tied_to:
         names = {part.tied_to}
-    return bool(names & targets) or any(re.match(t[3:], part.name) for t in targets if t.startswith("re:"))
+    return bool(names & targets) or any(re.match(t[3:], name) for t in targets if t.startswith("re:"))
 
 
 METHODS: dict[str, Callable[[Config, tuple[Part, ...]], Choice]] = {
