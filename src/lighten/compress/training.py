@@ -186,10 +186,11 @@ class Trainer:
         return found
 
     def _train_some(self, module: nn.Module) -> None:
-        """Let gradients reach every weight in memory, tables only where that is asked for."""
+        """Let gradients reach every weight of the checkpoint that is in memory, tables only where that is asked for."""
+        stored = {id(self.skeleton.value(place.key)) for place in self.skeleton.places.values()}
         tables = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
         for parameter in module.parameters():
-            wanted = self.setup.embeddings or id(parameter) not in tables
+            wanted = id(parameter) in stored and (self.setup.embeddings or id(parameter) not in tables)
             parameter.requires_grad_(wanted and parameter.is_floating_point() and not parameter.is_meta)
 
     def _masks(self) -> dict[str, Tensor]:
