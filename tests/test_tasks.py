@@ -1,8 +1,8 @@
 """Task heads through all steps, and a user's labelled file: pairs, targets, labels and answers as `transformers` reads them.
 
-Faults put in by hand, each caught: a second text joined to the first in place of a pair; targets that are not shifted; a decoder's labels not moved to
-the position before; labels left out of the fingerprint; a class's name not looked up; an answer's last token one too far; rows of unlike length put in
-one batch; positions of Marian trained though no checkpoint keeps them.
+Faults put in by hand, each caught: a second text joined to the first in place of a pair; targets that are not shifted; a decoder's labels not moved
+to the position before; labels left out of the fingerprint; a class's name not looked up; an answer's last token one too far; rows of unlike length put
+in one batch; positions of Marian trained though no checkpoint keeps them.
 """
 
 from __future__ import annotations
