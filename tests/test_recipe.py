@@ -395,7 +395,7 @@ FEW: dict[str, tuple[Any, ...]] = {
     "keep": (1, 300), "by": ("even", "last"), "allocation": ("sensitivity",),
     "train_tokens": (64,), "minutes": (0.01,), "optimizer": tuple(LEARNING_RATES), "schedule": ("cosine",), "batch_tokens": (48,), "seq_len": (12,),
     "dtype": ("bfloat16",), "recompute": (True,), "parallel": ("none",), "seed": (1,), "temperature": (2.0,), "top_k": (8,), "hidden": (0.5,),
-    "attention": (0.5,), "relational": (0.5,), "rank": (4,), "energy": (0.9,), "weighted": (True, False),
+    "labels": (1,), "attention": (0.5,), "relational": (0.5,), "rank": (4,), "energy": (0.9,), "weighted": (True, False),
 }  # fmt: skip
 """A few values of each parameter of the registry."""
 COMBINED = ("sparsity", "threshold", "pattern", "scope", "bits", "group_size", "symmetric", "embeddings")

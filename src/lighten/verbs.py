@@ -353,7 +353,7 @@ def compress(  # noqa: PLR0913 - one keyword for each option of the command
         LightenError: whatever of this cannot be read or done.
     """
     from lighten.formats.artifact import Work, write_artifact
-    from lighten.judge.arrays import Inputs, load_inputs
+    from lighten.judge.arrays import Inputs, load_inputs, require_labels
     from lighten.judge.calibration import text_windows
     from lighten.judge.text import load_text
     from lighten.judge.worker import calibration_batches
@@ -374,7 +374,12 @@ def compress(  # noqa: PLR0913 - one keyword for each option of the command
     if chosen and not calibrated:
         raise TextError(f"text {chosen} has no effect: no step of {said} looks at calibration text.")
     log(f"compressing {source}: {said}")
-    windows = None if read is None else read.windows() if isinstance(read, Inputs) else text_windows(source, spec, read, log=log)
+    windows = None
+    if isinstance(read, Inputs):
+        require_labels(read, spec, said.labels, str(chosen))
+        windows = read.windows()
+    elif read is not None:
+        windows = text_windows(source, spec, read, labels=said.labels, log=log)
     work = Work(windows=windows, text=read.fingerprint if read else "", memory_bytes=limit, resume=resume, log=log)
     return write_artifact(source, said, Path(out), calibration=lambda: calibration_batches(source, chosen), work=work)
 

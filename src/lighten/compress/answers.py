@@ -23,8 +23,8 @@ from lighten.compress.checkpoint import map_tensor
 from lighten.compress.distances import TopLogits, keep_top, pooled
 from lighten.compress.journal import ALIGNMENT, sync
 from lighten.compress.memory_plan import DENSE_LOGITS
-from lighten.compress.pupil import Objective, Target, Watching, answer_name, answer_of, type_of
-from lighten.compress.teacher import Sample, among, counting, find_head, through_head
+from lighten.compress.pupil import Objective, Target, Watching, answer_name, answer_of, type_of, without_labels
+from lighten.compress.teacher import Sample, among, answer_of_head, counting, find_head, through_head
 from lighten.errors import RecipeError
 
 ROWS_AT_ONCE = 4
@@ -101,9 +101,12 @@ def find_kind(module: Any, sample: Sample, objective: Objective) -> tuple[str, s
     """(kind, answer) of the objective that fits a model: `head` where logits come from each position's last state."""
     if objective.kind == "embeddings":
         return "embeddings", ""
+    given = without_labels(sample)
     with torch.no_grad():
-        head = find_head(module, sample)
-    return ("head", answer_name(head.answer)) if head is not None else ("logits", "")
+        head = find_head(module, given)
+        if head is not None:
+            return "head", answer_name(head.answer)
+        return ("logits" if answer_of_head(module, module(**given))[1] else "values"), ""
 
 
 def record(asking: Asking, rows: Sequence[Sample], path: Path) -> Index:
@@ -166,7 +169,7 @@ def _main(asking: Asking, answer: Tensor, batch: Sample) -> Iterator[tuple[str, 
 
 def _logits(asking: Asking, answer: Tensor) -> Iterator[Tensor]:
     """[N, D or V] → [N, V], in pieces."""
-    if asking.objective.kind == "logits":
+    if asking.objective.kind != "head":
         yield among(answer, asking.words)
         return
     module = asking.module

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lighten.model.tasks import IGNORED as IGNORED_LABEL
+
 LEAST = -80.0
 """Of a logarithm whose inverse float32 holds (e⁸⁸ is its largest number, IEEE 754); choice: a little less."""
 IGNORED = -1e30
@@ -95,6 +97,20 @@ def _of_top(target: TopLogits, ours: Tensor) -> tuple[Tensor, Tensor]:
         factor = 1 - left * (-ours_left).exp()
     top = gradient.gather(-1, ids) - share
     return loss, gradient.mul_(factor[:, None]).scatter_(-1, ids, top)
+
+
+def label_distance(answer: Tensor, labels: Tensor) -> Tensor:
+    """Sum over positions of the cross-entropy of [N, V] logits in what is true; of [N, 1] values their squared error. What has no label has none.
+
+    Args:
+        labels: [N], whole numbers, `IGNORED` where there is none; numbers of values, not a number where there is none.
+
+    Source: Hinton et al. 2015 (arXiv:1503.02531), section 2: the second objective, at temperature 1.
+    """
+    if not labels.is_floating_point():
+        return nn.functional.cross_entropy(answer.float(), labels, ignore_index=IGNORED_LABEL, reduction="sum")
+    known = ~labels.isnan()
+    return (answer.float().squeeze(-1)[known] - labels[known]).square().sum()
 
 
 def state_distance(original: Tensor, ours: Tensor, counts: Tensor, *, size: float) -> Tensor:

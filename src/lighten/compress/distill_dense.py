@@ -39,11 +39,12 @@ from lighten.compress.reports import weights_of
 from lighten.compress.skeleton import Skeleton
 from lighten.compress.stage import Journaled, Stage
 from lighten.compress.teacher import Sample
-from lighten.compress.training import Leader, Setup, State, Unit, rate_at
-from lighten.compress.walk import Job, inputs_of, original_value
+from lighten.compress.training import Judged, Leader, Setup, State, Unit, rate_at
+from lighten.compress.walk import Job, inputs_of, labels_of, original_value
 from lighten.compress.whole import texts
 from lighten.errors import OutputError, RecipeError, TextError
 from lighten.model.spec import Embedding, Linear, ModelSpec
+from lighten.model.tasks import task_of
 from lighten.recipe.distill import LEARNING_RATES, MEMORIES, training_steps
 from lighten.units import format_bytes, format_seconds
 
@@ -84,11 +85,13 @@ class _Plan:
         steps: None while a budget of minutes is being turned into a number.
         warm_up: steps in which the learning rate rises.
         before: distance of the judged rows.
+        accuracy: of them; None where no class is known of any.
     """
 
     steps: int | None
     warm_up: int
     before: float
+    accuracy: float | None
 
 
 class _Distillation:
@@ -114,7 +117,8 @@ class _Distillation:
         self._training, judged = split(len(self._rows))
         self._judged, self._label = (judged[:JUDGED], "held-out rows") if judged else (self._training, "all rows")
         self._answers = self._ask_teacher()
-        self._rows_of_a_step = max(1, int(self._job.step["batch_tokens"]) // max(map(_positions, self._rows)))
+        self._positions = sum(map(_positions, self._rows))
+        self._rows_of_a_step = max(1, int(self._job.step["batch_tokens"]) * len(self._rows) // self._positions)
         held = _held(self._job)
         self._check_space()
         release_free()
@@ -122,8 +126,9 @@ class _Distillation:
         leader = Leader.begin(setup, self._team, lambda name: self._start.pop(name).clone(), partial(original_value, self._job))
         self._start.clear()
         curve, plan = self._train(leader)
-        after = leader.judge(self._judging())
-        self._job.run.log(f"distance from the original on {self._label}: {after:.4f}")
+        judged_after = leader.judge(self._judging())
+        after = judged_after.distance
+        self._say_judged(judged_after)
         kept = after < plan.before
         if not kept:
             self._job.run.log(f"that is not less than before ({plan.before:.4f}): all stays as it was")
@@ -132,6 +137,8 @@ class _Distillation:
             "step": str(self._job.step), "kept": kept, "steps": plan.steps, "held_out": [plan.before, after],
             "teacher_passes": self._answers.index.passes, "curve": thinned(curve),
         }  # fmt: skip
+        if plan.accuracy is not None:
+            report["accuracy"] = [plan.accuracy, judged_after.accuracy]
         leader.end()
         self._journal.write(self._job.number, ALL, weights, [report])
 
@@ -140,7 +147,9 @@ class _Distillation:
     def _read_rows(self) -> list[Sample]:
         """The text, a row a sample; written down, for a decoder's own text takes long to be written again."""
         if not self._journal.has(self._job.number, ROWS):
-            batches = [inputs_of(self._student.module, batch) for batch in texts(self._job, self._teacher, original_value)]
+            given = texts(self._job, self._teacher, original_value)
+            batches = [inputs_of(self._student.module, batch) | labels_of(batch) for batch in given]
+            self._require_labels(batches)
             rows = list(cut_rows(batches, length=self._job.step["seq_len"], said=self._said))
             named = {f"{place}/{name}": value for place, row in enumerate(rows) for name, value in row.items()}
             self._journal.write(self._job.number, ROWS, named)
@@ -151,6 +160,13 @@ class _Distillation:
             found.setdefault(int(place), {})[name] = value
         return [found[place] for place in sorted(found)]
 
+    def _require_labels(self, batches: Sequence[Sample]) -> None:
+        """Raises:
+        RecipeError: labels are asked for, and no row has any.
+        """
+        if self._job.step["labels"] and not any(map(labels_of, batches)):
+            raise RecipeError(f"{self._said}: labels={self._job.step['labels']} asks for what is true of the rows, and they have no labels.")
+
     def _ask_teacher(self) -> Answers:
         job, path = self._job, self._journal.file(self._job.number, ANSWERS)
         if not self._journal.has(job.number, TEACHER):
@@ -159,6 +175,7 @@ class _Distillation:
             self._teacher.load(self._teacher.module, partial(original_value, job))
             rows = [job.run.in_old_ids(row) for row in self._rows]
             kind, answer = find_kind(self._teacher.module, rows[0], self._objective("logits" if job.step.method == "logits" else "embeddings"))
+            self._require_choice(kind)
             computing = (lambda: torch.autocast("cpu", dtype=torch.bfloat16)) if bfloat16 else nullcontext
             asking = Asking(
                 module=self._teacher.module, objective=replace(self._objective(kind), answer=answer), top_k=job.step["top_k"] or 0,
@@ -172,6 +189,15 @@ class _Distillation:
         said_index = self._journal.read(job.number, TEACHER).reports[0]
         return Answers(path, Index(**said_index))
 
+    def _require_choice(self, kind: str) -> None:
+        """Raises:
+        RecipeError: options of distributions for a head that gives values.
+        """
+        step = self._job.step
+        if kind == "values" and (step["top_k"] or step["temperature"] != 1.0):
+            name = self._job.before.name
+            raise RecipeError(f"{self._said}: temperature and top_k are for logits of a choice, and {name} gives values; leave them out.")
+
     def _objective(self, kind: Any) -> Objective:
         """What is compared; the layers of both by name."""
         step = self._job.step
@@ -179,7 +205,8 @@ class _Distillation:
         embeddings = kind == "embeddings"
         return Objective(
             kind=kind, temperature=step["temperature"] or 1.0, hidden=step["hidden"], attention=step["attention"] or 0.0,
-            relational=step["relational"] or 0.0, first_token=embeddings and pools_first_token(self._job.run.folder),
+            relational=step["relational"] or 0.0, labels=step["labels"] or 0.0, shifted=task_of(self._job.before) == "next",
+            first_token=embeddings and pools_first_token(self._job.run.folder),
             layers=tuple(pairs) if step["hidden"] else (), attending=pairs[-1] if step["attention"] else None,
             causal=self._job.before.is_decoder or self._job.before.is_encoder_decoder,
         )  # fmt: skip
@@ -253,8 +280,9 @@ class _Distillation:
         if not journal.has(number, PLAN):
             before = leader.judge(self._judging())
             steps = training_steps(dict(self._job.step.arguments), step_tokens=self._step_tokens())
-            plan = _Plan(steps=steps, warm_up=TIMED if steps is None else max(1, steps // 10), before=before)
-            self._job.run.log(f"distance from the original on {self._label}: {before:.4f}")
+            warm_up = TIMED if steps is None else max(1, steps // 10)
+            plan = _Plan(steps=steps, warm_up=warm_up, before=before.distance, accuracy=before.accuracy)
+            self._say_judged(before)
             if steps is None:
                 return [], plan, 0
             self._write_plan(plan)
@@ -271,8 +299,13 @@ class _Distillation:
             self._job.run.log(f"minutes<={self._job.step['minutes']} is over after the {step} steps that were timed")
         return fixed
 
+    def _say_judged(self, found: Judged) -> None:
+        distance = "distance from the original and from the labels" if self._job.step["labels"] else "distance from the original"
+        right = "" if found.accuracy is None else f", {found.accuracy:.1%} of the classes right"
+        self._job.run.log(f"{distance} on {self._label}: {found.distance:.4f}{right}")
+
     def _write_plan(self, plan: _Plan) -> None:
-        self._journal.write(self._job.number, PLAN, {}, [{"steps": plan.steps, "warm_up": plan.warm_up, "before": plan.before}])
+        self._journal.write(self._job.number, PLAN, {}, [asdict(plan)])
 
     def _read_plan(self) -> _Plan:
         return _Plan(**self._journal.read(self._job.number, PLAN).reports[0])
@@ -283,7 +316,7 @@ class _Distillation:
     # units of work
 
     def _step_tokens(self) -> int:
-        return self._rows_of_a_step * max(map(_positions, self._rows))
+        return self._rows_of_a_step * self._positions // len(self._rows)
 
     def _units_of_step(self, step: int) -> tuple[list[Unit], int]:
         """A step's rows, taken from one random order of all after the other."""
@@ -339,7 +372,9 @@ def cut_rows(batches: Sequence[Sample], *, length: int | None, said: str) -> Ite
     """
     for batch in batches:
         ids = batch.get("input_ids")
-        plain = ids is not None and set(batch) <= {"input_ids", "attention_mask"} and bool(batch.get("attention_mask", torch.ones(1)).all())
+        labels = {name: value for name, value in labels_of(batch).items() if ids is not None and value.shape == ids.shape}
+        others = set(batch) - {"input_ids", "attention_mask", *labels}
+        plain = ids is not None and not others and bool(batch.get("attention_mask", torch.ones(1)).all())
         if not plain:
             if length is not None:
                 raise RecipeError(f"{said}: seq_len={length} cuts rows of plain tokens, and these have {', '.join(batch)}; leave it out.")
@@ -349,8 +384,9 @@ def cut_rows(batches: Sequence[Sample], *, length: int | None, said: str) -> Ite
         if length is not None and ids.shape[1] < length:
             raise TextError(f"{said}: seq_len={length} asks for longer rows than the text gives, {ids.shape[1]} tokens; give a longer text or less.")
         size = length or min(ROW_TOKENS, ids.shape[1])
-        for row in ids:
-            yield from ({"input_ids": row[start : start + size][None]} for start in range(0, len(row) - size + 1, size))
+        for row in range(len(ids)):
+            for start in range(0, ids.shape[1] - size + 1, size):
+                yield {name: value[row : row + 1, start : start + size] for name, value in {"input_ids": ids, **labels}.items()}
 
 
 def rows_of_step(rows: Sequence[int], *, step: int, count: int, seed: int) -> Iterator[int]:

@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from lighten.compress.distances import (
     common_heads,
     cosine_distance,
     divergence,
+    label_distance,
     pooled,
     relation_distance,
     relational_distance,
@@ -29,8 +30,9 @@ from lighten.compress.distances import (
 )
 from lighten.compress.memory_plan import DENSE_LOGITS
 from lighten.compress.skeleton import Skeleton, Source
-from lighten.compress.teacher import Sample, among, counting, through_head
+from lighten.compress.teacher import Sample, among, answer_of_head, counting, through_head
 from lighten.errors import RecipeError
+from lighten.model.tasks import IGNORED, LABELS
 
 Target = Mapping[str, Tensor]
 """What the teacher answered to a unit, by what it is: `states`, `logits`, `values`, `ids` and `log_sum`, or `embedding`; `layer.0` and on; `q`, `k`
@@ -38,7 +40,7 @@ and `v`. [B, ...] each."""
 
 MOST_LAYERS = 4
 """Layers of a stack that the hidden-state loss compares, evenly spread, the last among them: choice, so that what waits on disk stays bounded."""
-Kind = Literal["head", "logits", "embeddings"]
+Kind = Literal["head", "logits", "values", "embeddings"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +48,10 @@ class Objective:
     """What is to be brought near to what.
 
     Attributes:
-        kind: logits that a head makes of each position's last state; other logits; pooled states.
+        kind: logits that a head makes of each position's last state; other logits; values that are no logits; pooled states.
         hidden, attention, relational: weights of these losses beside the first.
+        labels: weight of the cross-entropy of what is true of a row, or of its positions.
+        shifted: a position's label is the next one's, as of a decoder that reads the text it is to write.
         first_token: an embedding is the first position's state, else the mean.
         layers: (student's block, teacher's block) whose states are compared, by their names.
         sizes: mean square of the teacher's states, for each of `layers`.
@@ -62,6 +66,8 @@ class Objective:
     hidden: float = 0.0
     attention: float = 0.0
     relational: float = 0.0
+    labels: float = 0.0
+    shifted: bool = False
     first_token: bool = False
     layers: tuple[tuple[str, str], ...] = ()
     sizes: tuple[float, ...] = ()
@@ -234,20 +240,21 @@ class Pupil(nn.Module):
         for name in recompute:
             _recompute(model.get_submodule(name))
 
-    def forward(self, sample: Sample, target: Target) -> tuple[Tensor, Tensor]:
-        """The whole loss, and the first distance alone, without gradients; means over what counts in the unit."""
+    def forward(self, sample: Sample, target: Target) -> tuple[Tensor, Tensor, Tensor]:
+        """The whole loss; without gradients the first distance with that from the labels; and how many rows' likeliest classes are the true ones.
+        Distances are means over what counts in the unit."""
         said = self.objective
         blocks = tuple(ours for ours, _ in said.layers) if said.hidden else ()
         with self._computing(), Watching(self.model, blocks, said.attending[0] if said.attending and said.attention else None) as seen:
             answer, counts = self._answer(sample)
-            distance = self._distance(answer, counts, target)
+            distance = self._distance(answer, counts, sample, target)
         loss = distance
         if blocks:
             each = [self._state_distance(place, seen.states[name], sample, target) for place, name in enumerate(blocks)]
             loss = loss + said.hidden * torch.stack(each).mean()
         if said.attending and said.attention:
             loss = loss + said.attention * self._attention_distance(seen.attended, sample, target)
-        return loss, distance.detach()
+        return loss, distance.detach(), _right(answer, sample)
 
     def _computing(self) -> Any:
         return torch.autocast("cpu", dtype=self._dtype) if self._dtype != torch.float32 else nullcontext()
@@ -258,18 +265,27 @@ class Pupil(nn.Module):
         counts = counting(sample, found)
         return (pooled(found, counts, first_token=self.objective.first_token), counts) if self.objective.kind == "embeddings" else (found, counts)
 
-    def _distance(self, answer: Tensor, counts: Tensor, target: Target) -> Tensor:
+    def _distance(self, answer: Tensor, counts: Tensor, sample: Sample, target: Target) -> Tensor:
+        """From the teacher's answers, and by its weight from the labels: an answer without a label has the first alone."""
         said = self.objective
         if said.kind == "embeddings":
             near = self._project("embedding", answer)
             found = cosine_distance(target["embedding"], near)
             return found + said.relational * relational_distance(target["embedding"], answer) if said.relational else found
+        labels = _labels(sample, counts, said)[counts] if said.labels else None
         answer = answer[counts]
         theirs = _top(target, counts) if "ids" in target else target["states" if said.kind == "head" else "logits"][counts]
-        if said.kind == "logits":
-            return divergence(theirs, answer, temperature=said.temperature) / len(answer)
-        learning = torch.is_grad_enabled()
-        return _ThroughHead.apply(answer, self, theirs, learning, *self._head_parameters()) / len(answer)  # type: ignore[no-untyped-call, no-any-return]
+        if said.kind == "head":
+            learning = torch.is_grad_enabled()
+            whole = _ThroughHead.apply(answer, self, (theirs, labels), learning, *self._head_parameters())  # type: ignore[no-untyped-call]
+            return whole / len(answer)  # type: ignore[no-any-return]
+        if said.kind == "values":
+            distance = nn.functional.mse_loss(answer.float(), theirs.float(), reduction="sum") / answer.shape[-1]  # type: ignore[union-attr]
+        else:
+            distance = divergence(theirs, answer, temperature=said.temperature)
+        if labels is not None:
+            distance = distance + said.labels * label_distance(answer, labels)
+        return distance / len(answer)
 
     def _head_parameters(self) -> list[Tensor]:
         """What leads from last states to logits, and is trained."""
@@ -282,8 +298,12 @@ class Pupil(nn.Module):
         found: nn.Module = getattr(self.model, self.model.base_model_prefix)
         return found
 
-    def head_pieces(self, states: Tensor, theirs: Tensor | TopLogits) -> Iterator[tuple[Tensor, Tensor, slice]]:
-        """(states as a leaf, sum of distances, rows) of pieces of [N, D], so that few logits live at once."""
+    def head_pieces(self, states: Tensor, theirs: Tensor | TopLogits, labels: Tensor | None) -> Iterator[tuple[Tensor, Tensor, slice]]:
+        """(states as a leaf, sum of distances, rows) of pieces of [N, D], so that few logits live at once.
+
+        Args:
+            labels: [N]; None: they do not count.
+        """
         first, piece = 0, 16
         answer = type_of(self.objective.answer)
         while first < len(states):
@@ -296,7 +316,10 @@ class Pupil(nn.Module):
                     held = self._head.logits(theirs[part])
                 leaf = states[part].detach().requires_grad_()
                 logits = through_head(self.model, self._base, answer, leaf)
-                yield leaf, divergence(held, logits, temperature=self.objective.temperature), part
+                distance = divergence(held, logits, temperature=self.objective.temperature)
+                if labels is not None:
+                    distance = distance + self.objective.labels * label_distance(logits, labels[part])
+                yield leaf, distance, part
             first, piece = first + piece, max(1, DENSE_LOGITS // logits.shape[-1])
 
     def _project(self, key: str, found: Tensor) -> Tensor:
@@ -316,16 +339,20 @@ class Pupil(nn.Module):
         return torch.stack(each).mean()
 
 
+HeldTo: TypeAlias = tuple[Tensor | TopLogits, Tensor | None]
+"""The teacher's answers, and labels."""
+
+
 class _ThroughHead(torch.autograd.Function):
     """Sum of the distances of [N, D] states' logits, whose gradients in the states and in the head's weights are made beside it, piece by piece."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, pupil: Pupil, theirs: Tensor | TopLogits, learning: bool, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, states: Tensor, pupil: Pupil, held_to: HeldTo, learning: bool, *weights: Tensor) -> Tensor:
         total = torch.zeros(())
         gradients: list[Tensor | None] = [None] * len(weights)
         pulls = torch.empty_like(states)
         with torch.enable_grad() if learning else nullcontext():
-            for leaf, distance, part in pupil.head_pieces(states, theirs):
+            for leaf, distance, part in pupil.head_pieces(states, *held_to):
                 total += distance.detach()
                 if learning:
                     pulls[part], *found = torch.autograd.grad(distance, [leaf, *weights], allow_unused=True)
@@ -341,28 +368,55 @@ class _ThroughHead(torch.autograd.Function):
 
 
 def answer_of(model: Any, sample: Sample, objective: Objective) -> Tensor:
-    """What a model answers, as far as the objective looks at it: [B, S, D] states that enter its head, or logits, or last states.
+    """What a model answers, as far as the objective looks at it: [B, S, D] states that enter its head, or logits, or values, or last states.
 
     Raises:
-        RecipeError: it gives neither.
+        RecipeError: it gives none of them.
     """
+    given = without_labels(sample)
     if objective.kind == "head":
-        states: Tensor = getattr(model, model.base_model_prefix)(**sample).last_hidden_state
+        states: Tensor = getattr(model, model.base_model_prefix)(**given).last_hidden_state
         return states
-    answer = model(**sample)
-    found = getattr(answer, "last_hidden_state", None) if objective.kind == "embeddings" else logits_of(answer)
+    answer = model(**given)
+    if objective.kind != "embeddings":
+        return answer_of_head(model, answer)[0]
+    found: Tensor | None = getattr(answer, "last_hidden_state", None)
     if found is None:
-        said = "last hidden states" if objective.kind == "embeddings" else "logits"
-        raise RecipeError(f"distill compares {said}, and {type(model).__name__} answers with {', '.join(answer)}.")
+        raise RecipeError(f"distill compares last hidden states, and {type(model).__name__} answers with {', '.join(answer)}.")
     return found
 
 
-def logits_of(answer: Any) -> Tensor | None:
-    """Logits as they are, or an extractive reader's two as [B, 2, S]: where an answer starts, and where it ends."""
-    if getattr(answer, "start_logits", None) is not None:
-        return torch.stack([answer.start_logits, answer.end_logits], 1)
-    found: Tensor | None = getattr(answer, "logits", None)
+def without_labels(sample: Sample) -> Sample:
+    """What a model is called with."""
+    return {name: value for name, value in sample.items() if name not in LABELS}
+
+
+def _labels(sample: Sample, counts: Tensor, said: Objective) -> Tensor:
+    """What is true of each answer, in the shape of `counts`; `IGNORED`, or of values not a number, where nothing is known."""
+    if "start_positions" in sample:
+        return torch.stack([sample["start_positions"], sample["end_positions"]], 1)
+    found = sample.get("labels")
+    if found is None:
+        return torch.full(counts.shape, float("nan")) if said.kind == "values" else torch.full(counts.shape, IGNORED)
+    if said.kind == "values":
+        return found.float()
+    if said.shifted:
+        return torch.cat([found[:, 1:], torch.full_like(found[:, :1], IGNORED)], 1)
     return found
+
+
+def _right(answer: Tensor, sample: Sample) -> Tensor:
+    """Rows whose likeliest class is the true one; 0 of answers that are no classes."""
+    labels = sample.get("labels")
+    if labels is None or not has_classes(sample) or answer.ndim != 2:
+        return torch.zeros(())
+    return (answer.argmax(-1) == labels).sum().float()
+
+
+def has_classes(sample: Sample) -> bool:
+    """Whether a class is known of each row."""
+    labels = sample.get("labels")
+    return labels is not None and labels.ndim == 1 and not labels.is_floating_point()
 
 
 def _top(target: Target, counts: Tensor) -> TopLogits:

@@ -34,6 +34,7 @@ from lighten.compress.memory_plan import release_free
 from lighten.compress.rtn import quantize_rtn
 from lighten.compress.scale_search import search_scales
 from lighten.compress.skeleton import Skeleton, Source
+from lighten.compress.teacher import answer_of_head
 from lighten.model.spec import PER_TENSOR, WeightFormat
 from lighten.recipe.automatic import Budget
 
@@ -83,7 +84,7 @@ def measure_sensitivity(
     with _running(skeleton, source, seen):
         for batch in batches:
             with torch.enable_grad():
-                answer, is_logits = _answer(skeleton.module(**batch))
+                answer, is_logits = answer_of_head(skeleton.module, skeleton.module(**batch))
                 gradient, count = _drawn(answer.detach(), batch.get("attention_mask"), generator, is_logits=is_logits)
                 answer.backward(gradient)  # type: ignore[no-untyped-call]
             del answer, gradient
@@ -110,11 +111,6 @@ def option_errors(
                 sums[place] += seen[name].error(weight, option.format)
         found[module] = sums
     return found
-
-
-def _answer(output: Any) -> tuple[Tensor, bool]:
-    logits = getattr(output, "logits", None)
-    return (output.last_hidden_state, False) if logits is None else (logits, True)
 
 
 _DRAWN_ELEMENTS = 2**23  # choice: 33 MB of float32 a copy

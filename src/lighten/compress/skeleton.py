@@ -70,7 +70,8 @@ class Skeleton:
             for name in [*module._parameters, *module._buffers]:
                 self._keys[f"{prefix}.{name}" if prefix else name] = [(module, name)]
         self._tie()
-        self.places = find_places(self.module, tensors)
+        computed = set(self.module._keys_to_ignore_on_save or ())
+        self.places = {name: place for name, place in find_places(self.module, tensors).items() if place.key not in computed}
         self._tensors: dict[str, list[str]] = {}
         for name, place in self.places.items():
             self._tensors.setdefault(place.key, []).append(name)
@@ -186,6 +187,10 @@ def build_module(config: Mapping[str, Any], *, dtype: torch.dtype) -> Any:
             buffer = part._buffers[name]
             if buffer is not None and buffer.is_meta:
                 part._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+    for key in module._keys_to_ignore_on_save or ():  # tables of positions that are computed, and that no checkpoint needs: Marian's
+        owner, _, name = key.rpartition(".")
+        part = module.get_submodule(owner)
+        part._parameters[name] = nn.Parameter(torch.zeros(part._parameters[name].shape, dtype=dtype), requires_grad=False)
     with torch.no_grad():
         module.initialize_weights()
     return module.eval()

@@ -3,8 +3,9 @@
 Three kinds, by what the model gives:
 - a head that maps each position by itself to logits: KL(original ‖ student) of the next token, mean over positions. Only the states that
   enter the head are kept, on disk; both heads' logits are made in pieces and never live as a whole.
-- logits of another make (a classifier, a decoder with a head of its own way): the same KL on whole logits.
-- hidden states alone (an encoder): squared error over the original's mean square, of the positions and of their mean over each text.
+- logits of another make (a classifier, a reader of answers, a decoder with a head of its own way): the same KL on whole logits.
+- values (a classifier of one label) or hidden states alone (an encoder): squared error over the original's mean square, of states also of their mean
+  over each text.
 
 Shape legend: B rows of a sample, S positions, D width, V vocabulary, N positions that count.
 """
@@ -25,6 +26,8 @@ from torch import Tensor, nn
 from lighten.compress.memory_plan import LOGIT_ELEMENTS, release_free
 from lighten.compress.skeleton import Skeleton, Source
 from lighten.compress.student import with_tensors
+from lighten.errors import RecipeError
+from lighten.model.tasks import IGNORED
 
 Sample = Mapping[str, Tensor]
 
@@ -63,7 +66,7 @@ class Teacher:
             self._head = find_head(self.module, samples[0])
             self.kind: Literal["head", "logits", "hidden"] = "head"
             if self._head is None:
-                self.kind = "logits" if getattr(self.module(**samples[0]), "logits", None) is not None else "hidden"
+                self.kind = "logits" if answer_of_head(self.module, self.module(**samples[0]))[1] else "hidden"
             for sample in samples:
                 self._keep(self._states(sample))
         skeleton.drop(self.module)
@@ -89,9 +92,9 @@ class Teacher:
 
     def _states(self, sample: Sample) -> Tensor:
         """[B, S, D] what enters the head, or is answered."""
-        module = self.module if self._head is None else self._head.base
-        answer = module(**sample)
-        found: Tensor = answer.logits if self._head is None and self.kind == "logits" else answer.last_hidden_state
+        if self._head is None:
+            return answer_of_head(self.module, self.module(**sample))[0]
+        found: Tensor = self._head.base(**sample).last_hidden_state
         return found
 
     def _compare(self, index: int, states: Tensor) -> tuple[float, Tensor]:
@@ -147,10 +150,34 @@ class Teacher:
         return torch.frombuffer(data, dtype=dtype).reshape(shape)
 
 
+def answer_of_head(module: Any, answer: Any) -> tuple[Tensor, bool]:
+    """What a model answers, and whether it is logits, of which one choice is made along the last dimension; else values, or last states.
+
+    An extractive reader's two are [B, 2, S]: where an answer starts, and where it ends. Labels that hold side by side are [..., L, 2], each with the
+    logit 0 of its being false, whose softmax is the sigmoid.
+
+    Raises:
+        RecipeError: the model answers with none of these.
+    """
+    if getattr(answer, "start_logits", None) is not None:
+        return torch.stack([answer.start_logits, answer.end_logits], 1), True
+    logits: Tensor | None = getattr(answer, "logits", None)
+    if logits is None:
+        states: Tensor | None = getattr(answer, "last_hidden_state", None)
+        if states is None:
+            raise RecipeError(f"{type(module).__name__} answers with {', '.join(answer)}; logits or last hidden states are compared here.")
+        return states, False
+    problem = getattr(module.config, "problem_type", None)
+    if problem == "multi_label_classification":
+        return torch.stack([torch.zeros_like(logits), logits], -1), True
+    return logits, logits.shape[-1] > 1 and problem != "regression"
+
+
 def find_head(module: Any, sample: Sample) -> Head | None:
     """The head, where logits of each position come from that position's last hidden state alone; tried on a short piece."""
     base = getattr(module, module.base_model_prefix or " ", None)
-    if base is None or base is module or "input_ids" not in sample:
+    special = getattr(module.config, "problem_type", None) in ("multi_label_classification", "regression")
+    if base is None or base is module or "input_ids" not in sample or special:
         return None
     answers: list[Any] = []
     short = {name: value[:1, :8] if value.ndim == 2 else value[:1] for name, value in sample.items()}
@@ -160,7 +187,7 @@ def find_head(module: Any, sample: Sample) -> Head | None:
     finally:
         hook.remove()
     states = getattr(answers[0], "last_hidden_state", None) if answers else None
-    if logits is None or states is None or logits.ndim != 3 or logits.shape[:2] != states.shape[:2]:
+    if logits is None or states is None or logits.ndim != 3 or logits.shape[:2] != states.shape[:2] or logits.shape[2] == 1:
         return None
     try:
         again = through_head(module, base, type(answers[0]), states[0])
@@ -224,8 +251,11 @@ def _loading(skeleton: Skeleton, source: Source) -> Iterator[None]:
 
 
 def counting(sample: Sample, states: Tensor) -> Tensor:
-    """Which answers count: all, but for positions that the sample masks. A boolean over their leading dimensions."""
-    mask = sample.get("decoder_attention_mask", sample.get("attention_mask"))
+    """Which answers count: all, but for positions that the sample masks, or a decoder's that have no label where there are labels. A boolean over
+    their leading dimensions."""
+    mask = sample.get("decoder_attention_mask", sample.get("attention_mask") if "decoder_input_ids" not in sample else None)
+    if mask is None and "decoder_input_ids" in sample and "labels" in sample:
+        mask = sample["labels"] != IGNORED
     if mask is None or states.ndim != 3 or mask.shape != states.shape[:2]:
         return torch.ones(states.shape[:-1], dtype=torch.bool)
     return mask.bool()

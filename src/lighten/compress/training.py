@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from lighten.compress.lion import Lion
 from lighten.compress.memory_plan import reusing_memory
 from lighten.compress.processes import Team
-from lighten.compress.pupil import Objective, Pupil, Target, TeacherHead, stacks_of
+from lighten.compress.pupil import Objective, Pupil, Target, TeacherHead, has_classes, stacks_of
 from lighten.compress.skeleton import Skeleton, Source
 from lighten.compress.teacher import Sample
 
@@ -78,6 +78,19 @@ class Setup:
     routed: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """How a student does on rows that it is not trained on.
+
+    Attributes:
+        distance: from the teacher's answers and, by their weight, from the labels.
+        accuracy: share of the rows whose class is known that get it; None where of none it is.
+    """
+
+    distance: float
+    accuracy: float | None
+
+
 State = dict[str, Tensor]
 """`weight:NAME` and `state:NAME:FIELD` of each trained parameter, whole."""
 
@@ -126,7 +139,7 @@ class Trainer:
         total, near = 0.0, 0.0
         for place, unit in enumerate(units):
             with self._in_step_alone(last=place == len(units) - 1):
-                loss, distance = self._wrapped(unit.sample, unit.target)
+                loss, distance, _ = self._wrapped(unit.sample, unit.target)
                 (loss * (unit.weight * self._team.size)).backward()  # the wrappers take the mean over processes
             total, near = total + unit.weight * float(loss.detach()), near + unit.weight * float(distance)
         for name, mask in self._held.items():
@@ -143,11 +156,17 @@ class Trainer:
         found = self._team.sum([total, near])
         return found[0], found[1]
 
-    def judge(self, units: Sequence[Unit]) -> float:
-        """The distance over all processes' units, as the weights are."""
+    def judge(self, units: Sequence[Unit]) -> Judged:
+        """Over all processes' units, as the weights are."""
+        distance, right, rows = 0.0, 0.0, 0.0
         with torch.no_grad():
-            found = sum(unit.weight * float(self.pupil(unit.sample, unit.target)[1]) for unit in units)
-        return self._team.sum([found])[0]
+            for unit in units:
+                _, near, hits = self.pupil(unit.sample, unit.target)
+                distance += unit.weight * float(near)
+                if unit.weight and has_classes(unit.sample):
+                    right, rows = right + float(hits), rows + len(unit.sample["labels"])
+        distance, right, rows = self._team.sum([distance, right, rows])
+        return Judged(distance=distance, accuracy=right / rows if rows else None)
 
     def state(self) -> State:
         """Weights and the optimizer's memory, whole; in all processes at once."""
@@ -188,10 +207,11 @@ class Trainer:
         return found
 
     def _train_some(self, module: nn.Module) -> None:
-        """Let gradients reach every weight in memory, tables only where that is asked for."""
+        """Let gradients reach every weight of the checkpoint that is in memory, tables only where that is asked for."""
+        stored = {id(self.skeleton.value(place.key)) for place in self.skeleton.places.values()}
         tables = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
         for parameter in module.parameters():
-            wanted = self.setup.embeddings or id(parameter) not in tables
+            wanted = id(parameter) in stored and (self.setup.embeddings or id(parameter) not in tables)
             parameter.requires_grad_(wanted and parameter.is_floating_point() and not parameter.is_meta)
 
     def _masks(self) -> dict[str, Tensor]:
@@ -220,7 +240,7 @@ class Trainer:
 
     def _copy_to_all(self, unit: Unit) -> None:
         """Wrap the pupil in torch's DDP, which must be told whether a pass may miss a weight: a unit is tried."""
-        loss, _ = self.pupil(unit.sample, unit.target)
+        loss, _, _ = self.pupil(unit.sample, unit.target)
         loss.backward()
         missed = self._team.sum([float(any(parameter.grad is None for parameter in self._named.values()))])[0] > 0
         self._optimizer.zero_grad(set_to_none=True)
@@ -280,7 +300,7 @@ class Leader:
     def step(self, units: Sequence[Unit], rate: float) -> tuple[float, float]:
         return self._trainer.step(self._say("step", units, rate)[0], rate)
 
-    def judge(self, units: Sequence[Unit]) -> float:
+    def judge(self, units: Sequence[Unit]) -> Judged:
         return self._trainer.judge(self._say("judge", units)[0])
 
     def state(self) -> State:

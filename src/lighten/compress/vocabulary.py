@@ -30,7 +30,7 @@ from torch import Tensor
 
 from lighten.compress.grid import Weight
 from lighten.compress.stage import Changed, Stage
-from lighten.compress.walk import TOKEN_INPUTS, Job, Run
+from lighten.compress.walk import Job, Run, word_inputs
 from lighten.errors import RecipeError
 from lighten.model.read import parse_config
 from lighten.model.spec import ModelSpec
@@ -300,9 +300,8 @@ def shrink_vocabulary(job: Job) -> tuple[Stage, ModelSpec]:
     if not run.journal.has(job.number, KEPT):
         counts = np.zeros(vocabulary.size, np.int64)
         for batch in run.batches(job.step["tokens"]):
-            for name in TOKEN_INPUTS:
-                if name in batch:
-                    counts += np.bincount(batch[name].reshape(-1).numpy(), minlength=vocabulary.size)
+            for name in batch.keys() & set(word_inputs(run.spec)):
+                counts += np.bincount(batch[name][batch[name] >= 0].numpy(), minlength=vocabulary.size)
         run.journal.write(job.number, KEPT, {}, [{"kept": choose_kept(vocabulary, counts, keep)}])
     kept: list[int] = run.journal.read(job.number, KEPT).reports[0]["kept"]
     new = {old: place for place, old in enumerate(kept)}

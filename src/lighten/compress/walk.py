@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,9 +32,10 @@ from lighten.compress.reports import LayerReport, reported, weights_of
 from lighten.compress.skeleton import Skeleton, Unit
 from lighten.compress.stage import Change, Changed, Journaled, Original, Stage, origin_of, rebased
 from lighten.compress.suspend import Forwards
-from lighten.errors import RecipeError
+from lighten.errors import ModelError, RecipeError
 from lighten.model.quantized import refuse_layouts
 from lighten.model.spec import Embedding, Linear, ModelSpec, WeightFormat
+from lighten.model.tasks import LABELS, task_of
 from lighten.recipe import Recipe, Step
 from lighten.recipe.steps import selected_names
 
@@ -131,14 +133,21 @@ class Run:
         if not rows:
             raise RecipeError("this recipe looks at calibration inputs, and there are none.")
         size = max(1, min(self.batch_rows, len(rows) // HELD_OUT))
-        groups = [rows[start : start + size] for start in range(0, len(rows), size)]
+        groups: list[list[dict[str, Tensor]]] = []
+        begun: dict[str, list[dict[str, Tensor]]] = {}
+        for row in rows:  # of one shape together
+            key = str(sorted((name, tuple(value.shape)) for name, value in row.items()))
+            if key not in begun or len(begun[key]) == size:
+                begun[key] = []
+                groups.append(begun[key])
+            begun[key].append(row)
         return [{name: torch.cat([row[name] for row in group]) for name in group[0]} for group in groups]
 
     def in_new_ids(self, name: str, value: Tensor) -> Tensor:
         """[1, S] tokens as the changed vocabulary spells them, as many; what it cannot spell is left out, and the row filled from its start."""
-        if not self.new_ids or name not in TOKEN_INPUTS:
+        if not self.new_ids or name not in word_inputs(self.spec):
             return value
-        spelled = [each for old in value[0].tolist() for each in self.new_ids[old]] or [0]
+        spelled = [each for old in value[0].tolist() for each in (self.new_ids[old] if old >= 0 else [old])] or [0]
         return torch.tensor([(spelled * value.shape[1])[: value.shape[1]]])
 
     def in_old_ids(self, row: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -382,13 +391,50 @@ def _do_unreached(job: Job, unit: Unit, names: frozenset[str]) -> None:
 
 
 def inputs_of(module: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a module's forward takes of a batch; an encoder-decoder that is given a text alone reads it again in its decoder."""
-    known = inspect.signature(module.forward).parameters
+    """What a module's forward takes of a batch, without labels, of which it would make a loss. Target tokens become the input of its decoder; an
+    encoder-decoder that is given a text alone reads it again there, unless its head makes a decoder's input itself."""
+    known = inspect.signature(module.forward).parameters.keys() - set(LABELS)
     given = {name: value.to(module.dtype) if value.is_floating_point() else value for name, value in batch.items() if name in known}
-    if module.config.is_encoder_decoder and "decoder_input_ids" not in given and "decoder_input_ids" in known:
-        start = module.config.decoder_start_token_id or 0
-        given["decoder_input_ids"] = batch.get("input_ids", torch.full((_rows(batch), 1), start))
+    if not module.config.is_encoder_decoder or "decoder_input_ids" in given or "decoder_input_ids" not in known:
+        return given
+    if type(module).__name__.endswith(("ForSequenceClassification", "ForQuestionAnswering")):
+        return given
+    if (labels := batch.get("labels")) is not None:
+        given["decoder_input_ids"] = _shifted(module, labels)
+        return given
+    start = module.config.decoder_start_token_id or 0
+    given["decoder_input_ids"] = batch.get("input_ids", torch.full((_rows(batch), 1), start))
+    if "input_ids" in given and "attention_mask" in given:
+        given["decoder_attention_mask"] = given["attention_mask"]
     return given
+
+
+def _shifted(module: Any, labels: Tensor) -> Tensor:
+    """What the decoder reads where it is to write `labels`, by the class's own rule.
+
+    Raises:
+        ModelError: the class has none, or its config lacks what it needs.
+    """
+    name = type(module).__name__
+    try:
+        if hasattr(module, "prepare_decoder_input_ids_from_labels"):
+            found: Tensor = module.prepare_decoder_input_ids_from_labels(labels=labels)
+        else:
+            config = module.config
+            found = sys.modules[type(module).__module__].shift_tokens_right(labels, config.pad_token_id, config.decoder_start_token_id)
+    except (AttributeError, ValueError, TypeError) as error:
+        raise ModelError(f"{name} does not say what its decoder reads before a target ({str(error).splitlines()[0]}).") from error
+    return found
+
+
+def labels_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a batch says is true of its rows."""
+    return {name: batch[name] for name in LABELS if name in batch}
+
+
+def word_inputs(spec: ModelSpec) -> tuple[str, ...]:
+    """Names of inputs that are tokens of the model's vocabulary."""
+    return ("input_ids", "decoder_input_ids", *(("labels",) if task_of(spec) == "target" else ()))
 
 
 def original_value(job: Job, name: str) -> Tensor:

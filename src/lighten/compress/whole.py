@@ -28,6 +28,7 @@ from lighten.compress.skeleton import Skeleton
 from lighten.compress.stage import Journaled, Stage
 from lighten.compress.walk import DoBlock, Job, inputs_of, reference_value, walk_blocks
 from lighten.model.spec import Embedding, Linear, ModelSpec, WeightFormat
+from lighten.model.tasks import LABELS
 from lighten.recipe.automatic import Budget, budget, with_formats
 from lighten.recipe.number_formats import dividing_group
 from lighten.recipe.prune import IN_FOLDER, UNIFORM
@@ -101,7 +102,8 @@ def _short(job: Job, skeleton: Skeleton) -> list[dict[str, Any]]:
     """Single sequences of at most `SENSITIVITY_WINDOW` positions, cut where they are plain tokens."""
     found = []
     for batch in job.run.batches(min(SENSITIVITY_TOKENS, job.step["tokens"])):
-        rows = [{name: value[row : row + 1] for name, value in batch.items()} for row in range(len(next(iter(batch.values()))))]
+        used = {name: value for name, value in batch.items() if name not in LABELS or not job.before.is_decoder}
+        rows = [{name: value[row : row + 1] for name, value in used.items()} for row in range(len(next(iter(used.values()))))]
         for row in rows:
             pieces = torch.split(row["input_ids"], SENSITIVITY_WINDOW, dim=1) if row.keys() == {"input_ids"} else ()
             found += [{"input_ids": piece} for piece in pieces if piece.shape[1] > 1] or [row]

@@ -16,6 +16,7 @@ from lighten.compress.skeleton import main_input
 from lighten.compress.walk import Batch, CalibrationSource
 from lighten.errors import TextError
 from lighten.model import ModelSpec
+from lighten.model.tasks import class_of, task_of
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 
@@ -67,6 +68,22 @@ def load_inputs(path: Path, spec: ModelSpec) -> Inputs:
     for name, value in sorted(arrays.items()):
         digest.update(f"{name}{value.dtype}{value.shape}".encode() + np.ascontiguousarray(value).tobytes())
     return Inputs(arrays=arrays, fingerprint=digest.hexdigest())
+
+
+def require_labels(inputs: Inputs, spec: ModelSpec, weight: float | None, source: str) -> None:
+    """Raises:
+    TextError: labels that a step asks for are not among the arrays, or classes that the model has not.
+    """
+    names = ("start_positions", "end_positions") if task_of(spec) == "span" else ("labels",)
+    if missing := [name for name in names if name not in inputs.arrays and weight]:
+        raise TextError(f"{source} lacks {' and '.join(missing)}, which labels={weight} asks for; it holds {', '.join(inputs.arrays)}.")
+    labels = inputs.arrays.get("labels")
+    if task_of(spec) != "classes" or labels is None:
+        return
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise TextError(f"{source}: labels are one whole number for each sample; they have the shape {list(labels.shape)} and type {labels.dtype}.")
+    for place in (int(labels.argmin()), int(labels.argmax())):
+        class_of(int(labels[place]), spec.config, f"{source}: sample {place + 1}")
 
 
 def _forward(spec: ModelSpec) -> tuple[list[str], str]:

@@ -22,14 +22,57 @@ MIN_PASSAGES = 8
 MAX_BYTES = 16_000_000
 """How much of a file is read: choice, some 3 million words, hundreds of times what one evaluation uses."""
 
-COLUMNS = (("text",), ("question", "context"), ("source", "target"), ("sentence1", "sentence2"), ("sentence",), ("source",))
+COLUMNS = (
+    ("text",), ("question", "context"), ("source", "target"), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"),
+    ("sentence",), ("source",),
+)  # fmt: skip
 """Columns of labelled files that hold what is read, the first that a row has: a text; a question with its context; a pair to translate or to shorten;
-two sentences that are compared. Labels and answers are left alone. Names as the commonest data sets have them (GLUE, SQuAD)."""
+two sentences that are compared. Names as the commonest data sets have them (GLUE, MNLI, SQuAD)."""
+LABEL, ANSWERS = "label", "answers"
+"""Columns of what is true of a row: its class, by name or number, or its value; and the answers to its question, as texts of the context or as SQuAD
+has them, {"text": […], "answer_start": […]}."""
 _CALIBRATION_SHARE = 1 / 3
 _MIN_CHARACTERS = 60  # of an embedded passage: shorter ones are list items such as "Added in version 3.8."; looked at by hand
 _MIN_PROSE_SHARE = 0.8  # of letters and spaces: below it are code, grammar and tables; looked at by hand
 _NOT_PROSE = ("::=", ">>>", "+--", "***", "====", "----")  # grammar, sessions, tables, underlined headings
 _BLANK_LINES = re.compile(r"\n[ \t]*(?:\n[ \t]*)+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """An answer that stands in a context.
+
+    Attributes:
+        start: of its characters in the context; None: the context does not answer.
+    """
+
+    text: str = ""
+    start: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One row of a labelled file.
+
+    Attributes:
+        columns: one of `COLUMNS`.
+        texts: what they hold, white space as one space.
+        label: as the file has it; None: it has none.
+        answers: as the file has them; None: it has none.
+        context: as the file has it, which the places of answers count in.
+        where: file and line, for what is said of it.
+    """
+
+    columns: tuple[str, ...]
+    texts: tuple[str, ...]
+    label: Any = None
+    answers: Any = None
+    context: str = ""
+    where: str = ""
+
+    @property
+    def joined(self) -> str:
+        return " ".join(text for text in self.texts if text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,13 +83,15 @@ class Text:
         source: where it comes from, and how much of it was read where not all was.
         calibration: passages that a compression may look at; never in `test`.
         test: passages that quality is measured on.
-        fingerprint: sha256 of all passages and of how they are split: equal only where both are.
+        fingerprint: sha256 of all passages, their columns, their labels and of how they are split: equal only where all are.
+        examples: the rows of `calibration`, one each, where the file has pairs, labels or answers; else none.
     """
 
     source: str
     calibration: tuple[str, ...]
     test: tuple[str, ...]
     fingerprint: str
+    examples: tuple[Example, ...] = ()
 
 
 def load_text(path: Path | None) -> Text:
@@ -56,10 +101,11 @@ def load_text(path: Path | None) -> Text:
     share a passage are one document; whole documents go to one part, in the order of the sha256 of their names, the first third of
     the characters to calibration. The topics differ between Python versions, and so does the fingerprint.
 
-    A `.txt` file: passages are parted by blank lines, or are its lines where it has no blank line. A `.jsonl` file: the "text" of each
-    line, or the texts of the columns in `COLUMNS`, joined; a `.csv` or `.tsv` file with a header: the same columns. Repeated passages count
-    once. The first third of the passages is for calibration, the rest for the test: two blocks, so that a test passage's neighbours are not
-    calibrated on.
+    A `.txt` file: passages are parted by blank lines, or are its lines where it has no blank line. A `.jsonl` file: each line an object with a
+    "text" or the columns of one of `COLUMNS`, and a "label" or "answers" where it has one; a `.csv` or `.tsv` file with a header: the same
+    columns. As a passage a row's two texts are joined; `Text.examples` keeps them apart, with what is true of them. Repeated passages count once,
+    with what the first says of them. The first third of the passages is for calibration, the rest for the test: two blocks, so that a test
+    passage's neighbours are not calibrated on.
 
     Args:
         path: a UTF-8 file, of which at most `MAX_BYTES` are read.
@@ -71,8 +117,9 @@ def load_text(path: Path | None) -> Text:
         return _embedded_text()
     content, source = _read(path)
     kind = path.suffix.lower()
-    read = {".jsonl": _json_texts, ".csv": _table_texts, ".tsv": _table_texts}
-    passages = _distinct(read[kind](path, content) if kind in read else _paragraphs(content))
+    read = {".jsonl": _json_rows, ".csv": _table_rows, ".tsv": _table_rows}
+    examples = _distinct_rows(read[kind](path, content)) if kind in read else {}
+    passages = list(examples) if kind in read else _distinct(_paragraphs(content))
     if not passages:
         raise TextError(f"{path} holds no text; give a .txt file with passages of prose parted by blank lines, or a .jsonl file.")
     if len(passages) < MIN_PASSAGES:
@@ -81,17 +128,30 @@ def load_text(path: Path | None) -> Text:
             f"{MIN_PASSAGES} are needed; part the passages by blank lines, or give a longer text."
         )
     middle = round(len(passages) * _CALIBRATION_SHARE)
-    return _text(source, passages[:middle], passages[middle:])
+    return _text(source, passages[:middle], passages[middle:], examples)
 
 
-def _text(source: str, calibration: Sequence[str], test: Sequence[str]) -> Text:
-    content = json.dumps([list(calibration), list(test)]).encode()
-    return Text(source=source, calibration=tuple(calibration), test=tuple(test), fingerprint=hashlib.sha256(content).hexdigest())
+def _text(source: str, calibration: Sequence[str], test: Sequence[str], rows: Mapping[str, Example] | None = None) -> Text:
+    told = any(len(row.texts) > 1 or row.label is not None or row.answers is not None for row in (rows or {}).values())
+    examples = tuple(rows[passage] for passage in calibration) if rows and told else ()
+    said = [[row.columns, row.texts, row.label, row.answers, row.context] for row in rows.values()] if rows and told else []
+    content = json.dumps([list(calibration), list(test), *([said] if said else [])]).encode()
+    fingerprint = hashlib.sha256(content).hexdigest()
+    return Text(source=source, calibration=tuple(calibration), test=tuple(test), fingerprint=fingerprint, examples=examples)
+
+
+def _distinct_rows(rows: Iterable[Example]) -> dict[str, Example]:
+    """Passage → the first row that says it."""
+    found: dict[str, Example] = {}
+    for row in rows:
+        if row.joined:
+            found.setdefault(row.joined, row)
+    return found
 
 
 def _distinct(passages: Iterable[str]) -> list[str]:
     """The passages with each run of white space as one space, in order, without repetitions and empty ones."""
-    joined = dict.fromkeys(" ".join(passage.split()) for passage in passages)
+    joined = dict.fromkeys(map(_spaced, passages))
     return [passage for passage in joined if passage]
 
 
@@ -123,39 +183,76 @@ def _read(path: Path) -> tuple[str, str]:
     return content[:whole] if whole > 0 else content, f"{path} (the first {format_bytes(MAX_BYTES)} of {format_bytes(size)})"
 
 
-def _json_texts(path: Path, content: str) -> list[str]:
-    texts = []
+def _json_rows(path: Path, content: str) -> list[Example]:
+    found = []
     for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
+        where = f"{path} line {number}"
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise TextError(f'{path} line {number} is not JSON: {error}; each line is an object such as {{"text": "…"}}.') from error
-        text = _columns_text(row) if isinstance(row, dict) else None
-        if text is None:
-            found = f"the fields {', '.join(row) or 'none'}" if isinstance(row, dict) else f"a {type(row).__name__}"
-            raise TextError(f'{path} line {number} has no text, but {found}; each line is an object such as {{"text": "…"}}.')
-        texts.append(text)
-    return texts
+            raise TextError(f'{where} is not JSON: {error}; each line is an object such as {{"text": "…"}}.') from error
+        example = _example(row, where) if isinstance(row, dict) else None
+        if example is None:
+            said = f"the fields {', '.join(row) or 'none'}" if isinstance(row, dict) else f"a {type(row).__name__}"
+            raise TextError(f'{where} has no text, but {said}; each line is an object such as {{"text": "…"}}.')
+        found.append(example)
+    return found
 
 
-def _table_texts(path: Path, content: str) -> list[str]:
+def _table_rows(path: Path, content: str) -> list[Example]:
     rows = csv.DictReader(io.StringIO(content), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
     try:
-        found = [_columns_text(row) for row in rows]
+        found = [_example(row, f"{path} line {rows.line_num}") for row in rows]
     except csv.Error as error:
         raise TextError(f"{path} is not a table of the kind that its name says: {error}.") from error
-    if any(text is None for text in found):
+    if any(example is None for example in found):
         known = "; ".join(" and ".join(names) for names in COLUMNS)
         raise TextError(f"{path} has the columns {', '.join(rows.fieldnames or ['none'])}; a text is in one of: {known}.")
-    return [text for text in found if text is not None]
+    return [example for example in found if example is not None]
 
 
-def _columns_text(row: Mapping[str, Any]) -> str | None:
+def _example(row: Mapping[str, Any], where: str) -> Example | None:
     """What a row says, by the first of `COLUMNS` that it has."""
     names = next((names for names in COLUMNS if all(isinstance(row.get(name), str) for name in names)), None)
-    return None if names is None else " ".join(str(row[name]) for name in names)
+    if names is None:
+        return None
+    label, answers = ((said.strip() or None) if isinstance(said, str) else said for said in (row.get(LABEL), row.get(ANSWERS)))
+    texts = tuple(_spaced(str(row[name])) for name in names)
+    return Example(columns=names, texts=texts, label=label, answers=answers, context=str(row[names[-1]]) if answers is not None else "", where=where)
+
+
+def first_answer(row: Example) -> Answer:
+    """The first of a row's answers, by its place in `texts[-1]`.
+
+    Raises:
+        TextError: it does not stand there.
+    """
+    said, context, where = row.answers, row.context, row.where
+    if isinstance(said, str) and said.lstrip().startswith("{"):  # a cell of a table
+        try:
+            said = json.loads(said)
+        except ValueError as error:
+            raise TextError(f"{where}: its answers are not JSON ({error}).") from error
+    texts, starts = (said.get("text"), said.get("answer_start")) if isinstance(said, Mapping) else (said, None)
+    texts, starts = (list(each) if isinstance(each, list) else [] if each is None else [each] for each in (texts, starts))
+    if not texts:
+        return Answer()
+    text = _spaced(str(texts[0]))
+    if starts and isinstance(starts[0], int):
+        before = _spaced(context[: starts[0]])
+        start = len(before) + bool(before and context[starts[0] - 1 : starts[0]].isspace())
+    else:
+        start = _spaced(context).find(text)
+    if not text or start < 0 or _spaced(context)[start : start + len(text)] != text:
+        raise TextError(f"{where}: the answer {text!r} does not stand in its context{f' at character {starts[0]}' if starts else ''}.")
+    return Answer(text=text, start=start)
+
+
+def _spaced(text: str) -> str:
+    """Each run of white space as one space."""
+    return " ".join(text.split())
 
 
 def _embedded_text() -> Text:

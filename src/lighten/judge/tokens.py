@@ -34,6 +34,28 @@ class Tokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
 
+    def encode(self, *texts: str, length: int | None = None, marks: bool = True) -> Any:
+        """One text, or two as a pair, as the tokenizer's own encoding: ids, type_ids, offsets, sequence_ids.
+
+        Args:
+            length: tokens at most: of a pair the second text is cut where the first leaves room for it, else both are.
+            marks: with those that the tokenizer puts around a text.
+        """
+        if length is None:
+            self._tokenizer.no_truncation()
+        else:
+            self._tokenizer.enable_truncation(length, strategy=self._strategy(texts, length) if len(texts) > 1 else "longest_first")
+        found = self._tokenizer.encode(*texts, add_special_tokens=marks)
+        self._tokenizer.no_truncation()
+        return found
+
+    def _strategy(self, texts: tuple[str, ...], length: int) -> str:
+        """`only_second` fails where the first text leaves no room."""
+        self._tokenizer.no_truncation()
+        room = length - self._tokenizer.num_special_tokens_to_add(True) - len(self._tokenizer.encode(texts[0], add_special_tokens=False).ids)
+        self._tokenizer.enable_truncation(length)
+        return "only_second" if room > 0 else "longest_first"
+
     def batches(self, texts: Sequence[str], *, batch_size: int, length: int) -> Iterator[tuple[Ids, Ids]]:
         """(input_ids, attention_mask), both [batch_size, length], in order: cut to `length`, padded with 0 where shorter, the last batch
         filled up with copies of its first text, so that every batch has one shape."""

@@ -43,7 +43,7 @@ class Worker:
 
         said, chosen = parse_recipe(recipe), Path(text) if text else None
         read = load_text(chosen) if any(step.calibrated for step in said.steps) else None
-        windows = text_windows(Path(source), read_spec(Path(source)), read) if read else None
+        windows = text_windows(Path(source), read_spec(Path(source)), read, labels=said.labels) if read else None
         artifact = write_artifact(
             Path(source), said, Path(folder), exports=Path(exports), calibration=lambda: calibration_batches(Path(source), chosen),
             work=Work(windows=windows, text=read.fingerprint if read else ""),

@@ -59,6 +59,7 @@ KINDS = (
     Kind(what="the head of next-sentence prediction", name=r"^cls\.seq_relationship\.", types=("bert",)),
     Kind(what="unused positions", name=r"^deberta\.embeddings\.position_embeddings\.weight$", types=("deberta", "deberta-v2")),
     Kind(what="the head of masked prediction", name=r"^(mask|lm)_predictions\.", types=("deberta", "deberta-v2")),
+    Kind(what="computed positions", name=r"^model\.(encoder|decoder)\.embed_positions\.weight$", types=("marian",)),
     Kind(what="unused positions", name=r"^esm\.embeddings\.position_embeddings\.weight$", types=("esm",)),
 )  # fmt: skip
 """Tried in this order on each tensor that the architecture does not call for; `CONSTANTS`, which follow from the config, get no note."""

@@ -25,9 +25,10 @@ from lighten.units import DTYPE_BITS
 SIDE_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json",
     "merges.txt", "tokenizer.model", "added_tokens.json", "chat_template.jinja", "modules.json", "config_sentence_transformers.json",
-    "sentence_bert_config.json", "1_Pooling/config.json",
+    "sentence_bert_config.json", "1_Pooling/config.json", "preprocessor_config.json", "processor_config.json", "normalizer.json", "spiece.model",
+    "sentencepiece.bpe.model", "source.spm", "target.spm",
 )  # fmt: skip
-"""Files beside the weights that a runtime or tokenizer reads; an artifact carries them."""
+"""Files beside the weights that a runtime, a tokenizer or a processor of images and sound reads; an artifact carries them."""
 
 OTHER_WEIGHTS = ("*.gguf", "*.onnx", "*.keras", "*.h5", "*.msgpack", "*.xml", "*.tflite")
 """Weights in formats that a folder is not read by: such a file is read, if at all, by its own path."""

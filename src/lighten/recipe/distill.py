@@ -10,6 +10,7 @@ from typing import Any
 
 from lighten.errors import RecipeError
 from lighten.model.spec import Embedding, Linear, ModelSpec
+from lighten.model.tasks import has_head, task_of
 from lighten.recipe.quantize import CALIBRATION
 from lighten.recipe.words import Arguments, Parameter, StepKind, is_count, is_flag, is_number, is_positive, one_of
 
@@ -87,11 +88,16 @@ def _predict(method: str) -> Callable[[ModelSpec, Arguments], ModelSpec]:
                     f"{said} trains dense weights and {part.name} is quantized to {part.weight.bits} bits; put it before quantize, or use "
                     "distill(scales) or distill(qat)."
                 )
-        has_logits = any(isinstance(part, Linear) and part.component == "head" for part in spec.parts)
+        has_logits = has_head(spec)
         if method == "logits" and not has_logits:
             raise RecipeError(f"{said}: {spec.name} ({spec.architecture}) has no head that gives logits; use distill(embeddings).")
         if method == "embeddings" and has_logits:
             raise RecipeError(f"{said}: {spec.name} ({spec.architecture}) gives logits and no embeddings; use distill(logits).")
+        if arguments.get("labels") and task_of(spec) is None:
+            raise RecipeError(
+                f"{said}: labels={arguments['labels']} is for classes, values, answers to questions and texts that are written, and {spec.name} "
+                f"({spec.architecture}) gives none of them; leave labels out."
+            )
         if arguments.get("self_tokens") and not spec.is_decoder:
             raise RecipeError(f"{said}: self_tokens are written by a decoder, and {spec.name} is none; leave them out.")
         if arguments.get("parallel") == "fsdp":
@@ -116,6 +122,7 @@ DISTILLING: dict[tuple[str, str], StepKind] = {
             "top_k": Parameter(accepts=is_count, says="a number of the original's largest logits that are kept for each position; 0: all", default=0),
             "hidden": Parameter(accepts=_is_weight, says=f"weight of the hidden-state loss, {_WEIGHT}", default=0.0),
             "attention": Parameter(accepts=_is_weight, says=f"weight of the attention loss, {_WEIGHT}", default=0.0),
+            "labels": Parameter(accepts=_is_weight, says=f"weight of the cross-entropy of a labelled file's labels, {_WEIGHT}", default=0.0),
             "self_tokens": Parameter(accepts=is_count, says="a number of tokens that the original writes to be trained on, or 0", default=0),
             **CALIBRATION,
         },

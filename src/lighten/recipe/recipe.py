@@ -74,6 +74,11 @@ class Recipe:
     def steps_text(self) -> str:
         return " | ".join(str(step) for step in self.steps)
 
+    @property
+    def labels(self) -> float | None:
+        """Largest weight that a step gives true labels; None: no step takes any."""
+        return max((step["labels"] for step in self.steps if "labels" in step.kind.parameters), default=None)
+
     def require_done(self) -> None:
         """Raises:
         RecipeError: a step that is predicted, but that nothing carries out yet.
