@@ -15,7 +15,7 @@ from any_architecture import calibration, save_architecture
 
 from lighten.compress import methods
 from lighten.errors import RecipeError
-from lighten.formats.artifact import Artifact, Work, write_artifact
+from lighten.formats.artifact import RUN, Artifact, Work, write_artifact
 from lighten.formats.safetensors_folder import expanded_weights
 from lighten.model import read_spec
 from lighten.model.spec import Linear, block_name
@@ -56,7 +56,8 @@ def test_any_order_of_steps_gives_what_it_predicts(order: tuple[str, ...], llama
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """All but how the run went."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name != RUN}
 
 
 class _Ended(BaseException):
