@@ -79,7 +79,7 @@ def _style() -> str:
         ".part { stroke: var(--page); stroke-width: 1; } .warm-up { fill: var(--faint); } .parts { max-width: 620px; }\n"
         ".right th, .right td { text-align: right; } .right th:first-child, .right td:first-child { text-align: left; }\n"
         ".steps .step { min-width: 170px; white-space: normal; } .steps td b { font-weight: 600; } section > .note { margin-top: 8px; }\n"
-        "figure .legend { margin-bottom: 6px; } .key { display: inline-flex; width: 12px; height: 12px; border-radius: 2px; }\n"
+        "figure .legend { margin-bottom: 6px; } .key { flex: none; margin-right: 2px; width: 12px; height: 12px; border-radius: 2px; }\n"
         "pre + dl, .banner + dl { margin-top: 12px; } .foreseen { stroke: var(--ink); stroke-width: 2; }\n"
     )
     return "".join(files("lighten.report").joinpath(name).read_text(encoding="utf-8") for name in ("report.css", "sweep.css")) + own
@@ -130,7 +130,7 @@ def _parameter_tile(manifest: Record, steps: Sequence[Record]) -> str:
     last = steps[-1] if steps else before
     lines = [f"of {format_count(number(before, 'parameters'))} before"]
     zeros, bits = number(last, "zeros"), number(last, "bits")
-    lines += [f"{zeros:.1%} of them zero"] if zeros else []
+    lines += [f"{_share(zeros)} of them zero"] if zeros else []
     lines += [f"{bits:.3g} bits a quantized weight"] if bits is not None else []
     return _tile("parameters", format_count(number(last, "parameters")), lines)
 

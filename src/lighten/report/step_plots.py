@@ -155,5 +155,5 @@ def _warm_up(loss: Loss, x: Axis, frame: Box) -> str:
     inside = right - frame.x > ADVANCE * 8 + 6
     place = (frame.x + 4, "start") if inside else (right + 4, "start")
     return rectangle(Box(x=frame.x, y=frame.y, width=right - frame.x, height=frame.height), "warm-up") + text(
-        place[0], frame.y + LINE - 2, "warm-up", "label", anchor=place[1]
+        place[0], frame.y + frame.height - 5, "warm-up", "label", anchor=place[1]
     )
