@@ -351,7 +351,7 @@ def test_a_folder_that_is_neither_or_damaged_is_one_line(change: Any, said: str,
 
 
 def test_compress_says_each_step_and_names_the_page(llama: Path, tmp_path: Path) -> None:
-    recipe = "prune(magnitude, sparsity=0.5) | quantize(rtn, bits=8)"
+    recipe = "prune(magnitude, sparsity=0.5) | quantize(rtn, bits=4)"
     ran = run_lighten("compress", llama, "--recipe", recipe, "-o", tmp_path / "out")
     lines = ran.stdout.splitlines()
     assert ran.code == 0
