@@ -38,7 +38,8 @@ from lighten.compress.distances import (
     relational_distance,
     state_distance,
 )
-from lighten.compress.distill_dense import CURVE_POINTS, cut_rows, pools_first_token, rows_of_step, thinned
+from lighten.compress.distill_dense import cut_rows, pools_first_token, rows_of_step
+from lighten.compress.distill_scales import CURVE_POINTS, thinned
 from lighten.compress.journal import Journal
 from lighten.compress.lion import Lion
 from lighten.compress.pupil import MOST_LAYERS, mapped

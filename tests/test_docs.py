@@ -31,6 +31,7 @@ from lighten.choose import candidates, constraints
 from lighten.cli.main import COMMANDS, main
 from lighten.cli.sizes import POINT_FIELDS
 from lighten.device.profile import Calibration, EngineProfile, Profile
+from lighten.formats import step_facts
 from lighten.model.families import MODULES
 from lighten.recipe import RUNTIMES, STEPS, parse_recipe
 from lighten.recipe.recipe import parse_yaml
@@ -300,6 +301,8 @@ DOCUMENTS: dict[str, Callable[[], set[str]]] = {
     "Fields of an engine": lambda: {field.name for field in fields(EngineProfile)},
     "Fields of a calibration": lambda: {field.name for field in fields(Calibration)},
     "Fields of lighten.json": lambda: literal_keys("formats/artifact.py", "_assemble"),
+    "Fields of a step": lambda: literal_keys("formats/step_facts.py", "spec_facts") | {"step", "predicted", *step_facts.SAID},
+    "Fields of run.json": lambda: literal_keys("formats/step_facts.py", "run_facts"),
 }
 
 

@@ -20,7 +20,8 @@ from tiny_models import bert_config, llama_config, save
 from lighten import __version__
 from lighten.errors import ModelError, OutputError, RecipeError
 from lighten.formats import artifact as artifact_module
-from lighten.formats.artifact import MANIFEST, Artifact, fingerprint, folder_bytes, read_artifact, write_artifact
+from lighten.formats.artifact import MANIFEST, RUN, Artifact, fingerprint, folder_bytes, read_artifact, write_artifact
+from lighten.formats.step_facts import facts_before
 from lighten.formats.torch_model import load_module
 from lighten.model import read_spec
 from lighten.model.read import SIDE_FILES
@@ -291,8 +292,10 @@ def test_the_manifest_says_what_the_artifact_is(recipe, made, tiny_bert):
         "lighten": __version__, "recipe": str(said), "runtime": said.runtime, "dtype": "float32", "original": str(tiny_bert.resolve()),
         "original_fingerprint": fingerprint(tiny_bert), "size_bytes": folder_bytes(artifact.folder),
         "predicted": {"size_bytes": artifact_bytes(said, apply_recipe(said, spec))}, "notes": notes(said, spec), "run": manifest["run"],
-        "curves": [],
+        "curves": [], "before": facts_before(spec, said, tiny_bert), "steps": manifest["steps"],
     }  # fmt: skip
+    assert [step["step"] for step in manifest["steps"]] == [str(step) for step in said.steps]
+    assert manifest["steps"][-1]["size_bytes"] == manifest["predicted"]["size_bytes"]
     linears = sum(isinstance(part, Linear) for part in spec.parts)
     assert len(layers) == (linears if "rtn" in recipe else 0)
     assert all(layer.keys() == {"name", "sparsity", "relative_error", "bits"} for layer in layers)
@@ -312,7 +315,7 @@ def test_the_folder_holds_weights_side_files_and_the_manifest_alone(recipe, file
     artifact, _ = made(tiny_bert, recipe)
     side = {name for name in SIDE_FILES if (tiny_bert / name).is_file()}
     found = {str(path.relative_to(artifact.folder)) for path in artifact.folder.rglob("*")}
-    assert found == files | side | {MANIFEST}
+    assert found == files | side | {MANIFEST, RUN}
     for name in side - {"config.json"}:
         assert (artifact.folder / name).read_bytes() == (tiny_bert / name).read_bytes()
     assert artifact.folder.stat().st_mode & 0o777 == 0o755

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from lighten.compress import methods, training
 from lighten.errors import RecipeError
-from lighten.formats.artifact import Artifact, Work, write_artifact
+from lighten.formats.artifact import RUN, Artifact, Work, write_artifact
 from lighten.formats.export import export
 from lighten.formats.safetensors_folder import expanded_weights
 from lighten.model import read_spec
@@ -62,7 +62,8 @@ def test_any_order_of_steps_gives_what_it_predicts(order: tuple[str, ...], llama
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """All but how the run went."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name != RUN}
 
 
 class _Ended(BaseException):

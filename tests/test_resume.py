@@ -27,7 +27,7 @@ from lighten.compress.grid import QuantizedTensor
 from lighten.compress.journal import Journal, work_folder
 from lighten.errors import OutputError
 from lighten.formats import artifact as artifact_module
-from lighten.formats.artifact import Work, write_artifact
+from lighten.formats.artifact import RUN, Work, write_artifact
 from lighten.recipe import parse_recipe
 
 IDENTITY = {"recipe": "quantize(gptq, bits=4) @ torch", "weights": "abc", "text": "def"}
@@ -309,7 +309,12 @@ def compress(model: Path, out: Path, *, recipe: str = GPTQ, text: str = "t", **m
     work = Work(windows=windows, text=text, log=lines.append, **more)
     write_artifact(model, parse_recipe(recipe), out, calibration=list, work=work)
     assert [path.name for path in out.parent.iterdir()] == [out.name]
-    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}, lines
+    return files_of(out), lines
+
+
+def files_of(out: Path) -> dict[str, bytes]:
+    """All but how the run went."""
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file() and path.name != RUN}
 
 
 @pytest.fixture(scope="module")
@@ -346,7 +351,7 @@ def stopped(
 
 
 MOMENTS = {
-    "before a block": (walk, "_do_block", 1), "after its work": (Journal, "write", 2), "before it has its name": (os, "replace", 3),
+    "before a block": (walk, "_do_block", 1), "after its work": (Journal, "write", 2), "before it has its name": (os, "replace", 5),
     "when it is written": (artifact_module, "verify_folder", 0), "before the manifest": (artifact_module, "folder_bytes", 0),
     "when it is whole": (Journal, "mark", 1), "before it has its place": (artifact_module, "_move", 0), "in its place": (Journal, "discard", 0),
 }  # fmt: skip
@@ -402,7 +407,7 @@ def test_without_an_interruption_bytes_are_the_same_in_another_process_and_place
     out.parent.mkdir()
     environment = os.environ | {"PYTHONHASHSEED": "7", "OMP_NUM_THREADS": str(torch.get_num_threads())}
     subprocess.run([sys.executable, "-c", program, str(tiny_llama), str(out)], check=True, env=environment, timeout=250)
-    assert {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()} == expected
+    assert files_of(out) == expected
 
 
 def test_a_changed_model_recipe_or_text_is_refused_by_name(tiny_llama, tmp_path, monkeypatch, expected):

@@ -508,6 +508,49 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def report(folder: str | Path) -> Path:
+    """Write report.html in a folder that `choose` or `compress` wrote, from what lies there; where the page is.
+
+    Raises:
+        ModelError: neither wrote there, or what they wrote cannot be read.
+        OutputError: the folder cannot be written.
+    """
+    from lighten.formats.artifact import MANIFEST, PAGE
+    from lighten.report import compression_page, write_page, write_report
+
+    folder = Path(folder)
+    path = folder / PAGE
+    if (folder / "choice.json").exists() or not (folder / MANIFEST).exists():
+        write_report(read_choice(folder), path)
+    else:
+        write_page(compression_page(*read_made(folder)), path)
+    return path
+
+
+def read_made(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """`lighten.json` of a folder that `compress` wrote, and `run.json`; None where there is none, as older versions wrote none.
+
+    Raises:
+        ModelError: one of them is not readable.
+    """
+    from lighten.formats.artifact import MANIFEST, RUN
+
+    manifest, run = _document(folder / MANIFEST), _document(folder / RUN) if (folder / RUN).exists() else None
+    if "recipe" not in manifest or "size_bytes" not in manifest:
+        raise ModelError(f"{folder / MANIFEST} is not what `lighten compress` writes.")
+    return manifest, run
+
+
+def _document(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path.parent}: no readable {path.name} ({error}).") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{path} is not what `lighten compress` writes.")
+    return found
+
+
 def read_choice(folder: Path) -> dict[str, Any]:
     """`choice.json` of a folder that `choose` wrote.
 
@@ -515,6 +558,8 @@ def read_choice(folder: Path) -> dict[str, Any]:
         ModelError: none there, or not readable.
     """
     path = folder / "choice.json"
+    if not path.exists():
+        raise ModelError(f"{folder}: neither choice.json of `lighten choose` nor lighten.json of `lighten compress` is there.")
     try:
         choice = json.loads(path.read_text())
     except (OSError, ValueError) as error:

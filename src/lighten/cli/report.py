@@ -1,9 +1,8 @@
-"""Write report.html anew from the choice.json of an earlier run."""
+"""Write report.html from what `lighten choose` or `lighten compress` wrote."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from lighten import verbs
 from lighten.cli.options import add_json, print_json
@@ -12,15 +11,11 @@ EXAMPLE = "lighten report chosen"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="DIR", help="what `lighten choose` wrote to")
+    parser.add_argument("folder", metavar="DIR", help="what `lighten choose` or `lighten compress` wrote to")
     add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from lighten.report import write_report
-
-    folder = Path(arguments.folder)
-    path = folder / "report.html"
-    write_report(verbs.read_choice(folder), path)
+    path = verbs.report(arguments.folder)
     print_json({"report": str(path)}) if arguments.json else print(path)
     return 0

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from lighten.compress.answers import Answers, Asking, Index, find_kind, record
-from lighten.compress.distill_scales import split
+from lighten.compress.distill_scales import split, thinned
 from lighten.compress.memory_plan import RELATED, ROW_TOKENS, STEP_TOKENS, release_free, reusing_memory
 from lighten.compress.processes import Team, require_team
 from lighten.compress.pupil import Objective, match_layers
@@ -54,8 +54,6 @@ TIMED = 4
 """Steps whose time tells how many a budget of minutes allows; the first of them does not count (choice: it loads what the others have)."""
 SAVE_SECONDS, SAVE_SHARE = 60.0, 10
 """Training is written down at most so often, and so that writing takes at most a tenth of the time: choice."""
-CURVE_POINTS = 200
-"""Of a loss curve that is kept: choice, more than a picture shows."""
 SAID = 50
 """Lines of progress of a training: choice."""
 JUDGED = 32
@@ -134,7 +132,7 @@ class _Distillation:
             self._job.run.log(f"that is not less than before ({plan.before:.4f}): all stays as it was")
         weights = {name: value.to(self._dtypes[name]) for name, value in leader.weights().items()} if kept else {}
         report = {
-            "step": str(self._job.step), "kept": kept, "steps": plan.steps, "held_out": [plan.before, after],
+            "step": str(self._job.step), "kept": kept, "steps": plan.steps, "warm_up": plan.warm_up, "held_out": [plan.before, after],
             "teacher_passes": self._answers.index.passes, "curve": thinned(curve),
         }  # fmt: skip
         if plan.accuracy is not None:
@@ -395,12 +393,6 @@ def rows_of_step(rows: Sequence[int], *, step: int, count: int, seed: int) -> It
         epoch, index = divmod(place, len(rows))
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed((seed << 20) + epoch))
         yield rows[int(order[index])]
-
-
-def thinned(curve: Sequence[tuple[int, int, float]]) -> list[tuple[int, int, float]]:
-    """At most `CURVE_POINTS` of the points, evenly, the last among them."""
-    every = -(-len(curve) // CURVE_POINTS)
-    return [point for place, point in enumerate(curve) if (len(curve) - 1 - place) % max(1, every) == 0]
 
 
 def pools_first_token(folder: Path) -> bool:

@@ -14,7 +14,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +27,8 @@ from lighten.compress.student import Fixed, Latent, Offset, Scales, Student, has
 from lighten.compress.teacher import Sample, Teacher
 
 _HELD_OUT = 8
+CURVE_POINTS = 200
+"""Of a loss curve that is kept: choice, more than a picture shows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +65,7 @@ class Task:
         pruned: names of weights whose zeros stay.
         rounding: while it is entered, the module rounds the activations that the quantized model rounds.
         log: is told how it goes on.
+        tell: is told in the end how it went, as JSON holds it.
     """
 
     skeleton: Skeleton
@@ -72,6 +77,7 @@ class Task:
     pruned: frozenset[str] = frozenset()
     rounding: Callable[[], AbstractContextManager[None]] = nullcontext
     log: Callable[[str], None] = lambda line: None
+    tell: Callable[[Mapping[str, Any]], None] = lambda said: None
 
 
 Trained = Callable[[str, Quantized], Latent | None]
@@ -123,9 +129,14 @@ def descend(
         judged, label = (held_out, "held-out samples") if held_out else (training, "all samples")
         before = _mean(student, teacher, judged)
         task.log(f"distance from the original on {label}: {before:.4f}")
-        _train(student, teacher, order(training, steps=settings.steps, seed=settings.seed), settings, before_step, task.log)
+        losses = _train(student, teacher, order(training, steps=settings.steps, seed=settings.seed), settings, before_step, task.log)
         behind = _mean(student, teacher, judged)
         task.log(f"distance from the original on {label}: {behind:.4f}")
+    sizes = accumulate(_positions(samples[index]) for index in order(training, steps=settings.steps, seed=settings.seed))
+    task.tell({
+        "kept": behind < before, "steps": settings.steps, "warm_up": _warm_up(settings), "held_out": [before, behind], "teacher_passes": len(samples),
+        "curve": thinned([(step, size, loss) for step, (size, loss) in enumerate(zip(sizes, losses, strict=True), start=1)]),
+    })  # fmt: skip
     if not behind < before:
         task.log("that is not less than before: all stays as it was")
         return {}
@@ -135,10 +146,12 @@ def descend(
 def _train(
     student: Student, teacher: Teacher, indices: Iterator[int], settings: TuneSettings, before_step: Callable[[float], None],
     log: Callable[[str], None],
-) -> None:  # fmt: skip
+) -> list[float]:  # fmt: skip
+    """The distance of each step's sample, before it."""
+    found: list[float] = []
     leaves = [leaf for latent in student.latents.values() for leaf in latent.leaves()]
     optimizer = torch.optim.Adam(leaves, lr=settings.learning_rate, betas=(0.9, 0.95))
-    warm_up = max(1, settings.steps // 10)  # choice: the first steps of Adam are the signs of one sample's gradient
+    warm_up = _warm_up(settings)
     for step, index in enumerate(indices):
         left = min(1, (step + 1) / warm_up) * (1 - step / settings.steps)
         for group in optimizer.param_groups:
@@ -149,6 +162,25 @@ def _train(
         optimizer.step()
         optimizer.zero_grad()
         log(f"step {step + 1} of {settings.steps}: {distance:.4f}")
+        found.append(distance)
+    return found
+
+
+def _warm_up(settings: TuneSettings) -> int:
+    """Steps in which the learning rate rises: choice, a tenth; the first steps of Adam are the signs of one sample's gradient."""
+    return max(1, settings.steps // 10)
+
+
+def thinned(curve: Sequence[tuple[int, int, float]]) -> list[tuple[int, int, float]]:
+    """At most `CURVE_POINTS` of the points, evenly, the last among them."""
+    every = -(-len(curve) // CURVE_POINTS)
+    return [point for place, point in enumerate(curve) if (len(curve) - 1 - place) % max(1, every) == 0]
+
+
+def _positions(sample: Sample) -> int:
+    """Positions of a sample: its tokens, or one for each row of what is no text."""
+    found = sample.get("input_ids")
+    return found.numel() if found is not None else len(next(iter(sample.values())))
 
 
 def cut(batches: Sequence[Sample], *, step_tokens: int, window: int) -> Iterator[dict[str, Tensor]]:

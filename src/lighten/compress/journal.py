@@ -2,6 +2,7 @@
 
     .NAME.lighten-work/          beside the artifact NAME
         journal.json             what the run was begun with, and how far it is
+        clock.json               what each step took so far, as of the last block that was finished
         lock                     held by the one process that works here
         pass-00/BLOCK.block      what a pass made of a block, written whole or not at all, with its checksum
         scratch/                 of the running process; emptied when the next begins
@@ -32,10 +33,11 @@ import torch
 from torch import Tensor
 
 from lighten.compress.checkpoint import map_tensor
+from lighten.compress.clock import Clock
 from lighten.compress.grid import QuantizedTensor, Weight
 from lighten.errors import OutputError
 
-FILE, LOCK, SCRATCH, ARTIFACT = "journal.json", "lock", "scratch", "artifact"
+FILE, LOCK, SCRATCH, ARTIFACT, CLOCK = "journal.json", "lock", "scratch", "artifact", "clock.json"
 VERSION = 1
 ALIGNMENT = 64
 """Tensors begin at multiples of it (choice: a cache line; any element size divides it)."""
@@ -73,6 +75,7 @@ class Journal:
     Attributes:
         resumed: an earlier run's blocks are there.
         assembled: the artifact was whole before the earlier run ended: all that can be missing is its new name.
+        clock: what each step took, in all processes of the run; of one that was killed, up to its last finished block.
     """
 
     def __init__(self, folder: Path, lock: int, identity: Mapping[str, str], *, out: Path, before: Mapping[str, Any] | None) -> None:
@@ -82,6 +85,7 @@ class Journal:
         self._lock: int | None = lock
         self._identity = dict(identity)
         self._whole: set[Path] = set()
+        self.clock = Clock(_clock_of(folder) if self.resumed else None)
 
     @classmethod
     def open(
@@ -168,6 +172,8 @@ class Journal:
                 sync(self.folder)
             with _replacing(path) as file:
                 _write_block(file, header, tensors)
+            with _replacing(self.folder / CLOCK) as file:
+                file.write(json.dumps(self.clock.spent()).encode())
         self._whole.discard(path)
 
     def read(self, pass_index: int, block: str) -> Finished:
@@ -182,6 +188,14 @@ class Journal:
             _check(path)
             self._whole.add(path)
         return Finished(weights=_Weights(path, start, header["weights"]), reports=header["reports"])
+
+    def reports(self, pass_index: int) -> list[dict[str, Any]]:
+        """What was said of all of a pass's finished blocks, in the order of the blocks' files; their tensors are not read.
+
+        Raises:
+            OutputError: a file is damaged.
+        """
+        return [report for path in sorted(self._pass(pass_index).glob("*.block")) for report in _header(path)[0]["reports"]]
 
     def file(self, pass_index: int, name: str) -> Path:
         """Where a pass may keep a file of its own making, beside its blocks.
@@ -310,6 +324,23 @@ def _read(folder: Path) -> dict[str, Any] | None:
         raise OutputError(f"{folder / FILE} cannot be read: {error.strerror}.") from error
     except (ValueError, KeyError, TypeError) as error:
         raise OutputError(f"{folder / FILE} is not a journal of this version ({error}); remove {folder} to start anew.") from error
+
+
+def _clock_of(folder: Path) -> dict[str, Any]:
+    """What the processes before took; nothing where none finished a block.
+
+    Raises:
+        OutputError: it cannot be read.
+    """
+    try:
+        said: dict[str, Any] = json.loads((folder / CLOCK).read_bytes())
+        return {what: {"seconds": float(each["seconds"]), "peak_bytes": each["peak_bytes"]} for what, each in said.items()}
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise OutputError(f"{folder / CLOCK} cannot be read: {error.strerror}.") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OutputError(f"{folder / CLOCK} is damaged; delete this file and run again with --resume, which counts time anew.") from error
 
 
 def _refuse_changes(folder: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeAlias
 from torch import Tensor
 
 from lighten.compress.checkpoint import Checkpoint
+from lighten.compress.clock import Clock
 from lighten.compress.grid import Weight
 from lighten.compress.journal import Finished, Journal
 
@@ -154,6 +155,33 @@ class Journaled:
         if self._last is None or self._last[0] != block:
             self._last = (block, self.journal.read(self.pass_index, block))
         return self._last[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timed:
+    """A stage whose tensors, when they are asked for, take the time of the step that made it.
+
+    Attributes:
+        what: the step, for the clock.
+    """
+
+    before: Stage
+    clock: Clock
+    what: str
+
+    @property
+    def names(self) -> list[str]:
+        return self.before.names
+
+    def __getitem__(self, name: str) -> Weight:
+        with self.clock.counting(self.what):
+            return self.before[name]
+
+    def touched(self, name: str) -> bool:
+        return self.before.touched(name)
+
+    def said(self, name: str) -> Mapping[str, Any]:
+        return self.before.said(name)
 
 
 def rebased(stage: Stage, before: Stage, other: Stage) -> Stage:

@@ -30,7 +30,7 @@ from lighten.compress.journal import Journal
 from lighten.compress.memory_plan import release_free
 from lighten.compress.reports import LayerReport, reported, weights_of
 from lighten.compress.skeleton import Skeleton, Unit
-from lighten.compress.stage import Change, Changed, Journaled, Original, Stage, origin_of, rebased
+from lighten.compress.stage import Change, Changed, Journaled, Original, Stage, Timed, origin_of, rebased
 from lighten.compress.suspend import Forwards
 from lighten.errors import ModelError, RecipeError
 from lighten.model.quantized import refuse_layouts
@@ -62,12 +62,14 @@ class Done:
     Attributes:
         spec: of the result. It is what the recipe predicted, but for widths that were chosen by what was measured.
         weights: each tensor, with a report of those that changed; one is held at a time.
-        curves: how each step that trained dense weights went, as JSON holds it.
+        specs: after each step; what was measured is in them, as in `spec`.
+        curves: how each step that trained weights went, as JSON holds it.
         side_files: what becomes of files beside the weights, by name; None: left out.
     """
 
     spec: ModelSpec
     weights: Iterator[tuple[str, Weight, LayerReport | None]]
+    specs: tuple[ModelSpec, ...] = ()
     curves: Sequence[Mapping[str, Any]] = ()
     side_files: Mapping[str, bytes | None] = field(default_factory=dict)
 
@@ -82,7 +84,7 @@ class Run:
         written: tokens that the original wrote for a step: (length, whether what it became wrote in its place, starts) → them. Later steps that ask
             for the same take them.
         graphs: traced so far, by config.
-        curves: what steps that trained dense weights told so far.
+        curves: what steps that trained weights told so far.
         side_files: what steps made of files beside the weights; None: left out.
         new_ids: where a step changed the vocabulary, each old token in new ones.
         old_ids: then the old token that each new one was.
@@ -276,6 +278,7 @@ def do_recipe(  # noqa: PLR0913 - one keyword for each thing that a run may be g
     stage: Stage = run.original
     reference: Stage = run.original
     dense: Stage = run.original
+    specs: list[ModelSpec] = []
     for number, step in enumerate(recipe.steps):
         quantized = any(part.weight.bits for part in spec.parts if isinstance(part, Linear | Embedding))
         if has_other_shapes(spec, run.spec) and not quantized:
@@ -284,10 +287,14 @@ def do_recipe(  # noqa: PLR0913 - one keyword for each thing that a run may be g
             dense = stage
         after = step.kind.predict(spec, {**dict(step.arguments), "runtime": recipe.runtime})
         job = Job(run=run, number=number, step=step, before=spec, after=after, stage=stage, reference=reference, dense=dense)
-        stage, spec = METHODS[step.verb, step.method](job)
+        with journal.clock.counting(str(number)):
+            made, spec = METHODS[step.verb, step.method](job)
+        stage = stage if made is stage else Timed(before=made, clock=journal.clock, what=str(number))
+        specs.append(spec)
         if quantized and has_other_shapes(spec, job.before):
             reference, dense = (rebased(stage, job.stage, each) for each in (reference, dense))
-    return Done(spec=spec, weights=reported(run.original, run.spec, stage, spec), curves=tuple(run.curves), side_files=run.side_files)
+    weights = reported(run.original, run.spec, stage, spec)
+    return Done(spec=spec, weights=weights, specs=tuple(specs), curves=tuple(run.curves), side_files=run.side_files)
 
 
 def compress_weights(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe) -> Iterator[tuple[str, Weight, LayerReport | None]]:

@@ -117,17 +117,21 @@ def tune(job: Job) -> tuple[Stage, ModelSpec]:
         release_free()
         skeleton = job.skeleton()
         changed = {name: job.stage[name] for name in job.stage.names if job.stage.touched(name)}
+        told: list[Mapping[str, Any]] = []
         task = Task(
             skeleton=skeleton, source=partial(reference_value, job), weights=changed,
             transposed=job.transposed, batches=[inputs_of(skeleton.module, batch) for batch in texts(job, skeleton, reference_value)],
             folder=journal.scratch, pruned=pruned_names(job.before),
             rounding=partial(simulating, skeleton.module, job.before, _input_scales(changed)),
-            log=job.run.log,
+            log=job.run.log, tell=told.append,
         )  # fmt: skip
         settings = TuneSettings(steps=job.step["steps"], learning_rate=job.step["learning_rate"])
         done: Mapping[str, Weight] = tune_scales(task, settings) if job.step.method == "scales" else train_codes(task, settings)
-        journal.write(job.number, ALL, {name: _as_stored(job, name, weight) for name, weight in done.items()})
-    names = journal.read(job.number, ALL).weights
+        reports = [{"step": str(job.step), **said} for said in told]
+        journal.write(job.number, ALL, {name: _as_stored(job, name, weight) for name, weight in done.items()}, reports)
+    found = journal.read(job.number, ALL)
+    job.run.curves.extend(found.reports)
+    names = found.weights
     return Journaled(before=job.stage, journal=journal, pass_index=job.number, blocks=dict.fromkeys(names, ALL)), job.after
 
 

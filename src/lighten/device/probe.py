@@ -85,7 +85,7 @@ def installed_engines() -> list[str]:
 def this_machine() -> Machine:
     """CPU, cores that this process may use, memory and system."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Machine(cpu=_cpu_name(), cores=cores, memory_bytes=_memory_bytes(), os=platform.platform())
+    return Machine(cpu=cpu_name(), cores=cores, memory_bytes=_memory_bytes(), os=platform.platform())
 
 
 def _check(threads: int, engines: Sequence[str] | None) -> None:
@@ -195,7 +195,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text(encoding="utf-8", errors="replace").splitlines():

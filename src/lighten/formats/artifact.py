@@ -19,12 +19,16 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lighten import __version__
+from lighten.compress.clock import WRITING
 from lighten.compress.grid import Weight
 from lighten.compress.journal import Journal, sync, work_folder
 from lighten.compress.memory_plan import MemoryPlan, import_class, keeping_limit, peak_rss_bytes, plan_memory, reset_peak, rss_bytes
 from lighten.compress.run_identity import digest, run_identity
 from lighten.compress.skeleton import main_input
+from lighten.compress.training_time import TrainingTime, predict_times
 from lighten.compress.walk import CalibrationSource, Checkpoint, Done, LayerReport, do_recipe
 from lighten.errors import ConstraintError, ModelError, OutputError, RecipeError
 from lighten.formats import files
@@ -32,6 +36,7 @@ from lighten.formats.onnx_artifact import write_onnx_artifact
 from lighten.formats.onnx_export import dense_weights, export_onnx, is_exported
 from lighten.formats.openvino_ir import Batch, write_openvino
 from lighten.formats.safetensors_folder import copy_side_files, other_loaders_refuse, write_dense, write_folder
+from lighten.formats.step_facts import facts_before, facts_of_steps, run_facts
 from lighten.formats.verify import Witness, verify_folder, verify_graph
 from lighten.model import ModelSpec
 from lighten.model.quantized.kv import KVFormat, kv_format_for
@@ -43,7 +48,8 @@ from lighten.recipe.predict import artifact_bytes, compute_dtype
 from lighten.recipe.targets import RUNTIMES
 from lighten.units import format_bytes
 
-MANIFEST = "lighten.json"
+MANIFEST, RUN, PAGE = "lighten.json", "run.json", "report.html"
+"""What the artifact is, in the same bytes whenever it is made; how the run went that made it; the page of both, which `lighten report` writes."""
 OWN_TYPE = "the model's own"
 
 
@@ -123,6 +129,7 @@ def write_artifact(
     _refuse(plan)
     for note in _notes(plan):
         work.log(note)
+    times = _times(plan)
     reset_peak()
     memory = _memory(plan, folder)
     settings = {"sequences at once": str(memory.batch_rows), "type that calibration computes in": memory.compute_dtype or OWN_TYPE}
@@ -137,9 +144,11 @@ def write_artifact(
             _check_space(plan, journal)
             with keeping_limit(work.memory_bytes):
                 _assemble(plan, memory, journal, identity)
+            _write_run(plan, memory, journal, times)
             journal.mark("assembled")
         _move(journal, folder)
-    made = Made(seconds=time.perf_counter() - start, predicted_peak_bytes=memory.peak_bytes, peak_bytes=peak_rss_bytes())
+    peaks = [peak for peak in (peak_rss_bytes(), journal.clock.peak_bytes) if peak is not None]
+    made = Made(seconds=time.perf_counter() - start, predicted_peak_bytes=memory.peak_bytes, peak_bytes=max(peaks, default=None))
     return replace(read_artifact(folder), made=made)
 
 
@@ -164,19 +173,44 @@ def _assemble(plan: _Plan, memory: MemoryPlan, journal: Journal, identity: Mappi
     folder = journal.artifact
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    layers, curves = _write(plan, memory, journal, folder)
+    layers: list[LayerReport] = []
+    done = do_recipe(
+        Checkpoint(plan.source), plan.spec, plan.recipe, plan.source, journal, calibration=plan.work.windows, batch_rows=memory.batch_rows,
+        buffer_bytes=memory.buffer_bytes, blocks_once=memory.blocks_once, compute_dtype=memory.compute_dtype, log=plan.work.log,
+    )  # fmt: skip
+    with journal.clock.counting(WRITING):
+        _write(plan, memory, done, _reported(done, layers), journal)
     manifest = {
         "lighten": __version__, "recipe": str(plan.recipe), "runtime": plan.recipe.runtime, "dtype": compute_dtype(plan.recipe, plan.predicted),
         "original": str(plan.source.resolve()), "original_fingerprint": fingerprint(plan.source), "run": digest(identity),
         "size_bytes": folder_bytes(folder),
         "predicted": {"size_bytes": artifact_bytes(plan.recipe, plan.predicted)}, "notes": _notes(plan),
+        "before": facts_before(plan.spec, plan.recipe, plan.source),
+        "steps": list(facts_of_steps(plan.spec, plan.recipe, done.specs, journal)),
         "layers": [{key: value for key, value in asdict(layer).items() if value is not None or key == "bits"} for layer in layers],
-        "curves": list(curves),
+        "curves": list(done.curves),
     }  # fmt: skip
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     for path in folder.rglob("*"):
         sync(path)
     sync(folder)
+
+
+def _times(plan: _Plan) -> list[TrainingTime | None]:
+    """What each step is predicted to take, said before any work; None where that is not known."""
+    found, said = predict_times(plan.recipe, plan.spec, plan.work.windows, threads=torch.get_num_threads())
+    for line in said:
+        plan.work.log(line)
+    return found
+
+
+def _write_run(plan: _Plan, memory: MemoryPlan, journal: Journal, times: Sequence[TrainingTime | None]) -> None:
+    """How the run went, beside the manifest."""
+    run = run_facts(plan.recipe, journal, times, predicted_peak_bytes=memory.peak_bytes)
+    path = journal.artifact / RUN
+    path.write_text(json.dumps(run, indent=1) + "\n")
+    sync(path)
+    sync(journal.artifact)
 
 
 def _notes(plan: _Plan) -> list[str]:
@@ -235,8 +269,9 @@ def read_artifact(folder: Path) -> Artifact:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files but the manifest, which no runtime reads."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    """Bytes of all files but the manifest, the run's own and the page, which no runtime reads."""
+    own = {folder / name for name in (MANIFEST, RUN, PAGE)}
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path not in own)
 
 
 def fingerprint(folder: Path) -> str:
@@ -305,14 +340,9 @@ def _memory(plan: _Plan, folder: Path) -> MemoryPlan:
     return plan_memory(plan.spec, plan.recipe, base_bytes=rss_bytes() or 0, limit_bytes=plan.work.memory_bytes, fixed=fixed)
 
 
-def _write(plan: _Plan, memory: MemoryPlan, journal: Journal, folder: Path) -> tuple[list[LayerReport], Sequence[Mapping[str, Any]]]:
-    """Fill `folder` with everything but the manifest."""
-    layers: list[LayerReport] = []
-    done = do_recipe(
-        Checkpoint(plan.source), plan.spec, plan.recipe, plan.source, journal, calibration=plan.work.windows, batch_rows=memory.batch_rows,
-        buffer_bytes=memory.buffer_bytes, blocks_once=memory.blocks_once, compute_dtype=memory.compute_dtype, log=plan.work.log,
-    )  # fmt: skip
-    weights = _reported(done, layers)
+def _write(plan: _Plan, memory: MemoryPlan, done: Done, weights: Iterator[tuple[str, Weight]], journal: Journal) -> None:
+    """Fill the journal's artifact folder with everything but the manifest."""
+    folder = journal.artifact
     if plan.recipe.runtime == "llama.cpp":
         from lighten.formats.gguf_file import verify_gguf, write_gguf
 
@@ -323,7 +353,6 @@ def _write(plan: _Plan, memory: MemoryPlan, journal: Journal, folder: Path) -> t
         _verify_folder(plan, memory, folder, witness)
     else:
         _write_exported(plan, dict(weights), done, journal.scratch, folder)
-    return layers, done.curves
 
 
 def _verify_folder(plan: _Plan, memory: MemoryPlan, folder: Path, witness: Witness) -> None:

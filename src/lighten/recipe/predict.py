@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from lighten.errors import RecipeError
@@ -12,7 +13,10 @@ from lighten.recipe.size import CONTAINER_BASE_BYTES, CONTAINER_BYTES, artifact_
 from lighten.recipe.targets import RUNTIMES, carries
 from lighten.units import dtype_bytes
 
-__all__ = ["CONTAINER_BASE_BYTES", "CONTAINER_BYTES", "apply_recipe", "apply_step", "artifact_bytes", "compute_dtype", "loaded_weight_bytes"]
+__all__ = [
+    "CONTAINER_BASE_BYTES", "CONTAINER_BYTES", "apply_recipe", "apply_step", "artifact_bytes", "compute_dtype", "in_format", "loaded_weight_bytes",
+    "specs_of",
+]  # fmt: skip
 
 
 CACHES_CODES = ("torch",)
@@ -26,11 +30,9 @@ def apply_recipe(recipe: Recipe, spec: ModelSpec) -> ModelSpec:
         RecipeError: a step that this model or the runtime cannot take; what exists is named.
     """
     kind = RUNTIMES[recipe.runtime]
-    if kind.exported:
-        spec = _widened(spec, kind.stored)
-    given = {part.name: part.weight for part in spec.parts if isinstance(part, Linear | Embedding)} if not kind.exported else {}
-    for step in recipe.steps:
-        spec = apply_step(step, spec, recipe.runtime)
+    before, *after = specs_of(recipe, spec)
+    spec = after[-1] if after else before
+    given = {part.name: part.weight for part in before.parts if isinstance(part, Linear | Embedding)} if not kind.exported else {}
     if spec.is_decoder and not kind.decoders:
         able = ", ".join(name for name, other in RUNTIMES.items() if other.decoders)
         raise RecipeError(f"runtime {recipe.runtime} does not run decoders here; these do: {able}.")
@@ -45,6 +47,25 @@ def apply_recipe(recipe: Recipe, spec: ModelSpec) -> ModelSpec:
                 f"it carries {' and '.join(kind.stored)} weights, and {kind.formats}."
             )
     return spec
+
+
+def specs_of(recipe: Recipe, spec: ModelSpec) -> Iterator[ModelSpec]:
+    """The spec as the runtime's format has it, and after each step.
+
+    Raises:
+        RecipeError: a step that this model cannot take.
+    """
+    spec = in_format(spec, recipe.runtime)
+    yield spec
+    for step in recipe.steps:
+        spec = apply_step(step, spec, recipe.runtime)
+        yield spec
+
+
+def in_format(spec: ModelSpec, runtime: str) -> ModelSpec:
+    """A spec as a runtime's format has it: in float32 where it is exported and the format does not store its type."""
+    kind = RUNTIMES[runtime]
+    return _widened(spec, kind.stored) if kind.exported else spec
 
 
 def apply_step(step: Step, spec: ModelSpec, runtime: str) -> ModelSpec:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -90,7 +91,7 @@ def number(record: Any, *path: str) -> float | None:
     """
     for key in path:
         record = record.get(key) if isinstance(record, dict) else None
-    if isinstance(record, bool) or not isinstance(record, int | float) or not math.isfinite(record):
+    if isinstance(record, bool) or not isinstance(record, int | float) or not abs(record) <= sys.float_info.max:
         return None
     return float(record)
 

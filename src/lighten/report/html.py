@@ -50,14 +50,23 @@ WIDE, NARROW = (700.0, 420.0), (350.0, 330.0)
 
 
 def write_report(choice: Record, path: Path) -> None:
-    """The report on a choice at `path`: whole or not at all (written beside it, then renamed).
+    """The report on a choice at `path`.
+
+    Raises:
+        OutputError: the folder is missing, full or read-only; nothing is left behind.
+    """
+    write_page(report_page(choice), path)
+
+
+def write_page(page: str, path: Path) -> None:
+    """A page at `path`: whole or not at all (written beside it, then renamed).
 
     Raises:
         OutputError: the folder is missing, full or read-only; nothing is left behind.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_text(report_page(choice), encoding="utf-8")
+        beside.write_text(page, encoding="utf-8")
         os.replace(beside, path)
     except OSError as error:
         with suppress(OSError):
