@@ -33,8 +33,9 @@ def command(arguments: argparse.Namespace, out: Path) -> list[str]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Each file's checksum, by its place in the folder."""
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """Each file's checksum, by its place in the folder, without the times of the run."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "run.json")
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def killed_after(run: Sequence[str], seconds: float) -> tuple[bool, list[str]]:

@@ -50,6 +50,8 @@ TRAINED_BYTES = 16
 """Of each value that is trained: itself, its gradient and Adam's two moments in float32 (Kingma and Ba 2014, arXiv:1412.6980, algorithm 1)."""
 TEXTS, SELF_LENGTH = 32, 512
 """Texts that the original writes side by side, and tokens of each: choice. A product with fewer rows takes hardly less time; a window of tuning."""
+SELF_PREFIX = 32
+"""Tokens of the calibration text that a text which the original writes begins with: choice, a sentence."""
 INSIDE_STATES = 6
 """Hidden states of a token that are alive when attention's output meets its matrix: the residual, the norm's output, queries, keys, values and their
 sum. Counted in `transformers`' Llama."""

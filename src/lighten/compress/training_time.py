@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 
 from lighten.compress.answers import ROWS_AT_ONCE
 from lighten.compress.distill_dense import JUDGED, TIMED
-from lighten.compress.memory_plan import RELATED, ROW_TOKENS, STEP_TOKENS
+from lighten.compress.memory_plan import RELATED, ROW_TOKENS, SELF_LENGTH, SELF_PREFIX, STEP_TOKENS, TEXTS
 from lighten.compress.walk import Batch, CalibrationSource
 from lighten.cost.operators import Forward, Op, forward_operators
 from lighten.cost.training import BACKWARD
@@ -52,12 +52,14 @@ class TrainingTime:
     """Seconds of a step of a recipe, by what takes them; `low` and `high` of all are None where the probe does not know how it scatters.
 
     Attributes:
-        steps: that are done, or that fit into the minutes.
         rows: that the original answers.
+        steps: that are done, or that fit into the minutes.
+        writing_s: of the original, which writes texts of its own.
     """
 
     rows: int
     steps: int
+    writing_s: float
     teacher_s: float
     step_s: float
     judging_s: float
@@ -65,7 +67,7 @@ class TrainingTime:
 
     @property
     def seconds(self) -> float:
-        return self.teacher_s + self.judging_s + self.steps * self.step_s
+        return self.writing_s + self.teacher_s + self.judging_s + self.steps * self.step_s
 
     @property
     def low(self) -> float | None:
@@ -81,7 +83,8 @@ class TrainingTime:
 
     def said(self, minutes: float | None) -> str:
         """In words. minutes: the budget, where that is one of time."""
-        parts = f"the original's answers to {self.rows} rows {format_seconds(self.teacher_s)}, judging {format_seconds(self.judging_s)}"
+        written = f"the original's own texts {format_seconds(self.writing_s)}, " if self.writing_s else ""
+        parts = f"{written}the original's answers to {self.rows} rows {format_seconds(self.teacher_s)}, judging {format_seconds(self.judging_s)}"
         if minutes is not None:
             return f"about {self.steps} steps of {format_seconds(self.step_s)} fit into {minutes:g} min; {parts}"
         range_ = f", {format_seconds(self.low)} to {format_seconds(self.high)}" if self.low is not None else ""
@@ -137,14 +140,15 @@ def predict_training(step: Step, models: tuple[ModelSpec, ModelSpec], profile: P
     machine = _Machine(profile=profile, engine=engine, step=step, length=length)
     judged = min(JUDGED, rows // 8) or rows
     judging = 2 * machine.judging(student, teacher, judged, at_once)
-    asking = machine.teacher(teacher, rows)
+    writing, asking = machine.writing(teacher), machine.teacher(teacher, rows)
     one = machine.training(student, teacher, of_step, at_once)
     steps = training_steps(dict(step.arguments), step_tokens=of_step * length)
     if steps is None:
-        steps = max(TIMED, int((60 * step["minutes"] - asking - judging) / one))
+        steps = max(TIMED, int((60 * step["minutes"] - writing - asking - judging) / one))
     spread = engine.calibration.spread
     return TrainingTime(
-        rows=rows, steps=steps, teacher_s=asking, step_s=one, judging_s=judging, spread=None if spread is None else math.exp(spread)
+        rows=rows, steps=steps, writing_s=writing, teacher_s=asking, step_s=one, judging_s=judging,
+        spread=None if spread is None else math.exp(spread),
     )  # fmt: skip
 
 
@@ -173,6 +177,24 @@ class _Machine:
     engine: EngineProfile
     step: Step
     length: int
+
+    def writing(self, spec: ModelSpec) -> float:
+        """The original's own texts: a forward of the start, and one for each token after it, whose cache is half full on average."""
+        length = min(SELF_LENGTH, spec.max_positions or SELF_LENGTH)
+        count, start = -(-(self.step["self_tokens"] or 0) // length), min(SELF_PREFIX, length // 2)
+        dtype = "bfloat16" if spec.dtype == "bfloat16" else "float32"
+        engine = _engine(self.profile, dtype) if count else self.engine
+        tokens = (
+            Forward(batch_size=1, query_len=start, key_len=start, last_logits_only=True),
+            Forward(batch_size=1, query_len=1, key_len=(start + length) // 2),
+        )
+        seconds = 0.0
+        for texts in _parts(count, TEXTS):
+            first, later = (
+                predict_time(list(forward_operators(spec, replace(each, batch_size=texts), dtype)), engine, self.profile).seconds for each in tokens
+            )
+            seconds += first + (length - start - 1) * later
+        return seconds
 
     def teacher(self, spec: ModelSpec, rows: int) -> float:
         """One pass over all rows, in float32 or the step's type; logits are made of the states later, unless the largest are kept."""

@@ -18,7 +18,7 @@ from lighten.compress.allocate import choose_formats
 from lighten.compress.distill_scales import Task, TuneSettings, tune_scales
 from lighten.compress.fake_quant import simulating
 from lighten.compress.grid import QuantizedTensor, Weight
-from lighten.compress.memory_plan import SELF_LENGTH, SENSITIVITY_WINDOW, release_free
+from lighten.compress.memory_plan import SELF_LENGTH, SELF_PREFIX, SENSITIVITY_WINDOW, release_free
 from lighten.compress.qat import train_codes
 from lighten.compress.ratios import choose_kept
 from lighten.compress.reports import weights_of
@@ -39,9 +39,6 @@ PROBE_BITS, PROBE_GROUP = 4, 64
 SENSITIVITY_TOKENS = 2048
 """Tokens of the backward passes. Two passes differ from eight by 16 % of a weight's sensitivity, where a bit more or less changes it by
 a factor of four: SmolLM2-135M, benchmarks/LOG.md."""
-
-SELF_PREFIX = 32
-"""Tokens of the calibration text that a text which the original writes begins with: choice, a sentence."""
 
 ALL = "all"
 
