@@ -448,6 +448,16 @@ def test_minutes_are_filled_with_what_the_teacher_leaves(llama: Path) -> None:
     assert predicted(llama, "distill(logits, minutes<=0.0001)").steps == 4, "those that are timed"
 
 
+def test_texts_that_the_original_writes_take_time_of_the_budget(llama: Path) -> None:
+    length = min(512, read_spec(llama).max_positions or 512)
+    none, one, many = (predicted(llama, f"distill(logits, steps=6, self_tokens={count * length})") for count in (0, 1, 64))
+    assert none.writing_s == 0 < one.writing_s < many.writing_s
+    assert predicted(llama, f"distill(logits, steps=6, self_tokens={32 * length})").writing_s == pytest.approx(many.writing_s / 2), "32 side by side"
+    assert many.seconds - none.seconds == pytest.approx(many.writing_s)
+    assert "the original's own texts" in many.said(None)
+    assert "the original's own texts" not in none.said(None)
+
+
 def test_what_costs_more_is_predicted_to_take_longer(llama: Path) -> None:
     plain = predicted(llama, "distill(logits)")
     assert predicted(llama, "distill(logits, recompute=true)").step_s > plain.step_s
