@@ -180,7 +180,8 @@ RECIPES = (
 )
 """Our recipes; `{tokens}` becomes the number of calibration tokens. The peers load the model in bfloat16, embedding included; so the cast."""
 PIPELINES = (
-    "shrink(ffn, ratio=0.43, tokens={tokens}) | distill(logits, minutes<=20, dtype=bfloat16, tokens={tokens}) | cast(bfloat16)"
+    "shrink(ffn, ratio=0.43, tokens={tokens})"
+    " | distill(logits, minutes<=20, dtype=bfloat16, batch_tokens=1024, tokens={tokens}, self_tokens=32768) | cast(bfloat16)"
     f" | quantize(auto, size<=60MB, tokens={{tokens}}) | {TUNED_FAST}",
     f"{TABLE} | quantize(auto, size<=60MB, tokens={{tokens}}) | {TUNED_FAST}",
 )
