@@ -178,6 +178,31 @@ def test_no_room_for_one_more_rank_is_left_unless_all_are_at_their_largest() -> 
     assert 0 <= left < 128
 
 
+def test_wide_weights_take_ranks_in_tiles_and_small_ones_the_rest() -> None:
+    wide = [Linear(name=f"w{i}", component="mlp", out_features=512, in_features=1024) for i in range(2)]
+    small = Linear(name="s", component="mlp", out_features=64, in_features=96)
+    ranks = spread_evenly([*wide, small], 0.5)
+    assert ranks == {"w0": 160, "w1": 160, "s": 20}, "of 170.7 that half of a wide one pays for, and 19.2"
+    assert spread_evenly(wide, 0.1) == {"w0": 34, "w1": 34}, "no room for two tiles: one by one"
+    spectra = {part.name: factorize._in_units([1.0] * 341, part, unit) for part, unit in zip(wide, (32, 1), strict=True)}
+    assert [(len(each.gains), each.gains[0], each.step) for each in spectra.values()] == [(10, 32.0, 32 * 1536), (341, 1.0, 1536)]
+
+
+def test_ranks_under_a_budget_are_quantized_in_the_predicted_bytes(tmp_path: Path) -> None:
+    """By sensitivity the ranks differ from the even ones, and groups of 32 still divide them."""
+    model = save(llama_config(hidden_size=256, intermediate_size=512), tmp_path / "model")
+    weights = {key: Checkpoint(model)[key].clone() for key in Checkpoint(model).names}
+    for place, name in enumerate(("gate_proj", "up_proj", "down_proj")):
+        weights[f"model.layers.0.mlp.{name}.weight"] *= 1 + place
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    text = "factorize(svd, ratio=0.8, weighted=false, targets=mlp.) | quantize(rtn, bits=4, group_size=32, targets=mlp.)"
+    made = write_artifact(model, parse_recipe(text), tmp_path / "out", calibration=list)
+    ranks = json.loads((tmp_path / "out" / "config.json").read_text())["low_rank"]
+    assert len(set(ranks.values())) > 1
+    assert all(rank % 32 == 0 for rank in ranks.values())
+    assert made.size_bytes == pytest.approx(made.predicted_size_bytes, rel=0.01)
+
+
 def test_a_small_weights_first_rank_is_paid_for_by_the_others() -> None:
     """3 of the first's 6 parameters are its share, and its first rank takes 5."""
     parts = [Linear(name=str(rows), component="mlp", out_features=rows, in_features=columns) for rows, columns in ((2, 3), (8, 8))]

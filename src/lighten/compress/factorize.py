@@ -23,9 +23,9 @@ from lighten.compress.lowrank import Decomposed, Factors, Spectrum, decompose, e
 from lighten.compress.stage import Journaled, Stage
 from lighten.compress.statistics import InputStatistics
 from lighten.compress.walk import Job, walk_blocks
-from lighten.model.low_rank import DOWN, UP, largest_rank
+from lighten.model.low_rank import DOWN, UP, largest_rank, pair_parameters
 from lighten.model.spec import Linear, ModelSpec
-from lighten.recipe.factorize import corrected_parts, low_rank_parts, spread_evenly, with_ranks
+from lighten.recipe.factorize import corrected_parts, low_rank_parts, rank_units, spread_evenly, with_ranks
 
 Done = tuple[dict[str, Weight], list[dict[str, Any]]]
 Errors = Callable[[Tensor, Tensor, InputStatistics], Mapping[str, float]]
@@ -177,13 +177,20 @@ def _spread(job: Job) -> dict[str, int]:
         linears = _linears(job)
         job.run.log("looking at what each rank of each weight is worth")
         gains = {report["name"].removesuffix(".weight"): report["gains"] for report in _look(job) if "gains" in report}
-        spectra = {
-            name: Spectrum(gains=gains[name][: largest_rank(part)], step=part.in_features + part.out_features) for name, part in linears.items()
-        }  # fmt: skip
-        ranks = spread_ranks(spectra, spread_evenly(list(linears.values()), job.step["ratio"]))
+        parts, ratio = list(linears.values()), job.step["ratio"]
+        units, even = rank_units(parts, ratio), spread_evenly(parts, ratio)
+        spectra = {name: _in_units(gains[name], part, units[name]) for name, part in linears.items()}
+        counts = spread_ranks(spectra, {name: rank // units[name] for name, rank in even.items()})
+        ranks = {name: units[name] * count for name, count in counts.items()}
         journal.write(job.number, RANKS_BLOCK, {}, [{"ranks": ranks}])
     found: dict[str, int] = journal.read(job.number, RANKS_BLOCK).reports[0]["ranks"]
     return found
+
+
+def _in_units(gains: Sequence[float], part: Linear, unit: int) -> Spectrum:
+    """What so many ranks at once are worth, as often as the weight has room for them."""
+    worth = [sum(gains[start : start + unit]) for start in range(0, largest_rank(part) // unit * unit, unit)]
+    return Spectrum(gains=worth, step=pair_parameters(part, unit))
 
 
 def _look(job: Job) -> Sequence[Mapping[str, Any]]:

@@ -115,8 +115,8 @@ class Spectrum:
     """What a weight's ranks are worth.
 
     Attributes:
-        gains: of rank 1, 2, …, up to the largest that it may have; none larger than the one before.
-        step: parameters of one rank, O + I.
+        gains: of rank 1, 2, …, or of so many at once, up to the largest that it may have; none larger than the one before.
+        step: parameters of one, O + I, or of so many.
     """
 
     gains: Sequence[float]

@@ -18,6 +18,10 @@ from lighten.recipe.words import TARGETS, Arguments, Parameter, StepKind, is_fla
 
 SAID = ("rank", "energy", "ratio")
 
+RANK_TILE = 32
+"""Ranks under a budget come in so many at once where there is room for it: choice; groups of codes and kernels want multiples of 32, and a factor of
+257 columns can be cut into no group at all."""
+
 
 def low_rank_parts(spec: ModelSpec, arguments: Arguments) -> list[Linear]:
     """The linears that factorize(svd) exchanges: those that it selects whose factors can be smaller than the weight.
@@ -52,32 +56,46 @@ def _refuse_others(part: Linear, spec: ModelSpec, step: str) -> None:
         raise RecipeError(f"{step}: {part.name} is a factor already; narrow its targets.")
 
 
+def rank_units(parts: list[Linear], ratio: float) -> dict[str, int]:
+    """How many ranks of each weight come and go together: `RANK_TILE` where its even share of the budget is two of them or more, else one.
+
+    >>> wide, small = (Linear(name=str(size), component="mlp", out_features=size, in_features=size) for size in (512, 96))
+    >>> rank_units([wide, small], 0.5)
+    {'512': 32, '96': 1}
+    """
+    return {part.name: RANK_TILE if _affordable(part, ratio) >= 2 * RANK_TILE else 1 for part in parts}
+
+
 def spread_evenly(parts: list[Linear], ratio: float) -> dict[str, int]:
-    """Ranks that leave at most `ratio` of the parts' weights: the same share of each, and one more as long as there is room, in forward order.
+    """Ranks that leave at most `ratio` of the parts' weights: the same share of each, and a unit more as long as there is room, in forward order.
 
     Raises:
         RecipeError: even rank 1 of each is more.
     """
-    budget, least = int(ratio * sum(part.in_features * part.out_features for part in parts)), sum(map(_step, parts))
+    units = rank_units(parts, ratio)
+    step = {part.name: pair_parameters(part, units[part.name]) for part in parts}
+    most = {part.name: largest_rank(part) // units[part.name] for part in parts}
+    budget, least = int(ratio * sum(part.in_features * part.out_features for part in parts)), sum(step.values())
     if least > budget:
         raise RecipeError(
             f"factorize(svd, ratio={ratio}): rank 1 of all {len(parts)} weights is {least} parameters, and {budget} are allowed; use a larger ratio."
         )
-    ranks = {part.name: max(1, min(largest_rank(part), int(ratio * part.in_features * part.out_features) // _step(part))) for part in parts}
-    left = budget - sum(pair_parameters(part, ranks[part.name]) for part in parts)
-    for part in reversed(parts):  # small weights took more than their share by their first rank
-        less = min(ranks[part.name] - 1, max(0, -(left // _step(part))))
-        ranks[part.name] -= less
-        left += less * _step(part)
-    for part in parts:
-        more = min(1, largest_rank(part) - ranks[part.name], left // _step(part))
-        ranks[part.name] += more
-        left -= more * _step(part)
-    return ranks
+    counts = {part.name: max(1, min(most[part.name], _affordable(part, ratio) // units[part.name])) for part in parts}
+    left = budget - sum(step[name] * count for name, count in counts.items())
+    for name in reversed(counts):  # small weights took more than their share by their first rank
+        less = min(counts[name] - 1, max(0, -(left // step[name])))
+        counts[name] -= less
+        left += less * step[name]
+    for name in counts:
+        more = min(1, most[name] - counts[name], left // step[name])
+        counts[name] += more
+        left -= more * step[name]
+    return {name: units[name] * count for name, count in counts.items()}
 
 
-def _step(part: Linear) -> int:
-    return pair_parameters(part, 1)
+def _affordable(part: Linear, ratio: float) -> int:
+    """The ranks that `ratio` of a weight's elements pay for."""
+    return int(ratio * part.in_features * part.out_features) // pair_parameters(part, 1)
 
 
 def with_ranks(spec: ModelSpec, ranks: Mapping[str, int]) -> ModelSpec:
