@@ -39,6 +39,7 @@ def text_windows(
         TextError: when asked for inputs, of a text without tokens.
     """
     known = _labels(spec, text, labels, log)
+    told: set[str] = set()  # several steps ask for the same, and it is said once
 
     def windows(tokens: int) -> Sequence[Batch]:
         if (main := main_input(spec.architecture)) != "input_ids":
@@ -59,7 +60,10 @@ def text_windows(
             raise TextError(f"{text.source}: its calibration part is too short for a row of this model's tokens; give a longer text.")
         lengths = sorted({batch["input_ids"].shape[1] for batch in batches})
         size = f"{lengths[0]} to {lengths[-1]}" if len(lengths) > 1 else str(lengths[0])
-        log(f"calibrating on {sum(batch['input_ids'].size for batch in batches)} tokens of {text.source}, {rows} rows of {size}")
+        line = f"calibrating on {sum(batch['input_ids'].size for batch in batches)} tokens of {text.source}, {rows} rows of {size}"
+        if line not in told:
+            told.add(line)
+            log(line)
         return batches
 
     return windows
