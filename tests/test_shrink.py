@@ -403,6 +403,8 @@ def test_zeros_stay_through_a_cut_and_are_counted_in_what_is_left(folders: Folde
         ("llama", "shrink(ffn, ratio=0.05)", "shrink(ffn): ratio=0.05 of llama's 128 inner features, in whole tiles of 8, leaves all of them."),
         ("llama", "shrink(width, ratio=0.1)", "shrink(width): ratio=0.1 of llama's 64 channels leaves all of them."),
         ("llama", "shrink(layers, keep=2)", "shrink(layers): all of llama's 2 blocks would stay."),
+        ("llama", "shrink(layers, keep=3)", "shrink(layers): keep=3 is more than the 2 blocks of llama: no step makes a model larger."),
+        ("llama", "shrink(vocab, keep=1000)", "shrink(vocab): llama has 64 tokens, and 1000 are to stay; keep fewer."),
         ("t5", "shrink(layers, ratio=0.4)", "shrink(layers): all of t5's 2 and 2 blocks would stay."),
         ("llama", "shrink(layers)", "shrink(layers): give exactly one of ratio and keep; given: none."),
         ("llama", "shrink(layers, keep=1, ratio=0.5)", "shrink(layers, ratio=0.5, keep=1): give exactly one of ratio and keep; given: ratio, keep."),

@@ -345,8 +345,15 @@ def spread_evenly(count: int, kept: int) -> tuple[int, ...]:
 
 
 def _predict_layers(spec: ModelSpec, arguments: Arguments) -> ModelSpec:
-    """So many blocks of each stack. Where measuring decides, those that are spread evenly stand for them here."""
+    """So many blocks of each stack. Where measuring decides, those that are spread evenly stand for them here.
+
+    Raises:
+        RecipeError: more blocks are to stay than any stack has, or as `keep_blocks`.
+    """
     stacks = stacks_of(_base(spec, "shrink(layers)"))
+    most = max(map(len, stacks.values()), default=0)
+    if arguments.get("keep", 0) > most:
+        raise RecipeError(f"shrink(layers): keep={arguments['keep']} is more than the {most} blocks of {spec.name}: no step makes a model larger.")
     kept = {}
     for stack, blocks in stacks.items():
         count = kept_count(len(blocks), arguments)
