@@ -56,9 +56,20 @@ def run(arguments: Sequence[str], threads: int) -> dict[str, Any]:
     return document
 
 
-def measure(folder: Path, runtime: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(words: Sequence[str], arguments: argparse.Namespace) -> dict[str, Any]:
+    """A folder by its own runtime, or by one that the words name."""
     shape = ["--batch-size", str(arguments.batch_size), "--seq-len", str(arguments.seq_len), "--phase", "prefill" if arguments.decoder else "encode"]
-    return run(["measure", str(folder), "--runtime", runtime, *shape], arguments.threads)
+    return run(["measure", *words, *shape], arguments.threads)
+
+
+def for_runtime(made: Path, runtime: str, arguments: argparse.Namespace) -> Path:
+    """The smaller model as an artifact for a runtime, its weights as they are."""
+    if runtime == "torch":
+        return made
+    folder = made.with_name(f"{made.name}-{runtime}")
+    if not folder.exists():
+        run(["compress", str(made), "--recipe", f"@ {runtime}", "-o", str(folder)], arguments.threads)
+    return folder
 
 
 def with_minutes(recipe: str, arguments: argparse.Namespace) -> str:
@@ -82,18 +93,19 @@ def row(name: str, recipe: str, arguments: argparse.Namespace, work: Path) -> di
     quality: dict[str, Any] = {}
     for runtime in RUNTIMES:
         found: dict[str, list[dict[str, Any]]] = {"original": [], "small": []}
+        small = for_runtime(made, runtime, arguments)
         for _ in range(arguments.rounds):
-            found["original"].append(measure(arguments.model, runtime, arguments))
-            found["small"].append(measure(made, runtime, arguments))
+            found["original"].append(measure([str(arguments.model), "--runtime", runtime], arguments))
+            found["small"].append(measure([str(small)], arguments))
         latency = {which: statistics.median(each["latency_s"] for each in rows) for which, rows in found.items()}
         predicted = {which: statistics.median(each["predicted"]["latency_s"] for each in rows) for which, rows in found.items()}
         measured, expected = latency["original"] / latency["small"], predicted["original"] / predicted["small"]
         speedups[runtime] = {"measured": measured, "predicted": expected, "ratio": expected / measured}
         quality = quality or found["small"][0]["quality"]
-    whole, small = (sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in (arguments.model, made))
+    whole, left = (sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in (arguments.model, made))
     return {
         "name": name, "recipe": recipe, "model": arguments.model.name, "seconds": float(made.with_suffix(".seconds").read_text()),
-        "size_bytes": small, "size_share": small / whole, "quality": quality, "speedup": speedups,
+        "size_bytes": left, "size_share": left / whole, "quality": quality, "speedup": speedups,
         "threads": arguments.threads, "minutes": arguments.minutes,
     }  # fmt: skip
 
