@@ -184,6 +184,9 @@ def test_wide_weights_take_ranks_in_tiles_and_small_ones_the_rest() -> None:
     ranks = spread_evenly([*wide, small], 0.5)
     assert ranks == {"w0": 160, "w1": 160, "s": 20}, "of 170.7 that half of a wide one pays for, and 19.2"
     assert spread_evenly(wide, 0.1) == {"w0": 34, "w1": 34}, "no room for two tiles: one by one"
+    many = [Linear(name=f"t{i}", component="mlp", out_features=2, in_features=4) for i in range(35000)]
+    ranks = spread_evenly([wide[0], *many], 0.3)
+    assert 1 <= ranks["w0"] < 32, "the first ranks of many small weights leave no room for a tile of a wide one"
     spectra = {part.name: factorize._in_units([1.0] * 341, part, unit) for part, unit in zip(wide, (32, 1), strict=True)}
     assert [(len(each.gains), each.gains[0], each.step) for each in spectra.values()] == [(10, 32.0, 32 * 1536), (341, 1.0, 1536)]
 

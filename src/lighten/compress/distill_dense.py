@@ -243,7 +243,6 @@ class _Distillation:
     def _train(self, leader: Leader) -> tuple[list[tuple[int, int, float]], _Plan]:
         job, log = self._job, self._job.run.log
         curve, plan, first = self._begin(leader)
-        varied = len({str(_shapes(row)) for row in self._rows}) > 1  # blocks of many sizes are freed, and fit no later step
         pace, saved, spent = Pace(), time.monotonic(), 0.0
         rate = job.step["learning_rate"] or LEARNING_RATES[job.step["optimizer"]]
         step = first
@@ -261,8 +260,6 @@ class _Distillation:
                 log(f"{plan.steps} steps of about {tokens} positions, {pace.said(plan.steps or step, step)}")
             if plan.steps is not None and (step % max(1, plan.steps // SAID) == 0 or step == plan.steps):
                 log(f"step {step} of {plan.steps}: loss {loss:.4f}, {pace.said(plan.steps, step)}")
-                if varied:
-                    release_free()
             now = time.monotonic()
             if plan.steps is not None and now - saved >= max(SAVE_SECONDS, SAVE_SHARE * spent) and step < plan.steps:
                 self._save(leader.state(), step, curve)

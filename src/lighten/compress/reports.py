@@ -50,13 +50,13 @@ def reported(original: Original, before: ModelSpec, stage: Stage, spec: ModelSpe
     known = set(original.names)
     own = {name: origin_of(stage, name) for name in stage.names}
     dtypes = {name: part.weight.dtype for part in spec.parts if isinstance(part, Linear | Embedding) for name in weights_of(part)}
-    reported = _low_rank_reports(original, before, stage, spec)
+    of_pairs = _low_rank_reports(original, before, stage, spec)
     for name in stage.names:
         weight = stage[name]
         if isinstance(weight, Tensor) and stage.touched(name) and weight.is_floating_point():
             weight = weight.to(getattr(torch, dtypes.get(name, spec.dtype))) + 0.0  # of a zero the sign is lost where zeros are not stored
-        if name in reported:
-            yield name, weight, reported[name]()
+        if name in of_pairs:
+            yield name, weight, of_pairs[name]()
         elif own[name] not in known or not stage.touched(name):
             yield name, weight, None
         else:

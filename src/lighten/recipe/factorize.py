@@ -57,13 +57,16 @@ def _refuse_others(part: Linear, spec: ModelSpec, step: str) -> None:
 
 
 def rank_units(parts: list[Linear], ratio: float) -> dict[str, int]:
-    """How many ranks of each weight come and go together: `RANK_TILE` where its even share of the budget is two of them or more, else one.
+    """How many ranks of each weight come and go together: `RANK_TILE` where its even share of the budget is two of them or more, else one; one of
+    all where the budget does not pay for that.
 
     >>> wide, small = (Linear(name=str(size), component="mlp", out_features=size, in_features=size) for size in (512, 96))
     >>> rank_units([wide, small], 0.5)
     {'512': 32, '96': 1}
     """
-    return {part.name: RANK_TILE if _affordable(part, ratio) >= 2 * RANK_TILE else 1 for part in parts}
+    units = {part.name: RANK_TILE if _affordable(part, ratio) >= 2 * RANK_TILE else 1 for part in parts}
+    least = sum(pair_parameters(part, units[part.name]) for part in parts)
+    return units if least <= _budget(parts, ratio) else dict.fromkeys(units, 1)
 
 
 def spread_evenly(parts: list[Linear], ratio: float) -> dict[str, int]:
@@ -75,7 +78,7 @@ def spread_evenly(parts: list[Linear], ratio: float) -> dict[str, int]:
     units = rank_units(parts, ratio)
     step = {part.name: pair_parameters(part, units[part.name]) for part in parts}
     most = {part.name: largest_rank(part) // units[part.name] for part in parts}
-    budget, least = int(ratio * sum(part.in_features * part.out_features for part in parts)), sum(step.values())
+    budget, least = _budget(parts, ratio), sum(step.values())
     if least > budget:
         raise RecipeError(
             f"factorize(svd, ratio={ratio}): rank 1 of all {len(parts)} weights is {least} parameters, and {budget} are allowed; use a larger ratio."
@@ -91,6 +94,10 @@ def spread_evenly(parts: list[Linear], ratio: float) -> dict[str, int]:
         counts[name] += more
         left -= more * step[name]
     return {name: units[name] * count for name, count in counts.items()}
+
+
+def _budget(parts: list[Linear], ratio: float) -> int:
+    return int(ratio * sum(part.in_features * part.out_features for part in parts))
 
 
 def _affordable(part: Linear, ratio: float) -> int:
