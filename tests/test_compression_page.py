@@ -15,7 +15,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from any_architecture import calibration, save_architecture
 from choose_setup import run_lighten
 from test_device import make_engine, make_profile
@@ -24,6 +26,7 @@ from test_report import Node, encoder_choice, parse
 from lighten import verbs
 from lighten.compress import methods, training_time
 from lighten.compress.clock import Clock
+from lighten.compress.distill_dense import cut_rows
 from lighten.compress.journal import Journal
 from lighten.compress.training_time import predict_times, predict_training
 from lighten.device import save_profile
@@ -456,6 +459,19 @@ def test_texts_that_the_original_writes_take_time_of_the_budget(llama: Path) -> 
     assert many.seconds - none.seconds == pytest.approx(many.writing_s)
     assert "the original's own texts" in many.said(None)
     assert "the original's own texts" not in none.said(None)
+
+
+def test_rows_are_counted_as_they_are_cut(llama: Path) -> None:
+    """Of one length and of several, with a length of its own and with texts that the original writes."""
+    shapes = [(3, 700), (2, 40), (1, 17)]
+    batches = [{"input_ids": np.zeros(shape, np.int64)} for shape in shapes]
+    for length in (None, 16):
+        rows = list(cut_rows([{"input_ids": torch.from_numpy(batch["input_ids"])} for batch in batches], length=length, said=""))
+        step = step_of("distill(logits)" if length is None else f"distill(logits, seq_len={length})")
+        assert training_time._rows_of(step, read_spec(llama), batches) == (len(rows), sum(row["input_ids"].numel() for row in rows) // len(rows))
+    own = min(512, read_spec(llama).max_positions or 512)
+    counted = training_time._rows_of(step_of(f"distill(logits, self_tokens={5 * own})"), read_spec(llama), [{"input_ids": np.zeros((2, own))}])
+    assert counted == (7, own)
 
 
 def test_what_costs_more_is_predicted_to_take_longer(llama: Path) -> None:

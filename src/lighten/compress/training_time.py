@@ -1,10 +1,10 @@
-"""What a step that trains dense weights will take on this machine, said before anything runs: the original's answers, the steps, the judging.
+"""What a step that trains dense weights will take on this machine, said before anything runs: the original's texts and answers, steps, judging.
 
     step = units · (forward · (1 + BACKWARD + recomputed) + logits) + what the optimizer moves
-    all  = original's passes + judging before and after + steps · step
+    all  = original's texts + original's passes + judging before and after + steps · step
 
 A forward pass's seconds are those that `lighten estimate --device this` predicts, from the rates that `lighten probe` measured. Left out: reading the
-model and the text, writing down the state, and what a decoder writes itself (`self_tokens`).
+model and the text, and writing down the state.
 """
 
 from __future__ import annotations
@@ -160,13 +160,15 @@ def _engine(profile: Profile, dtype: str) -> EngineProfile:
 
 
 def _rows_of(step: Step, spec: ModelSpec, batches: Sequence[Batch]) -> tuple[int, int]:
-    """Rows, and positions of a row, as `distill_dense.cut_rows` cuts them; a decoder's own texts are cut as the text is."""
+    """Rows, and positions of one in the mean, as `distill_dense.cut_rows` cuts them."""
     sizes = [np.shape(batch["input_ids"]) for batch in batches if "input_ids" in batch]
     if not sizes:
         return sum(len(next(iter(batch.values()))) for batch in batches), spec.fixed_len or 1
-    longest = max(length for _, length in sizes)
-    length = step["seq_len"] or min(ROW_TOKENS, longest)
-    return max(1, sum(rows * (each // length) for rows, each in sizes) + (step["self_tokens"] or 0) // length), length
+    own = min(SELF_LENGTH, spec.max_positions or SELF_LENGTH)
+    sizes += [(-(-(step["self_tokens"] or 0) // own), own)]
+    cut = [(rows, each, step["seq_len"] or min(ROW_TOKENS, each)) for rows, each in sizes]
+    count = sum(rows * (each // size) for rows, each, size in cut)
+    return max(1, count), max(1, sum(rows * (each // size) * size for rows, each, size in cut) // max(1, count))
 
 
 @dataclass(frozen=True, kw_only=True)
