@@ -168,7 +168,7 @@ def test_the_module_is_left_without_weights_and_with_its_own_forward(llama: Case
 
 
 def test_an_untouched_student_is_the_quantized_model_and_a_perfect_one_has_no_distance(llama: Case, tmp_path: Path) -> None:
-    samples = list(cut(llama.batches(), step_tokens=64, window=32))
+    samples = list(cut(llama.batches(), step_tokens=64, window=32, fixed_len=1))
     with Teacher(llama.skeleton, llama.source, samples, tmp_path) as teacher:
         assert teacher.kind == "head"
         with Student(llama.skeleton, llama.source, {}, frozenset()) as student, student.ready():
@@ -182,7 +182,7 @@ def test_the_gradient_of_a_scale_is_that_of_finite_differences(llama: Case, tmp_
     name = "model.layers.1.mlp.down_proj.weight"
     latent = scales_of(llama)[name]
     (leaf,) = latent.leaves()
-    samples = list(cut(llama.batches(rows=2), step_tokens=64, window=32))
+    samples = list(cut(llama.batches(rows=2), step_tokens=64, window=32, fixed_len=1))
     with (
         Teacher(llama.skeleton, llama.source, samples, tmp_path) as teacher,
         Student(llama.skeleton, llama.source, {name: latent}, frozenset()) as student,
@@ -220,7 +220,7 @@ def test_padding_does_not_count(tmp_path: Path) -> None:
 
 def test_a_classifier_is_held_to_its_own_logits(tmp_path: Path) -> None:
     case = Case(tmp_path / "bert", tiny_models.bert_config("BertForSequenceClassification", num_labels=3))
-    samples = list(cut(case.batches(rows=2), step_tokens=64, window=32))
+    samples = list(cut(case.batches(rows=2), step_tokens=64, window=32, fixed_len=1))
     with Teacher(case.skeleton, case.source, samples, tmp_path) as teacher:
         assert teacher.kind == "logits"
         with Student(case.skeleton, case.source, scales_of(case), frozenset()) as student, student.ready():
@@ -257,11 +257,11 @@ def test_levels_and_scales_make_the_weight() -> None:
 
 def test_samples_and_their_order() -> None:
     batch = {"input_ids": torch.arange(4 * 64).reshape(4, 64)}
-    samples = list(cut([batch], step_tokens=64, window=32))
+    samples = list(cut([batch], step_tokens=64, window=32, fixed_len=1))
     assert [tuple(sample["input_ids"].shape) for sample in samples] == [(2, 32)] * 4
     assert torch.equal(torch.cat([sample["input_ids"].reshape(-1) for sample in samples]), torch.arange(256))
     masked = {**batch, "attention_mask": torch.zeros(4, 64, dtype=torch.long)}
-    assert [set(sample) for sample in cut([masked], step_tokens=128, window=32)] == [{"input_ids", "attention_mask"}] * 2
+    assert [set(sample) for sample in cut([masked], step_tokens=128, window=32, fixed_len=1)] == [{"input_ids", "attention_mask"}] * 2
     training, held_out = split(17)
     assert held_out == [7, 15]
     assert sorted(training + held_out) == list(range(17))

@@ -27,7 +27,7 @@ from lighten.compress import training
 from lighten.compress.answers import find_kind
 from lighten.compress.distances import label_distance
 from lighten.compress.distill_dense import cut_rows
-from lighten.compress.distill_scales import split
+from lighten.compress.distill_scales import cut, split
 from lighten.compress.journal import Journal
 from lighten.compress.pupil import Objective, Pupil
 from lighten.compress.skeleton import Skeleton
@@ -443,6 +443,20 @@ def test_labels_of_arrays_are_trained_on_too(folders: Mapping[str, Path], tmp_pa
     np.savez(path, **batch, labels=np.ones((32, 2), np.int64))
     with pytest.raises(TextError, match=r"labels are one whole number for each sample; they have the shape \[32, 2\]"):
         require_labels(load_inputs(path, spec), spec, 0, str(path))
+
+
+def test_an_image_counts_as_its_patches(folders: Mapping[str, Path], tmp_path: Path) -> None:
+    (batch,) = inputs("vit classes", 32)(0)
+    np.savez(tmp_path / "a.npz", **batch)
+    patches = read_spec(folders["vit classes"]).fixed_len
+    assert patches
+    assert patches > 2
+    recipe = f"distill(logits, steps=2, batch_tokens={3 * patches}, learning_rate=0.001)"
+    artifact = lighten.compress(folders["vit classes"], recipe, tmp_path / "out", text=tmp_path / "a.npz")
+    (report,) = json.loads((artifact.folder / "lighten.json").read_text())["curves"]
+    assert [point[1] for point in report["curve"]] == [3 * patches, 6 * patches]
+    rows = {name: torch.from_numpy(value) for name, value in batch.items()}
+    assert [len(part["pixel_values"]) for part in cut([rows], step_tokens=12 * patches, window=8, fixed_len=patches)] == [12, 12, 8]
 
 
 def test_another_label_is_another_text(tmp_path: Path) -> None:

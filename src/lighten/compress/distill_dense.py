@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from lighten.compress.answers import Answers, Asking, Index, find_kind, record
-from lighten.compress.distill_scales import split, thinned
+from lighten.compress.distill_scales import positions, split, thinned
 from lighten.compress.memory_plan import RELATED, ROW_TOKENS, STEP_TOKENS, release_free, reusing_memory
 from lighten.compress.processes import Team, require_team
 from lighten.compress.pupil import Objective, match_layers
@@ -115,7 +115,7 @@ class _Distillation:
         self._training, judged = split(len(self._rows))
         self._judged, self._label = (judged[:JUDGED], "held-out rows") if judged else (self._training, "all rows")
         self._answers = self._ask_teacher()
-        self._positions = sum(map(_positions, self._rows))
+        self._positions = sum(map(self._length, self._rows))
         self._rows_of_a_step = max(1, int(self._job.step["batch_tokens"]) * len(self._rows) // self._positions)
         held = _held(self._job)
         self._check_space()
@@ -316,10 +316,13 @@ class _Distillation:
     def _step_tokens(self) -> int:
         return self._rows_of_a_step * self._positions // len(self._rows)
 
+    def _length(self, row: Sample) -> int:
+        return max(1, positions(row, self._job.before.fixed_len or 1))
+
     def _units_of_step(self, step: int) -> tuple[list[Unit], int]:
         """A step's rows, taken from one random order of all after the other."""
         chosen = list(rows_of_step(self._training, step=step, count=self._rows_of_a_step, seed=self._job.step["seed"]))
-        return self._units(chosen), sum(_positions(self._rows[row]) for row in chosen)
+        return self._units(chosen), sum(self._length(self._rows[row]) for row in chosen)
 
     def _judging(self) -> list[Unit]:
         return self._units(self._judged)
@@ -331,7 +334,7 @@ class _Distillation:
         found = []
         for _, group in groupby(sorted(rows, key=lambda row: str(_shapes(self._rows[row]))), key=lambda row: str(_shapes(self._rows[row]))):
             together = list(group)
-            size = max(1, min(STEP_TOKENS // max(1, _positions(self._rows[together[0]])), -(-len(together) // self._team.size)))
+            size = max(1, min(STEP_TOKENS // self._length(self._rows[together[0]]), -(-len(together) // self._team.size)))
             size = RELATED if self._job.step.method == "embeddings" else size
             for start in range(0, len(together), size):
                 part = together[start : start + size]
@@ -441,9 +444,3 @@ def _state_widths(student: Skeleton, objective: Objective) -> dict[str, int]:
 
 def _shapes(row: Sample) -> list[tuple[str, tuple[int, ...]]]:
     return sorted((name, tuple(value.shape)) for name, value in row.items())
-
-
-def _positions(row: Sample) -> int:
-    """Positions of a row: its tokens, or one of what is no text."""
-    found = row.get("input_ids", row.get("decoder_input_ids"))
-    return found.shape[1] if found is not None else 1

@@ -62,6 +62,7 @@ class Task:
         transposed: names of weights that the checkpoint stores as [I, O].
         batches: inputs that the original is asked on.
         folder: where its answers wait meanwhile, one hidden state a position.
+        fixed_len: positions of a row that is no text, an image's patches.
         pruned: names of weights whose zeros stay.
         rounding: while it is entered, the module rounds the activations that the quantized model rounds.
         log: is told how it goes on.
@@ -74,6 +75,7 @@ class Task:
     transposed: frozenset[str] = frozenset()
     batches: Sequence[Sample]
     folder: Path
+    fixed_len: int = 1
     pruned: frozenset[str] = frozenset()
     rounding: Callable[[], AbstractContextManager[None]] = nullcontext
     log: Callable[[str], None] = lambda line: None
@@ -119,7 +121,7 @@ def descend(
     Args:
         before_step: is told the share of the learning rate that the step has.
     """
-    samples = list(cut(task.batches, step_tokens=settings.step_tokens, window=settings.window))
+    samples = list(cut(task.batches, step_tokens=settings.step_tokens, window=settings.window, fixed_len=task.fixed_len))
     with (
         Teacher(task.skeleton, task.source, samples, task.folder) as teacher,
         Student(task.skeleton, _now(task), latents, task.transposed) as student,
@@ -132,7 +134,7 @@ def descend(
         losses = _train(student, teacher, order(training, steps=settings.steps, seed=settings.seed), settings, before_step, task.log)
         behind = _mean(student, teacher, judged)
         task.log(f"distance from the original on {label}: {behind:.4f}")
-    sizes = accumulate(_positions(samples[index]) for index in order(training, steps=settings.steps, seed=settings.seed))
+    sizes = accumulate(positions(samples[index], task.fixed_len) for index in order(training, steps=settings.steps, seed=settings.seed))
     task.tell({
         "kept": behind < before, "steps": settings.steps, "warm_up": _warm_up(settings), "held_out": [before, behind], "teacher_passes": len(samples),
         "curve": thinned([(step, size, loss) for step, (size, loss) in enumerate(zip(sizes, losses, strict=True), start=1)]),
@@ -177,13 +179,13 @@ def thinned(curve: Sequence[tuple[int, int, float]]) -> list[tuple[int, int, flo
     return [point for place, point in enumerate(curve) if (len(curve) - 1 - place) % max(1, every) == 0]
 
 
-def _positions(sample: Sample) -> int:
-    """Positions of a sample: its tokens, or one for each row of what is no text."""
-    found = sample.get("input_ids")
-    return found.numel() if found is not None else len(next(iter(sample.values())))
+def positions(sample: Sample, fixed_len: int) -> int:
+    """Positions of a sample: its tokens, or `fixed_len` for each row of what is no text."""
+    found = sample.get("input_ids", sample.get("decoder_input_ids"))
+    return found.numel() if found is not None else fixed_len * len(next(iter(sample.values())))
 
 
-def cut(batches: Sequence[Sample], *, step_tokens: int, window: int) -> Iterator[dict[str, Tensor]]:
+def cut(batches: Sequence[Sample], *, step_tokens: int, window: int, fixed_len: int) -> Iterator[dict[str, Tensor]]:
     """Samples of about `step_tokens` positions. Rows of nothing but tokens are cut to windows, where their length is a multiple of it."""
     for batch in batches:
         found = dict(batch)
@@ -191,7 +193,7 @@ def cut(batches: Sequence[Sample], *, step_tokens: int, window: int) -> Iterator
         if ids is not None and set(found) <= {"input_ids", "attention_mask"} and bool(found.get("attention_mask", torch.ones(1)).all()):
             found = {"input_ids": ids.reshape(-1, window) if ids.shape[1] % window == 0 else ids}
         first = next(iter(found.values()))
-        rows = max(1, step_tokens // (first.shape[1] if first.ndim == 2 else 1))
+        rows = max(1, step_tokens * len(first) // positions(found, fixed_len))
         for start in range(0, len(first), rows):
             yield {name: value[start : start + rows] for name, value in found.items()}
 

@@ -118,7 +118,7 @@ def tune(job: Job) -> tuple[Stage, ModelSpec]:
         task = Task(
             skeleton=skeleton, source=partial(reference_value, job), weights=changed,
             transposed=job.transposed, batches=[inputs_of(skeleton.module, batch) for batch in texts(job, skeleton, reference_value)],
-            folder=journal.scratch, pruned=pruned_names(job.before),
+            folder=journal.scratch, fixed_len=job.before.fixed_len or 1, pruned=pruned_names(job.before),
             rounding=partial(simulating, skeleton.module, job.before, _input_scales(changed)),
             log=job.run.log, tell=told.append,
         )  # fmt: skip
