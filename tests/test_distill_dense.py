@@ -38,7 +38,7 @@ from lighten.compress.distances import (
     relational_distance,
     state_distance,
 )
-from lighten.compress.distill_dense import cut_rows, pools_first_token, rows_of_step
+from lighten.compress.distill_dense import Pace, cut_rows, pools_first_token, rows_of_step
 from lighten.compress.distill_scales import CURVE_POINTS, thinned
 from lighten.compress.journal import Journal
 from lighten.compress.lion import Lion
@@ -423,6 +423,15 @@ def test_a_budget_of_minutes_is_turned_into_steps_once(llama: Path, tmp_path: Pa
     _, report = weights(llama, text, tmp_path / "work", resume=True, log=said.append)
     assert report["steps"] == steps
     assert any(line.startswith("going on after step 4") for line in said)
+
+
+def test_the_steps_of_a_budget_of_minutes_follow_the_pace(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(Pace, "seconds", property(lambda pace: 0.5 if len(pace._taken) < 8 else 20.0))
+    _, report = weights(llama, PRUNED.replace("steps=12", "minutes<=1") + ")", tmp_path / "work", log=said.append)
+    assert 8 < report["steps"] < 12
+    assert len(report["curve"]) == report["steps"]
+    assert f"{report['steps']} steps, for they take 20 s now" in said
 
 
 # ---- a student of another shape ----

@@ -45,7 +45,7 @@ from lighten.compress.whole import texts
 from lighten.errors import OutputError, RecipeError, TextError
 from lighten.model.spec import Embedding, Linear, ModelSpec
 from lighten.model.tasks import task_of
-from lighten.recipe.distill import LEARNING_RATES, MEMORIES, training_steps
+from lighten.recipe.distill import MEMORIES, learning_rate, training_steps
 from lighten.units import format_bytes, format_seconds
 
 ROWS, TEACHER, PLAN, TRAINING, ALL = "rows", "teacher", "plan", "training", "all"
@@ -244,7 +244,7 @@ class _Distillation:
         job, log = self._job, self._job.run.log
         curve, plan, first = self._begin(leader)
         pace, saved, spent = Pace(), time.monotonic(), 0.0
-        rate = job.step["learning_rate"] or LEARNING_RATES[job.step["optimizer"]]
+        rate = learning_rate(job.step.method, dict(job.step.arguments))
         step = first
         while plan.steps is None or step < plan.steps:
             units, tokens = self._units_of_step(step)
@@ -254,7 +254,7 @@ class _Distillation:
             pace.add(time.monotonic() - begin, tokens)
             curve.append((step + 1, (curve[-1][1] if curve else 0) + tokens, loss))
             step += 1
-            if plan.steps is None and step == TIMED:
+            if job.step["minutes"] is not None and first == 0 and step in looks(plan.steps):
                 plan = self._fix_steps(leader, plan, pace, curve, step)
             if step - first == min(TIMED, plan.steps or TIMED):
                 log(f"{plan.steps} steps of about {tokens} positions, {pace.said(plan.steps or step, step)}")
@@ -287,12 +287,15 @@ class _Distillation:
         return [], self._read_plan(), 0
 
     def _fix_steps(self, leader: Leader, plan: _Plan, pace: Pace, curve: list[tuple[int, int, float]], step: int) -> _Plan:
-        """How many steps the minutes allow, after some that were timed; what is begun is written down, so that the number stays."""
+        """How many steps the minutes allow, after some that were timed; written down, so that a resumed run has as many."""
         left = 60 * self._job.step["minutes"] - (time.monotonic() - self._started) - pace.seconds * len(self._judged) / self._rows_of_a_step
         steps = step + max(0, int(left / pace.seconds))
         fixed = replace(plan, steps=steps)
         self._write_plan(fixed)
-        self._save(leader.state(), step, curve)
+        if plan.steps is None:
+            self._save(leader.state(), step, curve)
+        elif abs(steps - plan.steps) > plan.steps // 10:
+            self._job.run.log(f"{steps} steps, for they take {format_seconds(pace.seconds)} now")
         if steps == step:
             self._job.run.log(f"minutes<={self._job.step['minutes']} is over after the {step} steps that were timed")
         return fixed
@@ -341,6 +344,18 @@ class _Distillation:
                 sample = {name: torch.cat([self._rows[row][name] for row in part]) for name in self._rows[part[0]]}
                 found.append(Unit(sample=sample, target=self._answers.of(part), weight=sum(counts[row] for row in part) / total))
         return found
+
+
+def looks(steps: int | None) -> list[int]:
+    """After which steps of a budget in minutes their number is looked at: `TIMED`, and each twice the one before in the first half.
+
+    >>> looks(None), looks(30), looks(5)
+    ([4], [4, 8], [4])
+    """
+    found = [TIMED]
+    while steps and 4 * found[-1] <= steps:
+        found.append(2 * found[-1])
+    return found
 
 
 class Pace:

@@ -20,6 +20,7 @@ import numpy as np
 from lighten.compress.answers import ROWS_AT_ONCE
 from lighten.compress.distill_dense import JUDGED, TIMED
 from lighten.compress.memory_plan import RELATED, ROW_TOKENS, SELF_LENGTH, SELF_PREFIX, STEP_TOKENS, TEXTS
+from lighten.compress.spans import span_rows
 from lighten.compress.walk import Batch, CalibrationSource
 from lighten.cost.operators import Forward, Op, forward_operators
 from lighten.cost.training import BACKWARD
@@ -31,7 +32,7 @@ from lighten.errors import DeviceError
 from lighten.model import ModelSpec
 from lighten.model.spec import Embedding, Linear
 from lighten.recipe import Recipe, Step
-from lighten.recipe.distill import DISTILLING, training_steps
+from lighten.recipe.distill import DISTILLING, span_tokens, training_steps
 from lighten.recipe.predict import specs_of
 from lighten.units import format_seconds
 
@@ -166,6 +167,9 @@ def _rows_of(step: Step, spec: ModelSpec, batches: Sequence[Batch]) -> tuple[int
         return sum(len(next(iter(batch.values()))) for batch in batches), spec.fixed_len or 1
     own = min(SELF_LENGTH, spec.max_positions or SELF_LENGTH)
     sizes += [(-(-(step["self_tokens"] or 0) // own), own)]
+    if step.method == "embeddings":
+        spans = span_rows(span_tokens(dict(step.arguments)), longest=max(each for _, each in sizes), length=step["seq_len"])
+        sizes += [(rows, each) for each, rows in spans.items()]
     cut = [(rows, each, step["seq_len"] or min(ROW_TOKENS, each)) for rows, each in sizes]
     count = sum(rows * (each // size) for rows, each, size in cut)
     return max(1, count), max(1, sum(rows * (each // size) * size for rows, each, size in cut) // max(1, count))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +100,14 @@ def _running(source: Path, text: Text, tokens: int, length: int) -> Ids:
 
 
 def _passages(source: Path, text: Text, tokens: int, length: int) -> Ids:
-    """[rows, length]: passages, joined where they are short and cut where they are long, with the marks that the tokenizer puts around a text."""
-    joined = list(_joined(text.calibration, CHARACTERS * length))[: -(-tokens // length)]
-    found = [ids for ids, mask in Tokenizer(source).batches(joined, batch_size=1, length=length) if mask.all()]
-    return np.concatenate(found) if found else np.zeros((0, length), np.int64)
+    """[rows, length]: passages, joined where they are short and cut where they are long, with the marks that the tokenizer puts around a text.
+    Few tokens are the starts of many passages; where these are not enough, the whole text is cut."""
+    tokenizer, most = Tokenizer(source), -(-tokens // length)
+    starts = (tokenizer.pieces(joined, length)[:1] for joined in islice(_joined(text.calibration, CHARACTERS * length), most))
+    found = [piece for pieces in starts for piece in pieces]
+    if len(found) < most:
+        found = tokenizer.pieces(" ".join(text.calibration), length)[:most]
+    return np.array(found, np.int64).reshape(len(found), length)
 
 
 def _joined(passages: Sequence[str], characters: int) -> Iterator[str]:

@@ -69,6 +69,13 @@ class Tokenizer:
             yield ids, mask
         self._tokenizer.no_truncation()
 
+    def pieces(self, text: str, length: int) -> list[list[int]]:
+        """The text cut into as many tokens as there is room for, each piece between the marks of a text; what is left over is dropped."""
+        self._tokenizer.enable_truncation(length)
+        whole = self._tokenizer.encode(text)
+        self._tokenizer.no_truncation()
+        return [piece.ids for piece in (whole, *whole.overflowing) if len(piece.ids) == length]
+
     def windows(self, texts: Sequence[str], *, count: int, length: int) -> Ids:
         """[count, length]: the texts' tokens one after another, cut into windows.
 

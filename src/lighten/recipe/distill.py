@@ -20,6 +20,9 @@ LEARNING_RATES: Mapping[str, float] = {"adamw": 1e-4, "adam": 1e-4, "sgd": 0.1, 
 """Where none is given, by optimizer. Choices: Adam's is a tenth of what models of this size are trained from nothing with; Lion's a tenth of Adam's
 (arXiv:2302.06675, section 5: 3 to 10 times smaller); Adafactor's is a share of a weight's root mean square (arXiv:1804.04235, section 8);
 SGD's goes with gradients whose norm is clipped at 1."""
+EMBEDDING_RATES: Mapping[str, float] = {**LEARNING_RATES, "adamw": 5e-4, "adam": 5e-4, "lion": 5e-5}
+"""Of embedding models, which are small: three blocks of MiniLM kept .51 of the neighbours after two minutes with 5e-4 and with 1e-3, .48 with 1e-4;
+SmolLM2 lost by more than 1e-4 (benchmarks/LOG.md)."""
 MEMORIES: Mapping[str, int] = {"adamw": 2, "adam": 2, "sgd": 1, "adafactor": 1, "lion": 1}
 """Numbers that an optimizer remembers of each weight; Adafactor's are fewer."""
 BUDGETS = ("steps", "train_tokens", "minutes")
@@ -73,6 +76,22 @@ def training_steps(arguments: Arguments, *, step_tokens: int) -> int | None:
     return int(arguments.get("steps", STEPS_WITHOUT_BUDGET))
 
 
+def learning_rate(method: str, arguments: Arguments) -> float:
+    """The highest of a training.
+
+    >>> learning_rate("logits", {"optimizer": "adamw"}), learning_rate("embeddings", {"optimizer": "sgd", "learning_rate": 0.01})
+    (0.0001, 0.01)
+    """
+    usual = EMBEDDING_RATES if method == "embeddings" else LEARNING_RATES
+    return float(arguments.get("learning_rate") or usual[arguments["optimizer"]])
+
+
+def span_tokens(arguments: Arguments) -> int:
+    """Tokens of the spans that a step of distill(embeddings) takes beside the text's rows."""
+    given = arguments.get("span_tokens")
+    return int(arguments["tokens"] if given is None else given)
+
+
 def _predict(method: str) -> Callable[[ModelSpec, Arguments], ModelSpec]:
     """The spec stays: shapes, formats and zeros are kept, the numbers change.
 
@@ -100,6 +119,8 @@ def _predict(method: str) -> Callable[[ModelSpec, Arguments], ModelSpec]:
             )
         if arguments.get("self_tokens") and not spec.is_decoder:
             raise RecipeError(f"{said}: self_tokens are written by a decoder, and {spec.name} is none; leave them out.")
+        if arguments.get("span_tokens") and spec.fixed_len:
+            raise RecipeError(f"{said}: span_tokens are cut from text, and {spec.name} reads none; leave them out.")
         if arguments.get("parallel") == "fsdp":
             _refuse_fsdp(said, spec, arguments)
         return spec
@@ -133,6 +154,9 @@ DISTILLING: dict[tuple[str, str], StepKind] = {
             **TRAINING,
             "relational": Parameter(accepts=_is_weight, says=f"weight of the relational loss, {_WEIGHT}", default=1.0),
             "hidden": Parameter(accepts=_is_weight, says=f"weight of the hidden-state loss, {_WEIGHT}", default=0.0),
+            "span_tokens": Parameter(
+                accepts=is_count, says="a number of tokens of spans of the text, trained on beside its rows; 0: none; without it as many as tokens"
+            ),
             **CALIBRATION,
         },
         predict=_predict("embeddings"), check=check_budget, calibrated=True,
