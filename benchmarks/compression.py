@@ -186,7 +186,7 @@ PIPELINES = (
     f"{TABLE} | quantize(auto, size<=60MB, tokens={{tokens}}) | {TUNED_FAST}",
 )
 ENCODER_PIPELINES = (
-    "shrink(ffn, ratio=0.5, tokens={tokens}) | distill(embeddings, minutes<=10, hidden=1.0, tokens={tokens})"
+    "shrink(ffn, ratio=0.5, tokens={tokens}) | distill(embeddings, minutes<=10, hidden=1.0, dtype=bfloat16, tokens={tokens})"
     " | quantize(auto, size<=15MB, tokens={tokens})",
     "quantize(auto, size<=15MB, tokens={tokens})",
 )

@@ -36,7 +36,7 @@ DECODER_RUNTIMES = ("torch", "openvino")
 """ONNX Runtime runs no decoders here yet."""
 SHOWN = ("perplexity_ratio", "kl", "neighbour_agreement", "cosine")
 """Qualities in the table."""
-RECOVER_ENCODER = "distill(embeddings, minutes<={minutes}, tokens=200000, hidden=1.0)"
+RECOVER_ENCODER = "distill(embeddings, minutes<={minutes}, tokens=200000, hidden=1.0, dtype=bfloat16)"
 RECOVER_DECODER = "distill(logits, minutes<={minutes}, tokens=200000, self_tokens=65536, batch_tokens=1024, dtype=bfloat16)"
 ENCODER = {
     "30 % fewer: neurons, words": f"shrink(ffn, ratio=0.5) | {RECOVER_ENCODER} | shrink(vocab, ratio=0.31)",
