@@ -38,7 +38,7 @@ from lighten.compress.distances import (
     relational_distance,
     state_distance,
 )
-from lighten.compress.distill_dense import Pace, cut_rows, pools_first_token, rows_of_step
+from lighten.compress.distill_dense import Pace, cut_rows, rows_of_step
 from lighten.compress.distill_scales import CURVE_POINTS, thinned
 from lighten.compress.journal import Journal
 from lighten.compress.lion import Lion
@@ -334,20 +334,6 @@ def test_embeddings_are_brought_near_by_cosine_and_relations(bert: Path, tmp_pat
     assert float((found["encoder.layer.0.output.dense.weight"] == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
 
 
-@pytest.mark.parametrize(
-    ("said", "first"),
-    [({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, True), ({"pooling_mode": "mean", "word_embedding_dimension": 8}, False)],
-)
-def test_the_models_own_pooling_is_followed(tmp_path: Path, said: dict[str, Any], first: bool) -> None:
-    assert not pools_first_token(tmp_path)
-    (tmp_path / "1_Pooling").mkdir()
-    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(said))
-    assert pools_first_token(tmp_path) is first
-    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_max_tokens": True}))
-    with pytest.raises(RecipeError, match=r"pools by max; mean and cls are known here"):
-        pools_first_token(tmp_path)
-
-
 # ---- one teacher ----
 
 
@@ -403,7 +389,7 @@ def test_a_run_that_is_gone_on_with_ends_in_the_same_bytes(llama: Path, tmp_path
     assert [path.name for path in (tmp_path / "work" / "pass-01").iterdir()] == ["all.block"]  # nothing of the training stays
 
 
-def test_a_budget_of_minutes_is_turned_into_steps_once(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_budget_of_minutes_keeps_its_steps_when_it_is_resumed(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     text = PRUNED.replace("steps=12", "minutes<=0.02") + ")"
     write = Journal.write
@@ -423,6 +409,17 @@ def test_a_budget_of_minutes_is_turned_into_steps_once(llama: Path, tmp_path: Pa
     _, report = weights(llama, text, tmp_path / "work", resume=True, log=said.append)
     assert report["steps"] == steps
     assert any(line.startswith("going on after step 4") for line in said)
+
+
+def test_a_step_that_meets_a_row_twice_is_a_mean_all_the_same(bert: Path, tmp_path: Path) -> None:
+    """28 rows are trained on: once, twice and ten times in a step."""
+    first = [
+        weights(bert, f"prune(magnitude, sparsity=0.5) | distill(embeddings, steps=1, batch_tokens={16 * count}, relational=0, span_tokens=0)",
+                tmp_path / str(count))[1]["curve"][0][2]
+        for count in (28, 56, 280)
+    ]  # fmt: skip
+    assert first[1] == pytest.approx(first[0], rel=1e-4)
+    assert first[2] == pytest.approx(first[0], rel=1e-4)
 
 
 def test_the_steps_of_a_budget_of_minutes_follow_the_pace(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ from lighten.errors import LightenError, ModelError, RecipeError, TextError
 from lighten.formats.artifact import Work, write_artifact
 from lighten.formats.export import export
 from lighten.formats.safetensors_folder import StoredWeights
-from lighten.judge.arrays import load_inputs, require_labels
+from lighten.judge.arrays import load_inputs, with_labels
 from lighten.judge.calibration import text_windows
 from lighten.judge.text import load_text
 from lighten.model.source import read_spec
@@ -436,13 +436,69 @@ def test_labels_of_arrays_are_trained_on_too(folders: Mapping[str, Path], tmp_pa
     spec = read_spec(folders["vit classes"])
     np.savez(path, **batch)
     with pytest.raises(TextError, match=r"a\.npz lacks labels, which labels=1 asks for; it holds pixel_values\."):
-        require_labels(load_inputs(path, spec), spec, 1, str(path))
+        with_labels(load_inputs(path, spec), spec, 1, str(path))
     np.savez(path, **batch, labels=np.arange(32))
     with pytest.raises(TextError, match=r"sample 32: label 31 is none of the model's 3: 0 bad, 1 so so, 2 good\."):
-        require_labels(load_inputs(path, spec), spec, 0, str(path))
+        with_labels(load_inputs(path, spec), spec, 0, str(path))
     np.savez(path, **batch, labels=np.ones((32, 2), np.int64))
     with pytest.raises(TextError, match=r"labels are one whole number for each sample; they have the shape \[32, 2\]"):
-        require_labels(load_inputs(path, spec), spec, 0, str(path))
+        with_labels(load_inputs(path, spec), spec, 0, str(path))
+
+
+VALUE = {"num_labels": 1, "id2label": {0: "v"}, "label2id": {"v": 0}, "problem_type": "regression"}
+
+
+def test_values_are_trained_on_and_are_no_classes(tmp_path: Path) -> None:
+    folder = save_reading("bert classes", tmp_path / "model", **VALUE)
+    recipe = "prune(magnitude, sparsity=0.5) | distill(logits, steps=40, batch_tokens=256, learning_rate=0.01, labels=1)"
+    text = pairs(tmp_path / "a.csv", label=[0.5, 2, "3.25"])
+    assert {float(batch["labels"][0]) for batch in batches(folder, text, labels=1.0)} <= {0.5, 2.0, 3.25}
+    artifact = lighten.compress(folder, recipe, tmp_path / "out", text=text)
+    (report,) = json.loads((artifact.folder / "lighten.json").read_text())["curves"]
+    assert report["held_out"][1] < report["held_out"][0] - 0.2, report
+    assert "accuracy" not in report
+    with pytest.raises(TextError, match=r"label 'much' is no number, which the model's only label is\."):
+        batches(folder, pairs(tmp_path / "b.csv", label=["much", 1]), labels=1.0)
+    ids = np.random.default_rng(0).integers(10, 60, (16, 12))
+    np.savez(tmp_path / "a.npz", input_ids=ids, labels=np.arange(16)[:, None] % 5)
+    (report,) = json.loads((lighten.compress(folder, recipe, tmp_path / "arrays", text=tmp_path / "a.npz").folder / "lighten.json").read_text())[
+        "curves"
+    ]
+    assert "accuracy" not in report
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "said"),
+    [
+        ("llama", {"labels": np.zeros(8, int)}, r"labels are one whole number for each token, \[8, 12\]; they have the shape \[8\]"),
+        ("llama", {"labels": np.full((8, 12), 5000)}, r"labels are from 0 to \d+, or -100 where nothing is known; they go from 5000 to 5000\."),
+        ("bert answers", {"start_positions": np.full(8, 12), "end_positions": np.zeros(8, int)}, r"start_positions are from 0 to 11, or -100"),
+        ("bert answers", {"start_positions": np.zeros(8), "end_positions": np.zeros(8, int)}, r"start_positions are one whole number for each"),
+        ("bert value", {"labels": np.zeros((8, 2))}, r"labels are one number for each sample; they have the shape \[8, 2\]\."),
+        ("t5", {"labels": np.zeros(8, int)}, r"labels are whole numbers of \[samples, tokens\]; they have the shape \[8\]"),
+    ],
+)  # fmt: skip
+def test_labels_of_arrays_that_do_not_fit_are_said_before_any_work(
+    reading: Mapping[str, Path], tmp_path: Path, name: str, labels: dict[str, Any], said: str
+) -> None:
+    folder = save_reading("bert classes", tmp_path / "model", **VALUE) if name == "bert value" else reading[name]
+    np.savez(tmp_path / "a.npz", input_ids=np.ones((8, 12), int), **labels)
+    with pytest.raises(TextError, match=said):
+        lighten.compress(folder, "distill(logits, steps=1, labels=1)", tmp_path / "out", text=tmp_path / "a.npz")
+
+
+def test_labels_that_no_token_has_are_said(reading: Mapping[str, Path], tmp_path: Path) -> None:
+    rows = [{"text": f"the {sentence(number)}", "answers": "the"} for number in range(24)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(LightenError, match=r"labels=1 asks for what is true of the rows, and they have no labels\."):
+        lighten.compress(reading["bert answers"], "distill(logits, steps=1, labels=1)", tmp_path / "out", text=tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("name", ["llama", "bert answers"])
+def test_labels_that_name_tokens_do_not_follow_a_smaller_vocabulary(reading: Mapping[str, Path], tmp_path: Path, name: str) -> None:
+    text = (translations if name == "llama" else questions)(tmp_path / "a.jsonl")
+    with pytest.raises(RecipeError, match=r"labels name tokens or their places, which shrink\(vocab\) changes; put it after this step\."):
+        lighten.compress(reading[name], "shrink(vocab, ratio=0.2) | distill(logits, steps=1, labels=1)", tmp_path / "out", text=text)
 
 
 def test_an_image_counts_as_its_patches(folders: Mapping[str, Path], tmp_path: Path) -> None:

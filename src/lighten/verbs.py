@@ -353,7 +353,7 @@ def compress(  # noqa: PLR0913 - one keyword for each option of the command
         LightenError: whatever of this cannot be read or done.
     """
     from lighten.formats.artifact import Work, write_artifact
-    from lighten.judge.arrays import Inputs, load_inputs, require_labels
+    from lighten.judge.arrays import Inputs, load_inputs, with_labels
     from lighten.judge.calibration import text_windows
     from lighten.judge.text import load_text
     from lighten.judge.worker import calibration_batches
@@ -376,8 +376,7 @@ def compress(  # noqa: PLR0913 - one keyword for each option of the command
     log(f"compressing {source}: {said}")
     windows = None
     if isinstance(read, Inputs):
-        require_labels(read, spec, said.labels, str(chosen))
-        windows = read.windows()
+        windows = with_labels(read, spec, said.labels, str(chosen)).windows()
     elif read is not None:
         windows = text_windows(source, spec, read, labels=said.labels, log=log)
     work = Work(windows=windows, text=read.fingerprint if read else "", memory_bytes=limit, resume=resume, log=log)

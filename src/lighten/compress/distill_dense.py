@@ -16,15 +16,14 @@ Source: Hinton et al. 2015 (arXiv:1503.02531) for the loss; Jiao et al. 2019 (ar
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,14 +36,16 @@ from lighten.compress.processes import Team, require_team
 from lighten.compress.pupil import Objective, match_layers
 from lighten.compress.reports import weights_of
 from lighten.compress.skeleton import Skeleton
+from lighten.compress.spans import is_plain, plan_spans, spans_of
 from lighten.compress.stage import Journaled, Stage
 from lighten.compress.teacher import Sample
 from lighten.compress.training import Judged, Leader, Setup, State, Unit, rate_at
 from lighten.compress.walk import Job, inputs_of, labels_of, original_value
 from lighten.compress.whole import texts
 from lighten.errors import OutputError, RecipeError, TextError
+from lighten.model.pooling import pools_first_token
 from lighten.model.spec import Embedding, Linear, ModelSpec
-from lighten.model.tasks import task_of
+from lighten.model.tasks import IGNORED, task_of
 from lighten.recipe.distill import MEMORIES, learning_rate, training_steps
 from lighten.units import format_bytes, format_seconds
 
@@ -111,9 +112,10 @@ class _Distillation:
 
     def run(self) -> None:
         """Train, and write the result to the journal."""
-        self._rows = self._read_rows()
-        self._training, judged = split(len(self._rows))
-        self._judged, self._label = (judged[:JUDGED], "held-out rows") if judged else (self._training, "all rows")
+        self._rows, of_text = self._read_rows()
+        training, judged = split(of_text)
+        self._judged, self._label = (judged[:JUDGED], "held-out rows") if judged else (training, "all rows of the text")
+        self._training = [*training, *range(of_text, len(self._rows))]
         self._answers = self._ask_teacher()
         self._positions = sum(map(self._length, self._rows))
         self._rows_of_a_step = max(1, int(self._job.step["batch_tokens"]) * len(self._rows) // self._positions)
@@ -142,27 +144,43 @@ class _Distillation:
 
     # what is trained on
 
-    def _read_rows(self) -> list[Sample]:
-        """The text, a row a sample; written down, for a decoder's own text takes long to be written again."""
+    def _read_rows(self) -> tuple[list[Sample], int]:
+        """The text, a row a sample, then spans of those that are trained on, and how many are of the text itself. They are written down, for a
+        decoder's own text takes long to be written again."""
         if not self._journal.has(self._job.number, ROWS):
             given = texts(self._job, self._teacher, original_value)
             batches = [inputs_of(self._student.module, batch) | labels_of(batch) for batch in given]
             self._require_labels(batches)
             rows = list(cut_rows(batches, length=self._job.step["seq_len"], said=self._said))
-            named = {f"{place}/{name}": value for place, row in enumerate(rows) for name, value in row.items()}
-            self._journal.write(self._job.number, ROWS, named)
+            named = {f"{place}/{name}": value for place, row in enumerate([*rows, *self._spans(batches, rows)]) for name, value in row.items()}
+            self._journal.write(self._job.number, ROWS, named, [{"of_text": len(rows)}])
         found: dict[int, dict[str, Tensor]] = {}
-        for key, value in self._journal.read(self._job.number, ROWS).weights.items():
+        written = self._journal.read(self._job.number, ROWS)
+        for key, value in written.weights.items():
             place, _, name = key.partition("/")
             assert isinstance(value, Tensor), "rows are tensors"
             found.setdefault(int(place), {})[name] = value
-        return [found[place] for place in sorted(found)]
+        return [found[place] for place in sorted(found)], written.reports[0]["of_text"]
+
+    def _spans(self, batches: Sequence[Sample], rows: Sequence[Sample]) -> list[Sample]:
+        """Spans of the rows that are trained on: what is held out is seen in none of them."""
+        step = self._job.step
+        plan = plan_spans(step, Counter(map(self._length, rows)), plain=is_plain(batches))
+        if not plan:
+            return []
+        training, _ = split(len(rows))
+        spans = spans_of([rows[place]["input_ids"][0] for place in training], plan, seed=step["seed"])
+        if spans:
+            lengths = " and ".join(str(each.shape[1]) for each in spans)
+            self._job.run.log(f"beside the {len(rows)} rows of the text {sum(map(len, spans))} spans of it, of {lengths} tokens")
+        return [{"input_ids": row[None]} for each in spans for row in each]
 
     def _require_labels(self, batches: Sequence[Sample]) -> None:
         """Raises:
         RecipeError: labels are asked for, and no row has any.
         """
-        if self._job.step["labels"] and not any(map(labels_of, batches)):
+        known = (value != IGNORED for batch in batches for value in labels_of(batch).values())
+        if self._job.step["labels"] and not any(bool(each.any()) for each in known):
             raise RecipeError(f"{self._said}: labels={self._job.step['labels']} asks for what is true of the rows, and they have no labels.")
 
     def _ask_teacher(self) -> Answers:
@@ -333,7 +351,7 @@ class _Distillation:
     def _units(self, rows: Sequence[int]) -> list[Unit]:
         """Rows of one shape together: few enough that each process gets some, unless texts are related to each other."""
         counts = {row: self._answers.count(row, self._rows[row]) for row in rows}
-        total = sum(counts.values())
+        total = sum(counts[row] for row in rows)
         found = []
         for _, group in groupby(sorted(rows, key=lambda row: str(_shapes(self._rows[row]))), key=lambda row: str(_shapes(self._rows[row]))):
             together = list(group)
@@ -411,23 +429,6 @@ def rows_of_step(rows: Sequence[int], *, step: int, count: int, seed: int) -> It
         epoch, index = divmod(place, len(rows))
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed((seed << 20) + epoch))
         yield rows[int(order[index])]
-
-
-def pools_first_token(folder: Path) -> bool:
-    """Whether a sentence embedding is the first token's state, by the pooling description of sentence-transformers; else the mean.
-
-    Raises:
-        RecipeError: another pooling.
-    """
-    path = folder / "1_Pooling" / "config.json"
-    if not path.is_file():
-        return False
-    said = json.loads(path.read_text())
-    modes = [name.removeprefix("pooling_mode_").removesuffix("_token").removesuffix("_tokens") for name, on in said.items() if on is True]
-    modes = [mode for mode in [*modes, said.get("pooling_mode")] if mode in ("cls", "mean", "max", "lasttoken", "weightedmean", "mean_sqrt_len")]
-    if modes in (["cls"], ["mean"]):
-        return modes == ["cls"]
-    raise RecipeError(f"distill(embeddings): {path} pools by {' and '.join(modes) or 'nothing known'}; mean and cls are known here.")
 
 
 def _gives_words(spec: ModelSpec, count: int) -> bool:

@@ -37,7 +37,9 @@ from lighten.compress.walk import DoBlock, Job, Method, Run, change_weights, wal
 from lighten.compress.wanda import prune_wanda
 from lighten.compress.whole import allocate_then, prune_then, tune
 from lighten.errors import RecipeError, UnsupportedFamily
+from lighten.model.pooling import pools_first_token
 from lighten.model.spec import Embedding, Linear, ModelSpec, WeightFormat
+from lighten.model.tasks import task_of
 from lighten.recipe import Recipe, Step
 from lighten.recipe.prune import IN_FOLDER, parse_pattern
 from lighten.recipe.quantize import AUTO
@@ -317,9 +319,14 @@ def require_possible(run: Run, spec: ModelSpec, recipe: Recipe) -> None:
     """Raises, before any work:
     UnsupportedFamily: a step on experts in one tensor of three dimensions that has to take it apart.
     TraceError: a step follows the model's graph, and its code cannot be followed without values.
-    RecipeError: a rotation that does not pass through the model, or channels that the graph does not tell apart.
+    RecipeError: a rotation that does not pass through the model, or channels that the graph does not tell apart; labels that name tokens or their
+        places, after tokens went.
+    ModelError: a pooling of embeddings that is not known here.
     """
     _refuse_around_factors(recipe)
+    _refuse_other_words(spec, recipe)
+    if any((step.verb, step.method) == ("distill", "embeddings") for step in recipe.steps):
+        pools_first_token(run.folder)
     cuts = [step for step in recipe.steps if (step.verb, step.method) == ("shrink", "vocab")]
     for step in cuts[:1]:
         require_vocabulary(run, spec, kept_rows(spec, dict(step.arguments)))
@@ -333,6 +340,14 @@ def require_possible(run: Run, spec: ModelSpec, recipe: Recipe) -> None:
         if step.verb == "shrink" and step.method in ("ffn", "heads", "width"):
             shrink.require_cuts(partial(run.graph, spec), spec, after, f"{step.verb}({step.method})")
         spec = after
+
+
+def _refuse_other_words(spec: ModelSpec, recipe: Recipe) -> None:
+    cut = False
+    for step in recipe.steps:
+        cut |= (step.verb, step.method) == ("shrink", "vocab")
+        if cut and step["labels"] and task_of(spec) in ("next", "span"):
+            raise RecipeError(f"{step}: labels name tokens or their places, which shrink(vocab) changes; put it after this step.")
 
 
 FOLLOW_THE_GRAPH = ("awq", "smoothquant", "hadamard")

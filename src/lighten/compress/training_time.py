@@ -10,6 +10,7 @@ model and the text, and writing down the state.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -20,7 +21,7 @@ import numpy as np
 from lighten.compress.answers import ROWS_AT_ONCE
 from lighten.compress.distill_dense import JUDGED, TIMED
 from lighten.compress.memory_plan import RELATED, ROW_TOKENS, SELF_LENGTH, SELF_PREFIX, STEP_TOKENS, TEXTS
-from lighten.compress.spans import span_rows
+from lighten.compress.spans import is_plain, plan_spans
 from lighten.compress.walk import Batch, CalibrationSource
 from lighten.cost.operators import Forward, Op, forward_operators
 from lighten.cost.training import BACKWARD
@@ -32,7 +33,7 @@ from lighten.errors import DeviceError
 from lighten.model import ModelSpec
 from lighten.model.spec import Embedding, Linear
 from lighten.recipe import Recipe, Step
-from lighten.recipe.distill import DISTILLING, span_tokens, training_steps
+from lighten.recipe.distill import DISTILLING, training_steps
 from lighten.recipe.predict import specs_of
 from lighten.units import format_seconds
 
@@ -161,18 +162,20 @@ def _engine(profile: Profile, dtype: str) -> EngineProfile:
 
 
 def _rows_of(step: Step, spec: ModelSpec, batches: Sequence[Batch]) -> tuple[int, int]:
-    """Rows, and positions of one in the mean, as `distill_dense.cut_rows` cuts them."""
+    """Rows, and positions of one in the mean, as `distill_dense` cuts them."""
     sizes = [np.shape(batch["input_ids"]) for batch in batches if "input_ids" in batch]
     if not sizes:
+        plan_spans(step, {1: 1}, plain=False)
         return sum(len(next(iter(batch.values()))) for batch in batches), spec.fixed_len or 1
     own = min(SELF_LENGTH, spec.max_positions or SELF_LENGTH)
-    sizes += [(-(-(step["self_tokens"] or 0) // own), own)]
-    if step.method == "embeddings":
-        spans = span_rows(span_tokens(dict(step.arguments)), longest=max(each for _, each in sizes), length=step["seq_len"])
-        sizes += [(rows, each) for each, rows in spans.items()]
-    cut = [(rows, each, step["seq_len"] or min(ROW_TOKENS, each)) for rows, each in sizes]
-    count = sum(rows * (each // size) for rows, each, size in cut)
-    return max(1, count), max(1, sum(rows * (each // size) * size for rows, each, size in cut) // max(1, count))
+    sizes += [(-(-step["self_tokens"] // own), own)] if step["self_tokens"] else []
+    rows: Counter[int] = Counter()
+    for count, each in sizes:
+        size = step["seq_len"] or min(ROW_TOKENS, each)
+        rows[size] += count * (each // size)
+    rows += Counter(plan_spans(step, rows, plain=is_plain(batches)))
+    total = sum(rows.values())
+    return max(1, total), max(1, sum(size * count for size, count in rows.items()) // max(1, total))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,14 +25,11 @@ from lighten.compress.reports import weights_of
 from lighten.compress.self_text import prefixes_of, sample_text
 from lighten.compress.sensitivity import Sensitivity, measure_sensitivity, option_errors
 from lighten.compress.skeleton import Skeleton
-from lighten.compress.spans import spans_of
 from lighten.compress.stage import Journaled, Stage
 from lighten.compress.walk import DoBlock, Job, inputs_of, reference_value, walk_blocks
-from lighten.errors import RecipeError
 from lighten.model.spec import Embedding, Linear, ModelSpec, WeightFormat
 from lighten.model.tasks import LABELS
 from lighten.recipe.automatic import Budget, budget, with_formats
-from lighten.recipe.distill import span_tokens
 from lighten.recipe.number_formats import dividing_group
 from lighten.recipe.prune import IN_FOLDER, UNIFORM
 from lighten.recipe.sparse import size_of, with_counts
@@ -142,7 +139,7 @@ def pruned_names(spec: ModelSpec) -> frozenset[str]:
 
 
 def texts(job: Job, skeleton: Skeleton, value: Callable[[Job, str], Tensor]) -> list[dict[str, Tensor]]:
-    """The calibration text, and as many tokens of the original's own or in spans as are asked for, as the vocabulary that is left spells them.
+    """The calibration text, and as many tokens of the original's own as are asked for, as the vocabulary that is left spells them.
 
     Args:
         skeleton: of the original, or of what stands for it.
@@ -161,27 +158,7 @@ def texts(job: Job, skeleton: Skeleton, value: Callable[[Job, str], Tensor]) -> 
             found = sample_text(skeleton, partial(value, job), asked, length=length)
             written[key] = found if own else torch.cat([job.run.in_new_ids("input_ids", row[None]) for row in found])
         batches.append({"input_ids": written[key]})
-    return batches + _spans(job, batches)
-
-
-def _spans(job: Job, batches: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """Further rows of the same text, where the step takes any.
-
-    Raises:
-        RecipeError: they are asked for, and the inputs are not plain rows of text, or only one.
-    """
-    if job.step.method != "embeddings" or not (wanted := span_tokens(dict(job.step.arguments))):
-        return []
-    rows = [row for batch in batches for row in batch.get("input_ids", [])]
-    if len(rows) < 2 or any(set(batch) != {"input_ids"} for batch in batches):
-        if job.step["span_tokens"] is None:
-            return []
-        raise RecipeError(f"distill({job.step.method}): span_tokens are cut from two or more rows of plain text; leave them out.")
-    found = spans_of(rows, count=wanted, length=job.step["seq_len"], seed=job.step["seed"])
-    if found:
-        lengths = ", ".join(str(each.shape[1]) for each in found)
-        job.run.log(f"{sum(map(len, found))} spans of the text's {sum(map(len, rows))} tokens beside its {len(rows)} rows, of {lengths} tokens")
-    return [{"input_ids": each} for each in found]
+    return batches
 
 
 def _input_scales(weights: Mapping[str, Weight]) -> dict[str, Tensor]:

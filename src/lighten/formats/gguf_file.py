@@ -9,7 +9,6 @@ Shape legend: O rows (output features), I columns (input features).
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections import Counter
@@ -31,6 +30,7 @@ from lighten.model.families._config import complete
 from lighten.model.ggml_types import GGML_TYPES, PLAIN, exact_ggml_type
 from lighten.model.gguf import TRANSLATIONS, gguf_names
 from lighten.model.gguf_header import read_gguf_header
+from lighten.model.pooling import pooling
 from lighten.model.spec import Embedding, Linear, ModelSpec, Part, WeightFormat
 
 Weight: TypeAlias = Tensor | Quantized
@@ -292,14 +292,9 @@ def _add(writer: Any, key: str, value: float | bool | str) -> None:
 
 def _add_pooling(writer: Any, name: str, source: Path) -> None:
     """How sentence embeddings are pooled, where the folder says so; llama.cpp pools none else."""
-    path = source / "1_Pooling" / "config.json"
-    if path.is_file():
-        said = json.loads(path.read_text())
-        kinds = {"pooling_mode_mean_tokens": 1, "pooling_mode_cls_token": 2, "pooling_mode_lasttoken": 3}
-        kind = next((number for key, number in kinds.items() if said.get(key)), None)
-        if kind is None:
-            raise ModelError(f"{path}: a pooling that llama.cpp does not have; it has mean, cls and last token.")
-        writer.add_uint32(f"{name}.pooling_type", kind)
+    if (source / "1_Pooling" / "config.json").is_file():
+        kinds = {"mean": 1, "cls": 2, "lasttoken": 3}
+        writer.add_uint32(f"{name}.pooling_type", kinds[pooling(source, tuple(kinds))])
 
 
 def _stored(name: str, weight: Weight, slot: Slot) -> Tensor | GgmlTensor:

@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from lighten.compress.skeleton import main_input
 from lighten.compress.walk import Batch, CalibrationSource
 from lighten.errors import TextError
 from lighten.model import ModelSpec
-from lighten.model.tasks import class_of, task_of
+from lighten.model.tasks import IGNORED, Task, class_of, task_of, vocab_size
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 
@@ -70,20 +70,53 @@ def load_inputs(path: Path, spec: ModelSpec) -> Inputs:
     return Inputs(arrays=arrays, fingerprint=digest.hexdigest())
 
 
-def require_labels(inputs: Inputs, spec: ModelSpec, weight: float | None, source: str) -> None:
-    """Raises:
-    TextError: labels that a step asks for are not among the arrays, or classes that the model has not.
+def with_labels(inputs: Inputs, spec: ModelSpec, weight: float | None, source: str) -> Inputs:
+    """The same, its labels known to be what the model's head takes; a value of each sample as float32 [samples].
+
+    Raises:
+        TextError: labels that a step asks for are not among the arrays, have another shape or type, or are none that the model has.
     """
-    names = ("start_positions", "end_positions") if task_of(spec) == "span" else ("labels",)
-    if missing := [name for name in names if name not in inputs.arrays and weight]:
-        raise TextError(f"{source} lacks {' and '.join(missing)}, which labels={weight} asks for; it holds {', '.join(inputs.arrays)}.")
-    labels = inputs.arrays.get("labels")
-    if task_of(spec) != "classes" or labels is None:
+    task, arrays = task_of(spec), inputs.arrays
+    names = ("start_positions", "end_positions") if task == "span" else ("labels",)
+    if missing := [name for name in names if name not in arrays and weight]:
+        raise TextError(f"{source} lacks {' and '.join(missing)}, which labels={weight} asks for; it holds {', '.join(arrays)}.")
+    for name in (name for name in names if name in arrays):
+        found = arrays[name]
+        if task == "value":
+            if found.size != len(found):
+                raise TextError(f"{source}: labels are one number for each sample; they have the shape {list(found.shape)}.")
+            return replace(inputs, arrays={**arrays, name: found.reshape(-1).astype(np.float32)})
+        _require_whole(task, name, arrays, spec, source)
+    return inputs
+
+
+def _require_whole(task: Task | None, name: str, arrays: Arrays, spec: ModelSpec, source: str) -> None:
+    """Classes, places or tokens: of a shape that fits, and each one that there is.
+
+    Raises:
+        TextError: not so.
+    """
+    found, tokens = arrays[name], arrays.get("input_ids")
+    if task in ("classes", "span"):
+        wanted, fits = "one whole number for each sample", found.ndim == 1
+    elif task == "next" and tokens is not None:
+        wanted, fits = f"one whole number for each token, {list(tokens.shape)}", found.shape == tokens.shape
+    elif task == "target":
+        wanted, fits = "whole numbers of [samples, tokens]", found.ndim == 2
+    else:
         return
-    if labels.ndim != 1 or labels.dtype.kind not in "iu":
-        raise TextError(f"{source}: labels are one whole number for each sample; they have the shape {list(labels.shape)} and type {labels.dtype}.")
-    for place in (int(labels.argmin()), int(labels.argmax())):
-        class_of(int(labels[place]), spec.config, f"{source}: sample {place + 1}")
+    if not fits or found.dtype.kind not in "iu":
+        raise TextError(f"{source}: {name} are {wanted}; they have the shape {list(found.shape)} and type {found.dtype}.")
+    if task == "classes":
+        for place in (int(found.argmin()), int(found.argmax())):
+            class_of(int(found[place]), spec.config, f"{source}: sample {place + 1}")
+        return
+    count = tokens.shape[1] if task == "span" and tokens is not None else vocab_size(spec)
+    known = found[found != IGNORED]
+    if known.size and count and not 0 <= int(known.min()) <= int(known.max()) < count:
+        raise TextError(
+            f"{source}: {name} are from 0 to {count - 1}, or {IGNORED} where nothing is known; they go from {known.min()} to {known.max()}."
+        )
 
 
 def _forward(spec: ModelSpec) -> tuple[list[str], str]:

@@ -101,8 +101,8 @@ def labelled_stream(tokenizer: Tokenizer, text: Text, *, count: int) -> tuple[li
         encoding = tokenizer.encode(row.joined + "\n\n", marks=False)
         before = len(row.texts[0]) if row.columns == ("source", "target") else len(row.joined) + 2
         ids += encoding.ids
-        after = len(row.joined)
-        labels += [token if before < end <= after else IGNORED for token, (_, end) in zip(encoding.ids, encoding.offsets, strict=True)]
+        after = len(row.joined)  # a last token may take the end of the line with it
+        labels += [token if before < end and start < after else IGNORED for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)]
         if len(ids) >= count:
             break
     return ids[:count], labels[:count]

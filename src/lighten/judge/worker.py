@@ -19,6 +19,7 @@ import numpy as np
 
 from lighten.errors import LightenError
 from lighten.model import ModelSpec, read_spec
+from lighten.model.pooling import pools_first_token
 from lighten.model.read import read_config
 from lighten.recipe import parse_recipe
 from lighten.runtimes import MODULES, Runtime, Session, Setup
@@ -89,7 +90,7 @@ class Worker:
         from lighten.judge.tokens import Tokenizer
 
         session, _ = self._loaded()
-        first_token = uses_first_token(Path(tokenizer))
+        first_token = pools_first_token(Path(tokenizer))
         rows = []
         for ids, mask in Tokenizer(Path(tokenizer)).batches(texts, batch_size=batch_size, length=seq_len):
             hidden = session.encode(ids, mask)
@@ -144,12 +145,6 @@ def calibration_batches(source: Path, text: Path | None) -> list[dict[str, Any]]
     longest = min(128, read_spec(source).max_positions or 128)
     batches = Tokenizer(source).batches(texts, batch_size=1, length=longest)
     return [{"input_ids": ids[:, : mask.sum()], "attention_mask": mask[:, : mask.sum()]} for ids, mask in batches]
-
-
-def uses_first_token(folder: Path) -> bool:
-    """Whether a sentence embedding is the first token's hidden state, by the pooling description of sentence-transformers; else the mean."""
-    path = folder / "1_Pooling" / "config.json"
-    return path.is_file() and bool(json.loads(path.read_text()).get("pooling_mode_cls_token"))
 
 
 def peak_memory_bytes() -> int | None:

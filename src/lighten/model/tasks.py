@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Literal
 
 from lighten.errors import TextError
 from lighten.model.families._fields import label_count
-from lighten.model.spec import Linear, ModelSpec
+from lighten.model.spec import Embedding, Linear, ModelSpec
 
 Task = Literal["classes", "value", "span", "target", "next"]
 """`classes`: one of its labels for a whole input; `value`: a number for it; `span`: where an answer starts and ends; `target`: a text from another;
@@ -37,6 +38,11 @@ def task_of(spec: ModelSpec) -> Task | None:
     return "next" if name.endswith(("ForCausalLM", "LMHeadModel")) and spec.is_decoder else None
 
 
+def vocab_size(spec: ModelSpec) -> int:
+    """Rows of its largest table of tokens; 0 of a model that reads none."""
+    return max((part.num_embeddings for part in spec.parts if isinstance(part, Embedding)), default=0)
+
+
 def has_head(spec: ModelSpec) -> bool:
     """Whether it gives logits, and not states alone."""
     return any(isinstance(part, Linear) and part.component == "head" for part in spec.parts)
@@ -52,19 +58,22 @@ def class_of(label: Any, config: Mapping[str, Any], where: str) -> int:
     Raises:
         TextError: no such class.
 
-    >>> class_of("good", {"label2id": {"bad": 0, "good": 1}, "num_labels": 2}, "a.csv line 2"), class_of("0", {"num_labels": 2}, "")
-    (1, 0)
+    >>> names = {"label2id": {"bad": 0, "good": 1}, "num_labels": 2}
+    >>> [class_of(label, names, "a.csv line 2") for label in ("good", "0", "1.0", 1.0)]
+    [1, 0, 1, 1]
     """
     names = _names(config)
     count = label_count(config)
     if isinstance(label, str) and label in names:
         return names[label]
-    if isinstance(label, str) and label.isascii() and label.removeprefix("-").isdigit():
-        label = int(label)
-    if isinstance(label, float) and label.is_integer():
-        label = int(label)
-    if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < count:
-        return label
+    number = label
+    if isinstance(label, str):
+        with suppress(ValueError):
+            number = float(label)
+    if isinstance(number, float) and number.is_integer():
+        number = int(number)
+    if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < count:
+        return number
     known = ", ".join(f"{number} {name}" for name, number in sorted(names.items(), key=lambda each: each[1])[:20])
     raise TextError(f"{where}: label {label!r} is none of the model's {count}: {known or f'0 to {count - 1}'}.")
 
