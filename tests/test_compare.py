@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import json
 import re
 import xml.etree.ElementTree as ET
@@ -13,7 +12,6 @@ import pytest
 
 from lighten import verbs
 from lighten.cli.main import main
-from lighten.report import compare_page
 from lighten.report.compare_page import say_rate
 
 LLAMA: dict[str, Any] = {
@@ -70,10 +68,6 @@ def refused(folder, capsys):
         return line.removeprefix("lighten: ")
 
     return run
-
-
-def test_doctests():
-    assert doctest.testmod(compare_page).failed == 0
 
 
 def test_every_combination_is_what_estimate_says(folder, compared):

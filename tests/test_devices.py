@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import doctest
 import json
 import re
 from dataclasses import replace
@@ -16,7 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lighten.cli import devices as command
-from lighten.device import bill, catalog, spelling
+from lighten.device import catalog
 from lighten.device.bill import Bill, bill_of, cost_usd, energy_joules, parse_tokens, training_run
 from lighten.device.catalog import all_devices, match_device, parse_devices, read_device, read_file, with_devices_per_node, with_network, with_price
 from lighten.device.device import KINDS, PEAKS, Device, Link
@@ -237,10 +236,6 @@ def test_another_variant_of_a_device_is_not_that_device(device, word):
     assume(not set(re.findall(r"[a-z0-9]+", word.lower())) <= set(device.name.split("-")))
     found = match_device(f"{device.name} {word}")
     assert found is None or found.name != device.name
-
-
-def test_doctests():
-    assert [doctest.testmod(module).failed for module in (bill, catalog, spelling)] == [0, 0, 0]
 
 
 # ---- by name ----

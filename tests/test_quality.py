@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import math
 
 import numpy as np
@@ -26,10 +25,6 @@ def normal(seed, *shape):
 
 def values(scores):
     return {name: score.value for name, score in scores.items()}
-
-
-def test_doctests():
-    assert doctest.testmod(quality).failed == 0
 
 
 # ---- embeddings ----

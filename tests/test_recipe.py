@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import itertools
 import json
 import re
@@ -26,7 +25,7 @@ from lighten.formats.artifact import Work, write_artifact
 from lighten.model import ModelSpec, read_spec
 from lighten.model.families import describe
 from lighten.model.spec import PER_CHANNEL, PER_TENSOR, Embedding, Linear, WeightFormat
-from lighten.recipe import RUNTIMES, STEPS, Recipe, Step, apply_recipe, parse_recipe, read_recipe, recipe, size
+from lighten.recipe import RUNTIMES, STEPS, Recipe, Step, apply_recipe, parse_recipe, read_recipe, size
 from lighten.recipe.distill import LEARNING_RATES
 from lighten.recipe.estimate import estimate
 from lighten.recipe.notes import notes
@@ -81,10 +80,6 @@ def refusal(make: Callable[[], Any]) -> str | None:
     except RecipeError as error:
         return str(error)
     return None
-
-
-def test_doctests():
-    assert doctest.testmod(recipe).failed == 0
 
 
 # ---- its forms ----

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import doctest
 import errno
 import json
 import math
@@ -21,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lighten.errors import OutputError
-from lighten.report import choice_table, figures, format_table, prediction_table, svg, table, write_report
+from lighten.report import choice_table, format_table, prediction_table, svg, write_report
 from lighten.report.figures import read_limit
 from lighten.report.html import report_page
 from lighten.report.svg import Box, Wanted, linear_ticks, log_ticks, place_labels
@@ -857,10 +856,3 @@ def test_a_full_disk_leaves_the_old_report_and_nothing_else(tmp_path: Path, monk
 def test_a_missing_folder_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="the report cannot be written: No such file or directory"):
         write_report(encoder_choice(), tmp_path / "nowhere" / "report.html")
-
-
-@pytest.mark.parametrize("module", [figures, svg, table], ids=lambda module: module.__name__)
-def test_the_examples_in_the_docstrings_are_true(module: Any) -> None:
-    found = doctest.testmod(module)
-    assert found.attempted > 0
-    assert found.failed == 0

@@ -451,14 +451,6 @@ def test_counts_are_exact_for_odd_sizes(tmp_path: Path, changes: dict[str, int],
     load(tmp_path / "out")
 
 
-def test_doctests() -> None:
-    import doctest
-
-    from lighten.recipe import shrink
-
-    assert doctest.testmod(shrink).failed == 0
-
-
 @given(width=st.integers(1, 5000), ratio=st.floats(0.001, 0.999))
 def test_kept_features_are_whole_tiles_and_no_fewer_than_asked_for(width: int, ratio: float) -> None:
     kept = kept_features(width, ratio)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import doctest
-
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lighten import units
 from lighten.errors import ConstraintError
 from lighten.units import (
     COUNT_UNITS,
@@ -23,10 +20,6 @@ from lighten.units import (
     parse_dtype,
     parse_quantity,
 )
-
-
-def test_doctests():
-    assert doctest.testmod(units).failed == 0
 
 
 @pytest.mark.parametrize(

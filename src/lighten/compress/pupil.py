@@ -91,7 +91,7 @@ def mapped(student: int, teacher: int) -> list[int]:
     Source: Jiao et al. 2019 (arXiv:1909.10351), section 4.3, the uniform mapping.
 
     >>> mapped(3, 12), mapped(2, 5)
-    ([3, 7, 11], [1, 4])
+    ([3, 7, 11], [2, 4])
     """
     return [int((place + 1) * teacher / student + 0.5) - 1 for place in range(student)]
 

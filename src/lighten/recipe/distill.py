@@ -43,7 +43,7 @@ TRAINING: Mapping[str, Parameter] = {
         accepts=lambda v: is_number(v) and 0 < v < 1e6, says="a number of minutes that the step may take, in place of steps", at_most=True
     ),
     "optimizer": one_of(*LEARNING_RATES, default="adamw"),
-    "learning_rate": Parameter(accepts=lambda v: is_number(v) and 0 < v < 1, says="a number between 0 and 1; without it by the optimizer"),
+    "learning_rate": Parameter(accepts=lambda v: is_number(v) and 0 < v < 1, says="a number between 0 and 1; without it by optimizer and method"),
     "schedule": one_of("linear", "cosine", default="linear"),
     "batch_tokens": Parameter(accepts=is_positive, says="a number of positions of a step, of all processes together", default=2048),
     "seq_len": Parameter(accepts=lambda v: is_positive(v) and v > 1, says="a number of positions of a sequence; without it 512 or fewer"),

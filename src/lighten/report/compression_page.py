@@ -86,7 +86,8 @@ def _style() -> str:
 
 
 def _model(manifest: Record) -> str:
-    return known(PurePath(str(manifest.get("original") or "")).name)
+    original = manifest.get("original")
+    return known(PurePath(original).name if isinstance(original, str) else None)
 
 
 # ---- the answer ----

@@ -107,8 +107,9 @@ def clean(text: Any) -> str:
 
 
 def known(text: Any) -> str:
-    """`text` in one line, or "not known" for null and nothing."""
-    return clean(text) if text not in (None, "") else "not known"
+    """`text` in one line, or "not known" for null and nothing, and for what is neither a word nor a finite number."""
+    said = isinstance(text, str | int) or (isinstance(text, float) and math.isfinite(text))
+    return clean(text) if said and text != "" else "not known"
 
 
 def is_measured(trial: Record) -> bool:
