@@ -185,10 +185,10 @@ PIPELINES = (
     f" | quantize(auto, size<=60MB, tokens={{tokens}}) | {TUNED_FAST}",
     f"{TABLE} | quantize(auto, size<=60MB, tokens={{tokens}}) | {TUNED_FAST}",
 )
-ENCODER_PIPELINES = (
-    "shrink(ffn, ratio=0.5, tokens={tokens}) | distill(embeddings, minutes<=10, hidden=1.0, dtype=bfloat16, tokens={tokens})"
-    " | quantize(auto, size<=15MB, tokens={tokens})",
-    "quantize(auto, size<=15MB, tokens={tokens})",
+ENCODER_PIPELINES = tuple(
+    f"{before}quantize(auto, size<={size}MB, tokens={{tokens}})"
+    for size in (15, 10, 7)
+    for before in ("shrink(ffn, ratio=0.5, tokens={tokens}) | distill(embeddings, minutes<=10, hidden=1.0, dtype=bfloat16, tokens={tokens}) | ", "")
 )
 """Quantization of a smaller model, recovered, beside that of the whole one, at the same size. `--pipelines` measures these instead."""
 

@@ -30,7 +30,8 @@ RECIPES = {
     "pruned 80 %": "prune(admm, sparsity=0.8) | distill(logits, steps={steps}, batch_tokens=1088, learning_rate=0.001)",
     "pruned 80 %, not trained": "prune(admm, sparsity=0.8)",
     "4 bits": "quantize(gptq, bits=4, group_size=32)",
-    "a quarter of its size": "shrink(width, ratio=0.5) | shrink(ffn, ratio=0.5) | distill(logits, steps={steps}, batch_tokens=1088, learning_rate=0.001)",
+    "a quarter of its size": "shrink(width, ratio=0.5) | shrink(ffn, ratio=0.5)"
+    " | distill(logits, steps={steps}, batch_tokens=1088, learning_rate=0.001)",
     "a quarter, pruned 50 %, 4 bits": "shrink(width, ratio=0.5) | shrink(ffn, ratio=0.5) | prune(admm, sparsity=0.5)"
     " | distill(logits, steps={steps}, batch_tokens=1088, learning_rate=0.001)"
     " | quantize(gptq, bits=4, group_size=32)",
