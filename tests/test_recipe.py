@@ -386,9 +386,9 @@ FEW: dict[str, tuple[Any, ...]] = {
     "size": ("1MB", 64), "widths": ("3,4,8",), "steps": (3,),
     "damping": (0.01, "auto"), "refine": (0, 2), "search": (False, True), "learning_rate": (0.01,), "ratio": (0.5, 0.9),
     "keep": (1, 300), "by": ("even", "last"), "allocation": ("sensitivity",),
-    "train_tokens": (64,), "span_tokens": (0, 96), "minutes": (0.01,), "optimizer": tuple(LEARNING_RATES), "schedule": ("cosine",), "batch_tokens": (48,), "seq_len": (12,),
+    "train_tokens": (64,), "minutes": (0.01,), "optimizer": tuple(LEARNING_RATES), "schedule": ("cosine",), "batch_tokens": (48,), "seq_len": (12,),
     "dtype": ("bfloat16",), "recompute": (True,), "parallel": ("none",), "seed": (1,), "temperature": (2.0,), "top_k": (8,), "hidden": (0.5,),
-    "labels": (1,), "attention": (0.5,), "relational": (0.5,), "rank": (4,), "energy": (0.9,), "weighted": (True, False),
+    "span_tokens": (0, 96), "labels": (1,), "attention": (0.5,), "relational": (0.5,), "rank": (4,), "energy": (0.9,), "weighted": (True, False),
 }  # fmt: skip
 """A few values of each parameter of the registry."""
 COMBINED = ("sparsity", "threshold", "pattern", "scope", "bits", "group_size", "symmetric", "embeddings")
