@@ -187,7 +187,7 @@ PIPELINES = (
 )
 ENCODER_PIPELINES = tuple(
     f"{before}quantize(auto, size<={size}MB, tokens={{tokens}})"
-    for size in (15, 10, 7)
+    for size in (15, 10, 8, 7)
     for before in ("shrink(ffn, ratio=0.5, tokens={tokens}) | distill(embeddings, minutes<=10, hidden=1.0, dtype=bfloat16, tokens={tokens}) | ", "")
 )
 """Quantization of a smaller model, recovered, beside that of the whole one, at the same size. `--pipelines` measures these instead."""
