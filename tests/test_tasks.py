@@ -538,7 +538,7 @@ def test_a_text_with_two_labels_counts_once_with_the_first(tmp_path: Path) -> No
         (["good", "great"], r"line 2: label 'great' is none of the model's 3: 0 bad, 1 so so, 2 good\.$"),
         ([0, 3], r"line 2: label 3 is none of the model's 3: 0 bad"),
         ([0, -1], r"line 2: label -1 is none of"),
-        ([0, "7"], r"line 2: label 7 is none of"),
+        ([0, "7"], r"line 2: label '7' is none of"),
         ([0, True], r"line 2: label True is none of"),
         ([0, [1]], r"line 2: label \[1\] is none of"),
         ([0, 0.5], r"line 2: label 0\.5 is none of"),
