@@ -422,6 +422,21 @@ def test_a_step_that_meets_a_row_twice_is_a_mean_all_the_same(bert: Path, tmp_pa
     assert first[2] == pytest.approx(first[0], rel=1e-4)
 
 
+def test_a_training_has_the_rate_of_its_method(llama: Path, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    highest: list[float] = []
+    step = training.Leader.step
+
+    def spy(self: training.Leader, units: Any, rate: float) -> Any:
+        highest[-1] = max(highest[-1], rate)
+        return step(self, units, rate)
+
+    monkeypatch.setattr(training.Leader, "step", spy)
+    for folder, method in ((llama, "logits"), (bert, "embeddings")):
+        highest.append(0.0)
+        weights(folder, f"prune(magnitude, sparsity=0.5) | distill({method}, steps=10, batch_tokens=64)", tmp_path / method)
+    assert highest == [pytest.approx(1e-4), pytest.approx(5e-4)]
+
+
 def test_the_steps_of_a_budget_of_minutes_follow_the_pace(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(Pace, "seconds", property(lambda pace: 0.5 if len(pace._taken) < 8 else 20.0))

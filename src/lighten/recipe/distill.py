@@ -79,8 +79,9 @@ def training_steps(arguments: Arguments, *, step_tokens: int) -> int | None:
 def learning_rate(method: str, arguments: Arguments) -> float:
     """The highest of a training.
 
-    >>> learning_rate("logits", {"optimizer": "adamw"}), learning_rate("embeddings", {"optimizer": "sgd", "learning_rate": 0.01})
-    (0.0001, 0.01)
+    >>> adamw = {"optimizer": "adamw"}
+    >>> learning_rate("logits", adamw), learning_rate("embeddings", adamw), learning_rate("embeddings", adamw | {"learning_rate": 0.01})
+    (0.0001, 0.0005, 0.01)
     """
     usual = EMBEDDING_RATES if method == "embeddings" else LEARNING_RATES
     return float(arguments.get("learning_rate") or usual[arguments["optimizer"]])
