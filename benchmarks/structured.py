@@ -32,8 +32,6 @@ from typing import Any
 
 HERE = Path(__file__).parent
 RUNTIMES = ("torch", "onnxruntime", "openvino")
-DECODER_RUNTIMES = ("torch", "openvino")
-"""ONNX Runtime runs no decoders here yet."""
 SHOWN = ("perplexity_ratio", "kl", "neighbour_agreement", "cosine")
 """Qualities in the table."""
 RECOVER_ENCODER = "distill(embeddings, minutes<={minutes}, tokens=200000, hidden=1.0, dtype=bfloat16)"
@@ -95,7 +93,7 @@ def row(name: str, recipe: str, arguments: argparse.Namespace, work: Path) -> di
     made = small_model(with_minutes(recipe, arguments), arguments, work)
     speedups: dict[str, Any] = {}
     quality: dict[str, Any] = {}
-    for runtime in DECODER_RUNTIMES if arguments.decoder else RUNTIMES:
+    for runtime in RUNTIMES:
         found: dict[str, list[dict[str, Any]]] = {"original": [], "small": []}
         small = for_runtime(made, runtime, arguments)
         for _ in range(arguments.rounds):

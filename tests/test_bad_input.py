@@ -488,7 +488,6 @@ def test_a_text_that_no_step_looks_at(refused, model, tmp_path):
     ("arguments", "says"),
     [
         (("nowhere",), "nowhere: no such folder; this command needs the model's weights"),
-        (("llama", "--runtime", "onnxruntime"), "runtime onnxruntime does not run decoders here"),
         (("llama", "--runtime", "torch-compile"), "runtime torch-compile does not run decoders here"),
         (("llama", "--phase", "encode"), "phase encode needs an encoder"),
         (("bert", "--phase", "generate"), "phase generate needs a decoder"),

@@ -164,9 +164,10 @@ def test_types_with_scales_of_their_own_go_to_safetensors_alone(tmp_path):
 
 
 @pytest.mark.parametrize(("target", "codes"), [("onnx", 3), ("openvino", 4)])
-def test_an_encoder_goes_to_graphs(target, codes, tmp_path):
+@pytest.mark.parametrize("config", [bert_config, llama_config])
+def test_a_model_goes_to_graphs(target, codes, config, tmp_path):
     """Its codes where the runtime has such, else their values."""
-    folder = save(bert_config(num_hidden_layers=1), tmp_path / "model")
+    folder = save(config(num_hidden_layers=1), tmp_path / "model")
     source = packed(folder, tmp_path / "packed", bits=codes)
     made = export(source, target, tmp_path / target)
     assert set(made.types) == {"int4" if codes == 4 else "float32"}
@@ -182,7 +183,6 @@ def test_an_encoder_goes_to_graphs(target, codes, tmp_path):
     [
         (DENSE, "is dense safetensors already"),
         (PACKED, "is not quantized, and rounding loses; lighten compress"),
-        ("onnx", "runtime onnxruntime does not run decoders here"),
         ("pickle", "format 'pickle' is not written; these are: safetensors, compressed-tensors, gguf, onnx, openvino"),
     ],
 )

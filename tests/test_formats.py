@@ -214,7 +214,7 @@ def test_half_precision_is_stored_and_computed_where_it_is_said(made, tiny_bert)
 # ---- decoders ----
 
 
-@pytest.mark.parametrize("recipe", ["@ torch", "@ openvino"])
+@pytest.mark.parametrize("recipe", ["@ torch", "@ onnxruntime", "@ openvino"])
 def test_a_decoder_prefills_and_decodes_as_torch_does_without_a_cache(recipe, made, tiny_llama):
     """Batch 2, then 3 on the same session: a new prompt starts from an empty cache."""
     _, runs = made(tiny_llama, recipe)
@@ -234,11 +234,18 @@ def test_a_decoder_prefills_and_decodes_as_torch_does_without_a_cache(recipe, ma
                 np.testing.assert_allclose(last, module(torch.from_numpy(ids)).logits[:, -1].numpy(), atol=1e-4)
 
 
-def test_a_quantized_decoder_computes_with_exactly_lightens_codes(made, tiny_llama, tmp_path):
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize(
+    "steps",
+    [
+        "quantize(rtn, bits=4, group_size=16, targets=self_attn) | quantize(rtn, embeddings=true, targets='mlp|embed')",
+        "quantize(rtn, bits=4, group_size=16, embeddings=true)", "quantize(rtn, bits=4, group_size=16, symmetric=true, embeddings=true)",
+    ],
+)  # fmt: skip
+def test_a_quantized_decoder_computes_with_exactly_lightens_codes(steps, runtime, made, tiny_llama, tmp_path):
     """Its head is tied to its embeddings, which are quantized too."""
-    recipe = "quantize(rtn, bits=4, group_size=16, targets=self_attn) | quantize(rtn, embeddings=true, targets='mlp|embed') @ openvino"
-    _, runs = made(tiny_llama, recipe)
-    packed = write_artifact(tiny_llama, parse_recipe(recipe.replace("openvino", "torch")), tmp_path / "packed", calibration=list)
+    _, runs = made(tiny_llama, f"{steps} @ {runtime}")
+    packed = write_artifact(tiny_llama, parse_recipe(steps), tmp_path / "packed", calibration=list)
     ids = random_ids(2, 7)
     with torch.no_grad():
         found, original = (reference(folder)(torch.from_numpy(ids)).logits.numpy() for folder in (packed.folder, tiny_llama))
@@ -428,6 +435,6 @@ def test_a_manifest_that_cannot_be_read_is_said(content, tmp_path):
 
 def test_a_model_that_a_recipe_does_not_fit_leaves_nothing(tiny_llama, tmp_path):
     with pytest.raises(RecipeError, match="does not run decoders"):
-        write_artifact(tiny_llama, parse_recipe("@ onnxruntime"), tmp_path / "out", calibration=list)
+        write_artifact(tiny_llama, parse_recipe("@ torch-compile"), tmp_path / "out", calibration=list)
     assert list(tmp_path.iterdir()) == []
     assert replace(read_spec(tiny_llama), name="").is_decoder

@@ -295,9 +295,9 @@ IMPOSSIBLE = {
     "quantize(rtn, targets=nothing)":
         "targets='nothing' matches no weight of BertModel that this step changes.",
     "quantize(rtn, bits=3) @ onnxruntime":
-        f"runtime onnxruntime cannot carry {LAYER} as 3-bit codes by channel; it carries float32 weights, and quantize(dynamic), ",
+        f"runtime onnxruntime cannot carry {LAYER} as 3-bit codes by channel; it carries float32 weights, and whole-number codes ",
     "cast(bfloat16) @ onnxruntime":
-        "runtime onnxruntime cannot carry embeddings.word_embeddings as bfloat16; it carries float32 weights, and quantize(dynamic), ",
+        "runtime onnxruntime cannot carry embeddings.word_embeddings as bfloat16; it carries float32 weights, and whole-number codes ",
     "cast(bfloat16) @ openvino":
         "runtime openvino cannot carry embeddings.word_embeddings as bfloat16; it carries float32 and float16 weights, and ",
     "quantize(rtn, bits=3) @ openvino":
@@ -332,7 +332,7 @@ def test_what_the_model_or_the_runtime_cannot_take_is_refused_in_words(text):
 
 @pytest.mark.parametrize("runtime", [name for name, kind in RUNTIMES.items() if not kind.decoders])
 def test_a_runtime_without_decoders_refuses_one(runtime):
-    with pytest.raises(RecipeError, match=rf"^runtime {runtime} does not run decoders here; these do: torch, openvino, llama.cpp\.$"):
+    with pytest.raises(RecipeError, match=rf"^runtime {runtime} does not run decoders here; these do: torch, onnxruntime, openvino, llama.cpp\.$"):
         apply_recipe(parse_recipe(f"@ {runtime}"), spec_of("LlamaForCausalLM"))
 
 

@@ -28,6 +28,7 @@ from tiny_models import bert_config, llama_config, save
 from lighten.cost.operators import Forward, forward_operators
 from lighten.cost.workload import Workload
 from lighten.errors import LightenError, ModelError, RuntimeUnavailable, TraceError, UnsupportedFamily, WorkloadError
+from lighten.formats.artifact import write_artifact
 from lighten.formats.onnx_export import export_onnx
 from lighten.model import read_spec
 from lighten.model.families import FAMILIES
@@ -35,10 +36,12 @@ from lighten.model.ggml_types import GGML_TYPES
 from lighten.model.gguf import TRANSLATIONS
 from lighten.model.gguf_header import read_gguf_header
 from lighten.model.spec import Embedding, Linear, ModelSpec, WeightFormat
+from lighten.recipe import parse_recipe
 from lighten.recipe.estimate import estimate
 from lighten.trace.onnx_file import BITS, read_onnx
 from lighten.trace.onnx_graph import OnnxGraph
 from lighten.trace.onnx_shapes import follow_shapes
+from lighten.trace.onnx_weights import SCOPES
 from lighten.trace.open import read_model
 
 MEMORY = 64_000_000
@@ -595,6 +598,22 @@ def test_a_decoders_graph_costs_what_its_formula_says(workload, llama_onnx, tiny
     assert found.total_parameters == read_spec(tiny_llama).total_parameters  # the shared head once
     assert found.matmul_causal is None  # the mask is a node like any other
     assert found.unknown_ops == {}
+
+
+def test_a_graph_with_codes_has_the_parameters_and_products_of_its_formula(tiny_llama, tmp_path):
+    """Two codes a byte in a table that is looked up and multiplied with: counted once, its scales not at all."""
+    recipe = parse_recipe("quantize(rtn, bits=4, group_size=16, embeddings=true) @ onnxruntime")
+    write_artifact(tiny_llama, recipe, tmp_path / "out", calibration=list)
+    asked = Workload(phase="prefill", batch_size=2, seq_len=17)
+    found, formula = OnnxGraph(tmp_path / "out" / "model.onnx").follow(asked), estimate(read_spec(tiny_llama), asked)
+    assert (found.matmul_flops, found.total_parameters) == (sum(formula.matmul.values()), read_spec(tiny_llama).total_parameters)
+    assert found.unknown_ops == {}
+
+
+def test_an_exported_graph_says_where_nodes_come_from_and_nothing_of_this_machine(llama_onnx):
+    graph = onnx.load(llama_onnx, load_external_data=False).graph
+    assert {entry.key for node in graph.node for entry in node.metadata_props} == {SCOPES}
+    assert b"site-packages" not in llama_onnx.read_bytes()
 
 
 def test_a_generation_is_its_prefill_and_its_steps(llama_onnx):

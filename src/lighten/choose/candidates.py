@@ -23,6 +23,8 @@ ENCODER = (
 )
 DECODER = (
     "cast(bfloat16) @ torch",
+    "@ onnxruntime",
+    "quantize(rtn, bits=4, group_size={small_group}, embeddings=true) @ onnxruntime",
     "@ openvino",
     "cast(float16) @ openvino(dtype=bfloat16)",
     "quantize(rtn, embeddings=true) @ openvino(dtype=bfloat16)",

@@ -15,7 +15,7 @@ import contextlib
 import io
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -126,6 +126,9 @@ class _Graph:
                 self._changed[place] = list(self._integer_product(node, name, weight))
             elif node.op_type == "Gather" and node.input[0] == name and not turned and _can_gather(node, weight):
                 self._changed[place] = list(self._gathered(node, name, weight))
+            elif node.op_type == "Transpose" and not turned and _in_blocks(weight) and (products := self._products_with(node.output[0])):
+                self._changed[place] = []
+                self._changed |= {other: list(self._block_product(self._graph.node[other], name, weight)) for other in products}
             else:
                 rest = True
         if rest:
@@ -154,22 +157,42 @@ class _Graph:
             told = {"axis": axis, "block_size": weight.group_size}
         yield helper.make_node("DequantizeLinear", inputs, [name], **told)
 
+    def _products_with(self, value: str) -> list[int]:
+        """Places of the products with a value on their right; none where anything else reads it."""
+        readers = [(place, node) for place, node in enumerate(self._graph.node) if value in node.input]
+        return [place for place, _ in readers] if all(node.op_type == "MatMul" and node.input[1] == value for _, node in readers) else []
+
+    def _block_product(self, node: Any, name: str, weight: QuantizedTensor) -> Iterator[Any]:
+        """x Wᵀ with the codes of a table that is looked up too: stored once."""
+        from onnx import helper
+
+        rows, columns = weight.codes.shape
+        table, *rest = yield from self._table(name, weight)
+        blocks, shape = f"{name}_blocks", (rows, columns // weight.group_size, weight.group_size * weight.bits // 8)
+        yield helper.make_node("Reshape", [table, self._constant(f"{blocks}_shape", np.array(shape, np.int64))], [blocks])
+        told: dict[str, Any] = {"K": columns, "N": rows, "bits": weight.bits, "block_size": weight.group_size, "accuracy_level": 1}
+        product = helper.make_node("MatMulNBits", [node.input[0], blocks, *rest], [node.output[0]], node.name, domain="com.microsoft", **told)
+        product.metadata_props.extend(node.metadata_props)
+        yield product
+
+    def _table(self, name: str, weight: QuantizedTensor) -> Generator[Any, None, list[str]]:
+        """Codes in blocks, scales and zero points, as the operators of com.microsoft take them: the nodes that make them; returns their names."""
+        found = [self._constant(f"{name}_table", _packed(weight.codes.numpy(), weight.bits)), f"{name}_table_scale"]
+        if not any(found[1] in each.output for nodes in self._changed.values() for each in nodes):
+            yield from self._scales(found[1], weight, turned=False)
+        if weight.zero_point is not None:
+            found.append(self._constant(f"{name}_table_zero", _packed(weight.zero_point.numpy(), weight.bits)))
+        return found
+
     def _gathered(self, node: Any, name: str, weight: QuantizedTensor) -> Iterator[Any]:
         """Look codes up and dequantize what was found."""
         from onnx import helper
 
         ids, out = node.input[1], node.output[0]
         if weight.group_size > 0:
-            codes = weight.codes.numpy()
-            packed = codes if weight.bits == 8 else codes[:, 0::2] | codes[:, 1::2] << np.uint8(4)
-            inputs = [self._constant(f"{name}_table", packed), ids, f"{name}_table_scale"]
-            yield from self._scales(f"{name}_table_scale", weight, turned=False)
-            if weight.zero_point is not None:
-                zero = weight.zero_point.numpy()
-                zero = np.pad(zero, ((0, 0), (0, zero.shape[1] % 2))) if weight.bits == 4 else zero
-                inputs.append(self._constant(f"{name}_table_zero", zero if weight.bits == 8 else zero[:, 0::2] | zero[:, 1::2] << np.uint8(4)))
+            table, *rest = yield from self._table(name, weight)
             told: dict[str, Any] = {"gather_axis": 0, "quantize_axis": 1, "block_size": weight.group_size, "bits": weight.bits}
-            yield helper.make_node("GatherBlockQuantized", inputs, [out], domain="com.microsoft", **told)
+            yield helper.make_node("GatherBlockQuantized", [table, ids, *rest], [out], domain="com.microsoft", **told)
             return
         signed = weight.zero_point is None
         yield from self._looked_up(self._codes(f"{name}_codes", weight.codes.numpy(), weight, turned=False), ids, f"{out}_codes")
@@ -243,7 +266,18 @@ def _can_gather(node: Any, weight: QuantizedTensor) -> bool:
     """Whether rows can be dequantized after they are looked up."""
     if any(attribute.name == "axis" and attribute.i != 0 for attribute in node.attribute):
         return False
-    size = weight.group_size
-    if size > 0:
-        return size >= SMALLEST_BLOCK and size & (size - 1) == 0
-    return weight.bits == 8 and size == PER_CHANNEL
+    return _in_blocks(weight) or (weight.bits == 8 and weight.group_size == PER_CHANNEL)
+
+
+def _in_blocks(weight: QuantizedTensor) -> bool:
+    """Whether the operators of com.microsoft take its groups."""
+    return weight.group_size >= SMALLEST_BLOCK and weight.group_size & (weight.group_size - 1) == 0
+
+
+def _packed(codes: Array, bits: int) -> Array:
+    """Whole bytes: two codes of 4 bits each, the first below."""
+    if bits == 8:
+        return codes
+    padded = np.pad(codes, ((0, 0), (0, codes.shape[1] % 2)))
+    packed: Array = padded[:, 0::2] | padded[:, 1::2] << np.uint8(4)
+    return packed

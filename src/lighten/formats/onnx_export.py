@@ -22,19 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from lighten.compress.grid import Quantized
+from lighten.formats.graph_inputs import DECODER_INPUTS, ENCODER_INPUTS, cache_names, kv_shape
 from lighten.formats.torch_model import load_module
-from lighten.model.spec import Attention, Linear, ModelSpec
+from lighten.model.spec import Linear, ModelSpec
+from lighten.trace.onnx_weights import SCOPES
 
 INLINE_BYTES = 1_800_000_000
 """Weights above this lie in a file beside the graph: a protobuf file holds less than 2 GiB (protobuf's own limit)."""
-
-ENCODER_INPUTS = ("input_ids", "attention_mask")
-DECODER_INPUTS = ("input_ids", "attention_mask", "position_ids")
-
-
-def cache_names(layers: int, stem: str) -> list[str]:
-    """Names of the cached keys and values, as inputs (`past`) or outputs (`present`)."""
-    return [f"{stem}.{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
 
 
 def export_onnx(folder: Path, spec: ModelSpec, path: Path) -> None:
@@ -49,6 +43,7 @@ def export_onnx(folder: Path, spec: ModelSpec, path: Path) -> None:
             wrapped, inputs, path, dynamo=True, input_names=names, output_names=outputs, dynamic_shapes=shapes,
             external_data=module.num_parameters() * 4 > INLINE_BYTES, verbose=False,
         )  # fmt: skip
+    _trim(path)
     beside = path.with_suffix(".part")
     beside.write_text(json.dumps(_places(path, _by_checkpoint_names(module, spec))))
     beside.replace(path.with_suffix(".weights.json"))
@@ -100,6 +95,19 @@ def tensor_table(weights: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[str, 
 def digest(value: np.ndarray[Any, Any]) -> str:
     """A fingerprint of shape and bytes."""
     return hashlib.sha256(repr(value.shape).encode() + np.ascontiguousarray(value).tobytes()).hexdigest()
+
+
+def _trim(path: Path) -> None:
+    """Keep which module each node comes from, drop what else an exporter says of it: most of a graph's bytes, with paths of this machine."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    for each in (*model.graph.node, *model.graph.value_info, *model.graph.initializer):
+        scopes = [entry for entry in each.metadata_props if entry.key == SCOPES]
+        each.ClearField("metadata_props")
+        each.metadata_props.extend(scopes)
+        each.ClearField("doc_string")
+    onnx.save(model, path)
 
 
 def _by_checkpoint_names(module: Any, spec: ModelSpec) -> dict[str, Tensor]:
@@ -171,12 +179,6 @@ def _decoder(module: nn.Module, spec: ModelSpec) -> tuple[Any, ...]:
     shapes = {name: {0: batch, 1: auto} for name in DECODER_INPUTS} | {"past": [({0: batch, 2: auto}, {0: batch, 2: auto})] * layers}
     names = [*DECODER_INPUTS, *cache_names(layers, "past")]
     return _Decoder(module), inputs, names, ["logits", *cache_names(layers, "present")], shapes
-
-
-def kv_shape(spec: ModelSpec) -> tuple[int, int, int]:
-    """Key/value heads, head size and layers of a decoder whose layers are alike."""
-    attention = [part for part in spec.parts if isinstance(part, Attention)]
-    return attention[0].num_key_value_heads, attention[0].head_dim, len(attention)
 
 
 @contextlib.contextmanager

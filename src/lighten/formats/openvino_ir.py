@@ -20,7 +20,8 @@ from torch import Tensor
 from lighten.compress.grid import Quantized, QuantizedTensor, to_groups
 from lighten.errors import RecipeError
 from lighten.formats import files
-from lighten.formats.onnx_export import cache_names, dense_weights, digest, kv_shape, tensor_table, write_onnx
+from lighten.formats.graph_inputs import cache_names, kv_shape
+from lighten.formats.onnx_export import dense_weights, digest, tensor_table, write_onnx
 from lighten.model.spec import Embedding, Linear, ModelSpec, WeightFormat
 
 Batch: TypeAlias = Mapping[str, np.ndarray[Any, Any]]

@@ -27,9 +27,10 @@ from lighten.compress.grid import Quantized, QuantizedTensor
 from lighten.compress.memory_plan import release_free, run_dtype
 from lighten.errors import OutputError
 from lighten.formats import files
+from lighten.formats.graph_inputs import decoder_inputs, empty_cache
 from lighten.formats.safetensors_folder import StoredWeights, masked_weights, read_weights, stored_specs
 from lighten.model.read import read_folder
-from lighten.model.spec import Attention, Embedding, Linear, ModelSpec
+from lighten.model.spec import Embedding, Linear, ModelSpec
 
 Floats = NDArray[np.float32]
 
@@ -223,7 +224,8 @@ def _run_onnx(folder: Path, spec: ModelSpec, ids: NDArray[np.int64], mask: NDArr
     options.log_severity_level = 3
     options.add_session_config_entry(*files.FLOAT_PRODUCTS)
     session = onnxruntime.InferenceSession(folder / files.ONNX, options, providers=["CPUExecutionProvider"])
-    output: Floats = session.run(None, {"input_ids": ids, "attention_mask": mask})[0]
+    inputs = decoder_inputs(ids, 0) | empty_cache(spec, len(ids)) if spec.is_decoder else {"input_ids": ids, "attention_mask": mask}
+    output: Floats = session.run(None, inputs)[0]
     return output
 
 
@@ -236,11 +238,10 @@ def _run_openvino(folder: Path, spec: ModelSpec, ids: NDArray[np.int64], mask: N
     request = openvino.Core().compile_model(folder / files.OPENVINO, "CPU", properties).create_infer_request()
     inputs = {"input_ids": ids, "attention_mask": mask}
     if spec.is_decoder:
-        inputs["position_ids"] = np.broadcast_to(np.arange(ids.shape[1]), ids.shape).copy()
-        attention = next(part for part in spec.parts if isinstance(part, Attention))
+        inputs, cache = decoder_inputs(ids, 0), empty_cache(spec, len(ids))
         request.reset_state()
-        for state in request.query_state():
-            state.state = openvino.Tensor(np.zeros((len(ids), attention.num_key_value_heads, 0, attention.head_dim), np.float32))
+        for state, value in zip(request.query_state(), cache.values(), strict=True):
+            state.state = openvino.Tensor(value)
     output: Floats = request.infer(inputs)[0]
     return output
 

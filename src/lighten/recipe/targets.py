@@ -45,8 +45,8 @@ RUNTIMES: dict[str, RuntimeKind] = {
     ),
     "onnxruntime": RuntimeKind(
         extra="onnx", builds=("torch", "transformers", "onnx", "onnxscript", "onnxruntime"),
-        dtypes=("float32",), exported=True, stored=("float32",), decoders=False,
-        formats="quantize(dynamic), whole-number codes of 8 and 4 bits, of 8 by channel with activations=dynamic",
+        dtypes=("float32",), exported=True, stored=("float32",), decoders=True,
+        formats="whole-number codes of 8 and 4 bits; for encoders quantize(dynamic), and codes of 8 bits by channel with activations=dynamic",
     ),
     "openvino": RuntimeKind(
         extra="openvino", builds=("torch", "transformers", "onnx", "onnxscript", "openvino", "nncf"),
@@ -80,8 +80,8 @@ def _torch(weight: WeightFormat, decoder: bool) -> bool:
 def _onnxruntime(weight: WeightFormat, decoder: bool) -> bool:
     if weight.ggml_type is not None or weight.element != "int" or weight.activations == "static" or weight.activation_group_size is not None:
         return False
-    if weight.activations == "dynamic":
-        return weight.bits == 8 and weight.group_size == PER_CHANNEL
+    if weight.activations == "dynamic":  # one scale for all tokens of an input: a decoder's largest activations leave nothing of the others
+        return weight.bits == 8 and weight.group_size == PER_CHANNEL and not decoder
     return weight.bits in (8, 4)
 
 

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU: encoders."""
+"""ONNX Runtime on the CPU."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from lighten.errors import RuntimeUnavailable
 from lighten.formats.files import FLOAT_PRODUCTS, ONNX
+from lighten.formats.graph_inputs import cache_names, decoder_inputs, empty_cache
 from lighten.model.spec import ModelSpec
 from lighten.runtimes.session import Floats, Ids, Session, Setup
 
@@ -27,7 +27,7 @@ def load(folder: Path, spec: ModelSpec, setup: Setup) -> Session:
     if not setup.dynamic:
         options.add_session_config_entry(*FLOAT_PRODUCTS)
     session = onnxruntime.InferenceSession(folder / ONNX, options, providers=["CPUExecutionProvider"])
-    return _OnnxSession(session, folder / ONNX, dynamic=setup.dynamic)
+    return _OnnxSession(session, folder / ONNX, spec, dynamic=setup.dynamic)
 
 
 def _precision(path: Path, *, dynamic: bool) -> str:
@@ -52,12 +52,15 @@ TENSOR_UINT8, TENSOR_INT8 = 2, 3
 
 
 class _OnnxSession:
-    """See `Session`."""
+    """See `Session`. A decoder's keys and values stay in ONNX Runtime's own memory from step to step."""
 
-    def __init__(self, session: Any, path: Path, *, dynamic: bool) -> None:
+    def __init__(self, session: Any, path: Path, spec: ModelSpec, *, dynamic: bool) -> None:
         self._session = session
         self._path = path
+        self._spec = spec
         self._dynamic = dynamic
+        self._cache: list[Any] = []
+        self._positions = 0
 
     @property
     def precision(self) -> str:
@@ -68,6 +71,27 @@ class _OnnxSession:
         return output
 
     def logits(self, input_ids: Ids) -> Floats:
-        raise RuntimeUnavailable("onnxruntime does not run decoders here; openvino and torch do.")
+        output: Floats = self._session.run(["logits"], decoder_inputs(input_ids, 0) | empty_cache(self._spec, len(input_ids)))[0]
+        return output
 
-    prefill = decode = logits
+    def prefill(self, input_ids: Ids) -> Floats:
+        import onnxruntime
+
+        self._cache = [onnxruntime.OrtValue.ortvalue_from_numpy(value) for value in empty_cache(self._spec, len(input_ids)).values()]
+        self._positions = 0
+        return self.decode(input_ids)
+
+    def decode(self, input_ids: Ids) -> Floats:
+        layers = len(self._cache) // 2
+        binding = self._session.io_binding()
+        for name, value in decoder_inputs(input_ids, self._positions).items():
+            binding.bind_cpu_input(name, value)
+        for name, value in zip(cache_names(layers, "past"), self._cache, strict=True):
+            binding.bind_ortvalue_input(name, value)
+        for name in ["logits", *cache_names(layers, "present")]:
+            binding.bind_output(name)
+        self._session.run_with_iobinding(binding)
+        logits, *self._cache = binding.get_outputs()
+        self._positions += input_ids.shape[1]
+        last: Floats = logits.numpy()[:, -1]
+        return last

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from lighten.formats.files import OPENVINO
+from lighten.formats.graph_inputs import decoder_inputs
 from lighten.model.spec import ModelSpec
 from lighten.runtimes.session import Floats, Ids, Session, Setup
 
@@ -91,14 +92,8 @@ class _OpenVINOSession:
         return self._run(input_ids)[:, -1]
 
     def _run(self, input_ids: Ids) -> Floats:
-        batch, new = input_ids.shape
-        past, self._positions = self._positions, self._positions + new
-        inputs = {
-            "input_ids": input_ids,
-            "attention_mask": np.ones((batch, past + new), np.int64),
-            "position_ids": np.broadcast_to(np.arange(past, past + new), (batch, new)).astype(np.int64),
-        }
-        output: Floats = self._request.infer(inputs)[0]
+        output: Floats = self._request.infer(decoder_inputs(input_ids, self._positions))[0]
+        self._positions += input_ids.shape[1]
         return output
 
     def _reset(self, batch: int) -> None:

@@ -28,6 +28,13 @@ NAMES = {"FLOAT": "float32", "DOUBLE": "float64", "FLOAT8E4M3FN": "float8_e4m3fn
 """The types whose usual names are not their own in lower case."""
 
 
+def type_name(number: int) -> str:
+    """The usual name of a type that a graph has by its number."""
+    import onnx
+
+    return next((NAMES.get(name, name.lower()) for name, value in onnx.TensorProto.DataType.items() if value == number), "undefined")
+
+
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
     """One constant of the graph.

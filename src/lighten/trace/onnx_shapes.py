@@ -279,11 +279,12 @@ def _packed(node: onnx.NodeProto, shapes: list[Shape]) -> list[Shape]:
 
 
 def _gathered(node: onnx.NodeProto, shapes: list[Shape]) -> list[Shape]:
-    table, indices = shapes[0], shapes[1]
-    if table is None or indices is None:
+    """GatherBlockQuantized, whose scales say how many blocks a row has: twice those of its elements where each holds two codes."""
+    table, indices, scales = shapes[:3]
+    if table is None or indices is None or scales is None:
         return [None]
     axis = attribute(node, "gather_axis", 0)
-    codes = 2 if attribute(node, "bits", 4) == 4 and "uint8" in str(attribute(node, "packed", "")) else 1
+    codes = 2 if math.ceil(table[-1] / attribute(node, "block_size", 128)) < scales[-1] else 1
     return [(*table[:axis], *indices, *table[axis + 1 : -1], table[-1] * codes)]
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lighten.trace.components import component_of
-from lighten.trace.onnx_file import OnnxFile, StoredTensor
+from lighten.trace.onnx_file import OnnxFile, StoredTensor, type_name
 from lighten.trace.onnx_shapes import attribute
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ BUFFERS = re.compile(r"(inv_freq|position_ids|masked_bias|cos_cache\w*|sin_cache
 """Names of float tables that modules keep beside their parameters."""
 GENERIC = re.compile(r"^(val_\d+|onnx::.*|\d+|_?const\w*|constant\w*)$", re.IGNORECASE)
 """Names that exporters make up for weights that they transposed or folded."""
+SCOPES = "pkg.torch.onnx.name_scopes"
+"""Under which torch's exporter notes the module that a node comes from."""
 
 CODES_AT = {
     "DequantizeLinear": (0,), "Gather": (0,), "GatherBlockQuantized": (0,), "MatMulInteger": (1,), "ConvInteger": (1,), "MatMulNBits": (1,),
@@ -43,11 +45,13 @@ class Weight:
     Attributes:
         parameters: that it stands for; 0 for scales and zero points.
         component: of the model that it belongs to.
+        dtype: that it is computed with in, where it is cast before anything else.
     """
 
     tensor: StoredTensor
     parameters: int
     component: str
+    dtype: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,20 +70,28 @@ def find_weights(file: OnnxFile) -> dict[str, Weight]:
     uses: dict[str, list[_Use]] = {}
     for node in _nodes(file.model.graph):
         for place, name in enumerate(node.input):
-            if name in file.tensors:
-                uses.setdefault(name, []).append(_Use(node=node, place=place))
+            uses.setdefault(name, []).append(_Use(node=node, place=place))
     paths = module_paths(file.model.graph)
     dynamic = {node.output[1] for node in _nodes(file.model.graph) if node.op_type == "DynamicQuantizeLinear"}
     found: dict[str, Weight] = {}
     places: set[tuple[str, int]] = set()
     for name, tensor in file.tensors.items():
-        kind = _parameters(tensor, uses.get(name, []), dynamic)
+        read = list(_reads(name, uses))
+        kind = _parameters(tensor, read, dynamic)
         if kind is None or (tensor.place is not None and tensor.place in places):
             continue
         if tensor.place is not None:
             places.add(tensor.place)
-        found[name] = Weight(tensor=tensor, parameters=kind, component=_component(tensor, uses[name], paths))
+        found[name] = Weight(tensor=tensor, parameters=kind, component=_component(tensor, read, paths), dtype=_computed_type(tensor, read))
     return found
+
+
+def _reads(name: str, uses: Mapping[str, list[_Use]]) -> Iterator[_Use]:
+    """What reads a value: as it is, in another type or in another shape."""
+    for use in uses.get(name, []):
+        yield use
+        if use.node.op_type in ("Cast", "Reshape") and use.place == 0:
+            yield from uses.get(use.node.output[0], [])
 
 
 FAR = 4
@@ -109,10 +121,10 @@ def module_paths(graph: onnx.GraphProto) -> dict[str, str]:
 def _noted_path(node: onnx.NodeProto) -> str:
     """The module that a node comes from, as its exporter noted it; empty where it did not.
 
-    Source: `pkg.torch.onnx.name_scopes` of torch.onnx's exporter; names such as `/model/layers.0/self_attn/MatMul` of the one before it.
+    Source: `SCOPES` of torch.onnx's exporter; names such as `/model/layers.0/self_attn/MatMul` of the one before it.
     """
     for entry in node.metadata_props:
-        if entry.key == "pkg.torch.onnx.name_scopes":
+        if entry.key == SCOPES:
             try:
                 scopes = ast.literal_eval(entry.value)
             except (ValueError, SyntaxError, RecursionError):
@@ -140,6 +152,11 @@ def _parameters(tensor: StoredTensor, uses: list[_Use], dynamic: set[str]) -> in
     if not uses or not tensor.is_float or tensor.elements <= 1 or BUFFERS.search(tensor.name):
         return None
     return tensor.elements
+
+
+def _computed_type(tensor: StoredTensor, uses: list[_Use]) -> str:
+    first = uses[0].node
+    return type_name(attribute(first, "to", 1)) if first.op_type == "Cast" else tensor.dtype
 
 
 _INDICES = frozenset({"INT64", "INT32", "BOOL"})
@@ -200,5 +217,5 @@ def largest_type(weights: Mapping[str, Weight]) -> str:
     counts: dict[str, int] = {}
     for weight in weights.values():
         if weight.tensor.is_float and math.prod(weight.tensor.shape) > 0:
-            counts[weight.tensor.dtype] = counts.get(weight.tensor.dtype, 0) + weight.tensor.elements
+            counts[weight.dtype] = counts.get(weight.dtype, 0) + weight.tensor.elements
     return max(counts, key=counts.__getitem__) if counts else "float32"
