@@ -27,7 +27,6 @@ The last line on stdout is one JSON object: `rows`, and `classes`, where ours is
 from __future__ import annotations
 
 import argparse
-import ast
 import hashlib
 import json
 import os
@@ -43,6 +42,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+from environments import interpreter as environment_of
 
 HERE = Path(__file__).parent
 LENGTH, TEST_WINDOWS = 1024, 20
@@ -200,14 +201,6 @@ def our_cases(recipes: Iterable[str], tokens: int) -> list[Case]:
 # ---- environments ----
 
 
-def requirements(script: Path) -> list[str]:
-    """The `REQUIREMENTS` of a peer's file, read without running it."""
-    for node in ast.parse(script.read_text()).body:
-        if isinstance(node, ast.Assign) and any(isinstance(target, ast.Name) and target.id == "REQUIREMENTS" for target in node.targets):
-            return list(ast.literal_eval(node.value))
-    raise ValueError(f"{script} has no REQUIREMENTS; name the packages of its environment there.")
-
-
 def script_of(peer: str) -> Path:
     return HERE / "peers" / f"compress_{FAMILIES.get(peer, peer)}.py"
 
@@ -216,22 +209,7 @@ def interpreter(peer: str, environments: Path) -> Path:
     """The peer's Python, its environment made where it is missing or lacks a requirement of another version; ours is this one."""
     if peer == "ours":
         return Path(sys.executable)
-    folder = environments / peer
-    python, stamp = folder / "bin" / "python", folder / "requirements.txt"
-    wanted = "\n".join(requirements(script_of(peer)))
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    if not stamp.exists() or stamp.read_text() != wanted:
-        for packages in _stages(wanted.splitlines()):
-            subprocess.run([str(python), "-m", "pip", "install", "--quiet", *packages], check=True, stdout=sys.stderr)
-        stamp.write_text(wanted)
-    return python
-
-
-def _stages(packages: list[str]) -> list[list[str]]:
-    """torch first: some packages look for it while they are built."""
-    first = [name for name in packages if name.startswith("torch==")]
-    return [part for part in (first, [name for name in packages if name not in first]) if part]
+    return environment_of(script_of(peer), environments / peer)
 
 
 # ---- measuring ----

@@ -40,6 +40,7 @@ def load(path: Path) -> ModuleType:
 
 job = load(BENCHMARKS / "peers" / "compress_job.py")
 quality = load(BENCHMARKS / "compression_quality.py")
+environments = load(BENCHMARKS / "environments.py")
 bench = load(BENCHMARKS / "compression.py")
 SCRIPTS = sorted(path for path in (BENCHMARKS / "peers").glob("compress_*.py") if path.stem != "compress_job")
 
@@ -227,7 +228,7 @@ def test_a_width_is_told_by_the_values_in_a_group() -> None:
 
 def test_every_case_has_its_peers_file_with_requirements() -> None:
     for peer in {case.peer for case in (*bench.CASES, *bench.ENCODER_CASES)}:
-        assert bench.requirements(bench.script_of(peer)), peer
+        assert environments.requirements(bench.script_of(peer)), peer
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)

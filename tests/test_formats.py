@@ -31,9 +31,6 @@ from lighten.recipe.predict import artifact_bytes
 from lighten.runtimes import MODULES, Session
 from lighten.runtimes.session import Setup
 
-BATCHES = [(1, 2), (3, 17), (2, 128)]
-"""Other sizes than the 2 × 16 that exports are traced with, the model's longest among them."""
-
 
 def random_ids(batch: int, length: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(5, 320, (batch, length))
@@ -86,23 +83,6 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 # ---- encoders ----
-
-
-@pytest.mark.parametrize("recipe", ["@ torch", "@ onnxruntime", "@ openvino"])
-@pytest.mark.parametrize(("batch", "length"), BATCHES)
-def test_an_encoder_gives_what_torch_gives_whatever_batch_length_and_padding(recipe, batch, length, made, tiny_bert):
-    _, runs = made(tiny_bert, recipe)
-    ids, mask = padded(batch, length)
-    assert runs.precision == "float32"
-    np.testing.assert_allclose(runs.encode(ids, mask), hidden(reference(tiny_bert), ids, mask), atol=1e-4)
-
-
-@pytest.mark.parametrize("recipe", ["@ torch", "@ onnxruntime", "@ openvino"])
-def test_padding_changes_nothing_of_the_tokens_beside_it(recipe, made, tiny_bert):
-    _, runs = made(tiny_bert, recipe)
-    ids, mask = padded(2, 12)
-    alone = runs.encode(ids[1:, :11], mask[1:, :11])
-    np.testing.assert_allclose(runs.encode(ids, mask)[1:, :11], alone, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -212,26 +192,6 @@ def test_half_precision_is_stored_and_computed_where_it_is_said(made, tiny_bert)
 
 
 # ---- decoders ----
-
-
-@pytest.mark.parametrize("recipe", ["@ torch", "@ onnxruntime", "@ openvino"])
-def test_a_decoder_prefills_and_decodes_as_torch_does_without_a_cache(recipe, made, tiny_llama):
-    """Batch 2, then 3 on the same session: a new prompt starts from an empty cache."""
-    _, runs = made(tiny_llama, recipe)
-    module = reference(tiny_llama)
-    for batch in (2, 3, 1):
-        ids = random_ids(batch, 7, seed=batch)
-        with torch.no_grad():
-            whole = module(torch.from_numpy(ids)).logits.numpy()
-        np.testing.assert_allclose(runs.logits(ids), whole, atol=1e-4)
-        last = runs.prefill(ids)
-        np.testing.assert_allclose(last, whole[:, -1], atol=1e-4)
-        for _ in range(4):
-            new = last.argmax(-1)[:, None]
-            ids = np.concatenate([ids, new], axis=1)
-            last = runs.decode(new)
-            with torch.no_grad():
-                np.testing.assert_allclose(last, module(torch.from_numpy(ids)).logits[:, -1].numpy(), atol=1e-4)
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])

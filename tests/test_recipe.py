@@ -217,7 +217,7 @@ REFUSED = {
     'quantize(auto, bits<=3, widths="3,5")': "quantize(auto): widths='3,5' is not possible; widths is widths to choose from, of 8, 6, 4, 3, 2.",
     "quantize(smoothquant, alpha=2)": "quantize(smoothquant): alpha=2 is not possible; alpha is a number from 0 to 1, or auto.",
     "distill(scales, steps=0)": "distill(scales): steps=0 is not possible; steps is a number of steps.",
-    "quantize(rtn) @ tpu": "runtime 'tpu' does not exist; runtimes: torch, torch-compile, onnxruntime, openvino, llama.cpp.",
+    "quantize(rtn) @ tpu": "runtime 'tpu' does not exist; runtimes: torch, torch-compile, onnxruntime, openvino, llama.cpp, ctranslate2.",
     "quantize(rtn) @": "runtime '' is not of the form name(argument, key=value).",
     "@ torch(threads=2)": "runtime torch: no option threads; options: dtype.",
     "@ torch(bfloat16)": "runtime 'torch(bfloat16)': options are written name=value.",
@@ -298,6 +298,11 @@ IMPOSSIBLE = {
         f"runtime onnxruntime cannot carry {LAYER} as 3-bit codes by channel; it carries float32 weights, and whole-number codes ",
     "cast(bfloat16) @ onnxruntime":
         "runtime onnxruntime cannot carry embeddings.word_embeddings as bfloat16; it carries float32 weights, and whole-number codes ",
+    "quantize(rtn, symmetric=true) @ ctranslate2":
+        "runtime ctranslate2 has all weights in 8 bits or none, tables too, and embeddings.word_embeddings is float32; say embeddings=true.",
+    "quantize(rtn, symmetric=true, embeddings=true) @ ctranslate2":
+        f"runtime ctranslate2 rounds the activations of 8-bit weights, {LAYER}'s too; say activations=dynamic, symmetric_activations=true.",
+    "quantize(rtn, bits=4, symmetric=true) @ ctranslate2": f"runtime ctranslate2 cannot carry {LAYER} as 4-bit codes by channel; it carries float32 ",
     "cast(bfloat16) @ openvino":
         "runtime openvino cannot carry embeddings.word_embeddings as bfloat16; it carries float32 and float16 weights, and ",
     "quantize(rtn, bits=3) @ openvino":
@@ -332,7 +337,9 @@ def test_what_the_model_or_the_runtime_cannot_take_is_refused_in_words(text):
 
 @pytest.mark.parametrize("runtime", [name for name, kind in RUNTIMES.items() if not kind.decoders])
 def test_a_runtime_without_decoders_refuses_one(runtime):
-    with pytest.raises(RecipeError, match=rf"^runtime {runtime} does not run decoders here; these do: torch, onnxruntime, openvino, llama.cpp\.$"):
+    with pytest.raises(
+        RecipeError, match=rf"^runtime {runtime} does not run decoders here; these do: torch, onnxruntime, openvino, llama.cpp, ctranslate2\.$"
+    ):
         apply_recipe(parse_recipe(f"@ {runtime}"), spec_of("LlamaForCausalLM"))
 
 
@@ -344,8 +351,9 @@ def test_every_step_on_every_runtime_is_carried_or_refused(runtime, architecture
         for options in variants(kind):
             said = refusal(lambda: apply_recipe(Recipe(steps=(make_step(verb, method, options),), runtime=runtime), spec))  # noqa: B023 - called now
             by_runtime = (
-                rf"runtime {runtime} (cannot carry \S+ as .*; it carries .*|does not run decoders here; these do: .*|has a cache of its own; .*)\.$"
+                rf"runtime {runtime} (cannot carry \S+ as .*; it carries .*|does not run decoders here; these do: .*|has a cache of its own; .*"
             )
+            by_runtime += r"|has all weights in 8 bits or none, .*|rounds the activations of 8-bit weights, .*)\.$"
             own = f"cannot be made so small|put it after quantize|no causal attention|not divide heads|{NO_ANSWERS}"
             own += "|cannot go alone|leaves all|would stay|no experts|is more than the"
             refusals = rf"{by_runtime}|{verb}\({method}\b.*({own})"

@@ -19,7 +19,7 @@ COMMANDS = ("estimate", "advise", "plan", "compare", "devices", "compress", "exp
 EXTRAS = {
     **dict.fromkeys(("torch", "transformers", "safetensors", "tokenizers", "psutil", "greenlet"), "torch"),
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "onnx"), **dict.fromkeys(("openvino", "nncf"), "openvino"),
-    "gguf": "gguf", "llama_cpp": "llama-cpp",
+    "gguf": "gguf", "llama_cpp": "llama-cpp", "ctranslate2": "ctranslate2",
 }  # fmt: skip
 """Package that a command imports when it is used → the extra that installs it."""
 

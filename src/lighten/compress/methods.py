@@ -343,6 +343,9 @@ def require_possible(run: Run, spec: ModelSpec, recipe: Recipe) -> None:
 
 
 def _refuse_other_words(spec: ModelSpec, recipe: Recipe) -> None:
+    """Raises:
+    RecipeError: labels that name tokens, after a step that changes their numbers.
+    """
     cut = False
     for step in recipe.steps:
         cut |= (step.verb, step.method) == ("shrink", "vocab")

@@ -238,7 +238,11 @@ def _refuse(plan: _Plan) -> None:
             raise RecipeError("llama.cpp has no linears of two factors; factorize for torch, onnxruntime or openvino.")
 
         refuse_gguf(plan.predicted, plan.source)
-    if RUNTIMES[plan.recipe.runtime].exported and any(step.verb == "rotate" for step in plan.recipe.steps):
+    if plan.recipe.runtime == "ctranslate2":
+        from lighten.formats.ctranslate2_model import refuse_ctranslate2
+
+        refuse_ctranslate2(plan.predicted)
+    if plan.recipe.runtime in ("onnxruntime", "openvino") and any(step.verb == "rotate" for step in plan.recipe.steps):
         raise RecipeError(f"rotate unties the head, and the graph of {plan.recipe.runtime} keeps it tied; rotate for torch or llama.cpp.")
 
 
@@ -367,7 +371,7 @@ def _verify_folder(plan: _Plan, memory: MemoryPlan, folder: Path, witness: Witne
 
 
 def _write_exported(plan: _Plan, weights: Mapping[str, Weight], done: Done, scratch: Path, folder: Path) -> None:
-    """Write the graph of a model with new weights. Where a step changed the model's own form, it is exported in that form, for this recipe alone.
+    """Write a model for its runtime with new weights. Where a step changed its own form, it is exported in that form, for this recipe alone.
 
     Args:
         done: whose weights these are.
@@ -378,17 +382,22 @@ def _write_exported(plan: _Plan, weights: Mapping[str, Weight], done: Done, scra
         source = scratch / "reformed"
         write_dense(weights, spec, plan.source, source, side_files=done.side_files)
         exported = source / "model.onnx"
-    if not is_exported(exported):
+    runtime = plan.recipe.runtime
+    if runtime != "ctranslate2" and not is_exported(exported):
         exported.parent.mkdir(parents=True, exist_ok=True)
         export_onnx(source, read_for(source, exported=True) if reformed else plan.spec, exported)
-    if plan.recipe.runtime == "onnxruntime":
+    if runtime == "ctranslate2":
+        from lighten.formats.ctranslate2_model import write_ctranslate2
+
+        write_ctranslate2(weights, spec, source, folder)
+    elif runtime == "onnxruntime":
         write_onnx_artifact(exported, weights, spec, folder)
     else:
         write_openvino(exported, weights, spec, folder, calibration=plan.calibration() if _calibrated(plan.recipe) else None)
     for path in folder.glob(f"{exported.stem}*") if exported.parent == folder else ():
         path.unlink()
     copy_side_files(source, folder)
-    verify_graph(folder, plan.recipe.runtime, source, spec, dense_weights(weights, spec))
+    verify_graph(folder, runtime, source, spec, dense_weights(weights, spec))
 
 
 def _kv_format(recipe: Recipe, spec: ModelSpec) -> KVFormat | None:

@@ -8,6 +8,8 @@ SPARSE = "sparse.safetensors"
 ONNX = "model.onnx"
 OPENVINO = "openvino_model.xml"
 GGUF = "model.gguf"
+CTRANSLATE2 = "ctranslate2"
+"""A folder: its model has a config.json of its own."""
 
 FLOAT_PRODUCTS = ("session.qdq_matmulnbits_accuracy_level", "1")
 """ONNX Runtime's option that keeps activations in float32 where weights are codes; by itself it rounds them to int8 in blocks.

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -36,14 +37,15 @@ class Child:
     Args:
         runtime: whose threads are pinned.
         memory_bytes: the resident size at which it is ended.
+        command: another program that answers the same questions.
     """
 
-    def __init__(self, *, runtime: str, threads: int, memory_bytes: int) -> None:
+    def __init__(self, *, runtime: str, threads: int, memory_bytes: int, command: Sequence[str] | None = None) -> None:
         environment = os.environ | pinned_environment(threads, runtime=runtime) | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         self._memory_bytes = memory_bytes
         self._stopped_for: str | None = None
         self._process = subprocess.Popen(
-            [*WORKER, str(os.getpid())], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment,
+            command or [*WORKER, str(os.getpid())], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment,
         )  # fmt: skip
         self._errors: list[bytes] = []
         threading.Thread(target=self._drain, daemon=True).start()

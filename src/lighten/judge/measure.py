@@ -107,13 +107,13 @@ class Judge:
             WorkerFailed: it crashed, hung or grew too large.
             LightenError: it cannot be run or judged.
         """
-        with Child(runtime=target.runtime, threads=self.limits.threads, memory_bytes=self.limits.memory_bytes) as child:
-            loaded = self._load(child, target)
+        with self.child(target) as child:
+            loaded = self.load(child, target)
             before, baseline = self._baseline, self._original()
             try:
                 latency = time_beside(child, baseline, self.workload, timeout_s=self.limits.timeout_s, warm=baseline is before)
                 told = child.ask("describe", timeout_s=self.limits.timeout_s)
-                quality = self._quality(child, target)
+                quality = self.quality(child, target)
             except WorkerFailed as error:
                 if baseline.alive:
                     raise
@@ -131,7 +131,12 @@ class Judge:
     def original_target(self) -> Target:
         return Target(folder=self.original, runtime="torch", dtype="float32", size_bytes=model_bytes(self.original))
 
-    def _load(self, child: Child, target: Target) -> dict[str, Any]:
+    def child(self, target: Target) -> Child:
+        """A process for a target."""
+        return Child(runtime=target.runtime, threads=self.limits.threads, memory_bytes=self.limits.memory_bytes)
+
+    def load(self, child: Child, target: Target) -> dict[str, Any]:
+        """Load a target in its process."""
         return child.ask(
             "load", timeout_s=self.limits.timeout_s, folder=str(target.folder), original=str(self.original), runtime=target.runtime,
             setup={"dtype": target.dtype, "threads": self.limits.threads, "dynamic": target.dynamic},
@@ -143,14 +148,15 @@ class Judge:
             return self._baseline
         self.close()
         with ExitStack() as stack:
-            child = stack.enter_context(Child(runtime="torch", threads=self.limits.threads, memory_bytes=self.limits.memory_bytes))
-            self._load(child, self.original_target())
+            child = stack.enter_context(self.child(self.original_target()))
+            self.load(child, self.original_target())
             child.pause()
             stack.pop_all()
         self._baseline = child
         return child
 
-    def _quality(self, child: Child, target: Target) -> dict[str, Score]:
+    def quality(self, child: Child, target: Target) -> dict[str, Score]:
+        """Held against the original, on held-out text."""
         if not self.spec.is_decoder:
             return self._embedding(child, target.folder)
         if (target.folder / "config.json").is_file() and (size := read_config(target.folder).get("vocab_size")) != self.spec.config["vocab_size"]:

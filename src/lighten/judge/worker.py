@@ -22,7 +22,7 @@ from lighten.model import ModelSpec, read_spec
 from lighten.model.pooling import pools_first_token
 from lighten.model.read import read_config
 from lighten.recipe import parse_recipe
-from lighten.runtimes import MODULES, Runtime, Session, Setup
+from lighten.runtimes import MODULES, Runtime, Session, Setup, open_session
 
 CALIBRATION_TEXTS = 128
 """Calibration passages of `quantize(static)`. NNCF's own default is 300; 300 was no better on MiniLM (benchmarks/static_int8.py)."""
@@ -56,7 +56,7 @@ class Worker:
         start = time.perf_counter()
         self.spec = _spec_of(Path(folder), Path(original))
         self.runtime = MODULES[runtime]
-        self.session = self.runtime.load(Path(folder), self.spec, Setup(**setup))
+        self.session = open_session(runtime, Path(folder), self.spec, Setup(**setup))
         return {"seconds": time.perf_counter() - start}
 
     def describe(self) -> dict[str, Any]:
@@ -72,17 +72,13 @@ class Worker:
         for seed in seeds:
             ids = np.random.default_rng(seed).integers(10, int(spec.config["vocab_size"]), (batch_size, seq_len))
             mask = np.ones_like(ids)
-            start = time.perf_counter()
-            if phase == "encode":
-                session.encode(ids, mask)
-            elif phase == "prefill":
-                session.logits(ids)
+            if phase in ("encode", "prefill"):
+                start = time.perf_counter()
+                session.encode(ids, mask) if phase == "encode" else session.logits(ids)
+                found.append(time.perf_counter() - start)
             else:
-                last = session.prefill(ids)
-                start = time.perf_counter() if phase == "decode" else start
-                for _ in range(new_tokens - (phase == "generate")):
-                    last = session.decode(last.argmax(-1)[:, None])
-            found.append(time.perf_counter() - start)
+                made = session.generate(ids, new_tokens + (phase == "decode"))
+                found.append(made.rest_s + (made.first_s if phase == "generate" else 0.0))
         return {"seconds": found}
 
     def embed(self, texts: Sequence[str], tokenizer: str, batch_size: int, seq_len: int, out: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from lighten.model.read import FLOAT_DTYPES
 from lighten.model.spec import Embedding, Linear, ModelSpec, Part, part_weight_bytes
 from lighten.recipe.recipe import Recipe, Step
 from lighten.recipe.size import CONTAINER_BASE_BYTES, CONTAINER_BYTES, artifact_size
-from lighten.recipe.targets import RUNTIMES, carries
+from lighten.recipe.targets import RUNTIMES, carries, refuse_mixture
 from lighten.units import dtype_bytes
 
 __all__ = [
@@ -46,6 +46,7 @@ def apply_recipe(recipe: Recipe, spec: ModelSpec) -> ModelSpec:
                 f"runtime {recipe.runtime} cannot carry {part.name} as {format_text(part)}; "
                 f"it carries {' and '.join(kind.stored)} weights, and {kind.formats}."
             )
+    refuse_mixture(recipe.runtime, spec)
     return spec
 
 

@@ -11,12 +11,12 @@ from lighten.model.low_rank import ADAPTER_PREFIX, CORRECTION, ORIGINAL_TYPE, RA
 from lighten.model.quantized.masked import is_masked
 from lighten.model.quantized.packed import kind_of, scheme
 from lighten.model.quantized.stored import typed_tensors
-from lighten.model.spec import Embedding, Linear, ModelSpec, Part, Table, part_weight_bytes
-from lighten.recipe.targets import RUNTIMES
+from lighten.model.spec import Embedding, Linear, ModelSpec, Part, Table, WeightFormat, part_weight_bytes
+from lighten.recipe.targets import RUNTIMES, left_out
 from lighten.units import dtype_bytes
 
-CONTAINER_BYTES = {"onnxruntime": 3500, "openvino": 2600, "llama.cpp": 80}
-CONTAINER_BASE_BYTES = {"onnxruntime": 25_000, "openvino": 25_000, "llama.cpp": 0}
+CONTAINER_BYTES = {"onnxruntime": 800, "openvino": 2600, "llama.cpp": 80, "ctranslate2": 80}
+CONTAINER_BASE_BYTES = {"onnxruntime": 6500, "openvino": 25_000, "llama.cpp": 0, "ctranslate2": 400}
 """Bytes of description for each tensor or operator, and once: measured on exports of random models by benchmarks/container_bytes.py;
 GGUF's from its layout: a name of about 25 bytes, 40 of numbers, and 16 on average to the next multiple of 32 (ggml's docs/gguf.md)."""
 
@@ -36,8 +36,7 @@ def artifact_size(spec: ModelSpec, runtime: str) -> int:
     A folder's description is counted: the entries of its header, and what its config says of the weights' formats. Of ONNX, OpenVINO IR and GGUF
     it is taken as `CONTAINER_BYTES` a tensor or operator; the tokenizer in a GGUF file as many bytes as the original's files.
     """
-    left_out = ("pooler", "head") if RUNTIMES[runtime].exported and not spec.is_decoder else ()  # an encoder is exported without them
-    parts = sum(part_size(part, spec.dtype, runtime) for part in spec.parts if part.component not in left_out)
+    parts = sum(part_size(part, spec.dtype, runtime) for part in spec.parts if not left_out(part, spec, runtime))
     once = CONTAINER_BASE_BYTES[runtime] if runtime in CONTAINER_BASE_BYTES else _formats_bytes(spec)
     return parts + spec.other_bytes + once + (_low_rank_bytes(spec) if not RUNTIMES[runtime].exported else 0)
 
@@ -71,7 +70,24 @@ def _in_folder(part: Part, dtype: str) -> int:
     return found + (sum(len(name) + _LINE for name in part.tensors() if name.endswith(".weight")) if quantized else 0)
 
 
-_PARTS = {"torch": _in_folder, "torch-compile": _in_folder, "onnxruntime": part_weight_bytes, "openvino": part_weight_bytes, "llama.cpp": _in_gguf}
+def _in_ctranslate2(part: Part, dtype: str) -> int:
+    """Scales of codes in float32, tables of positions as floats, and the name of each token of the largest table."""
+    if not isinstance(part, Linear | Embedding):
+        return part_weight_bytes(part, "float32")
+    if isinstance(part, Embedding) and "position" in part.name:
+        return part_weight_bytes(replace(part, weight=WeightFormat(dtype="float32")), "float32")
+    weight = part.weight if part.weight.bits is None else replace(part.weight, scale_dtype="float32")
+    names = TOKEN_BYTES * part.num_embeddings if isinstance(part, Embedding) and "type" not in part.name else 0
+    return part_weight_bytes(replace(part, weight=weight), "float32") + names
+
+
+TOKEN_BYTES = 14
+"""Of a vocabulary in JSON, a token: between MiniLM's 12.8 and SmolLM2's 16.5, whose spaces are six letters each."""
+
+_PARTS = {
+    "torch": _in_folder, "torch-compile": _in_folder, "onnxruntime": part_weight_bytes, "openvino": part_weight_bytes, "llama.cpp": _in_gguf,
+    "ctranslate2": _in_ctranslate2,
+}  # fmt: skip
 
 
 def _entry_bytes(name: str, shape: tuple[int, ...]) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lighten.errors import RecipeError
 from lighten.model.ggml_types import exact_ggml_type
-from lighten.model.spec import PER_CHANNEL, PER_TENSOR, WeightFormat
+from lighten.model.spec import PER_CHANNEL, PER_TENSOR, Embedding, Linear, ModelSpec, Part, WeightFormat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +18,7 @@ class RuntimeKind:
         builds: the packages that building its artifacts takes.
         runs: what running them takes beside that.
         dtypes: the types that it computes in; the first is its default.
-        exported: its artifact is a graph made from the checkpoint, in float32 where `stored` lacks the checkpoint's type.
+        exported: its artifact is made from the checkpoint for this runtime, in float32 where `stored` lacks the checkpoint's type.
         stored: the types in which its artifact can store weights that are not quantized.
         decoders: whether it generates with a KV cache here.
         formats: the quantized formats that it carries, for people.
@@ -58,6 +59,11 @@ RUNTIMES: dict[str, RuntimeKind] = {
         dtypes=("float32",), exported=False, stored=("float32", "float16", "bfloat16"), decoders=True,
         formats="all types of ggml (format=q8_0 to q2_k), mxfp4, and whole-number codes in groups of a multiple of 32",
     ),
+    "ctranslate2": RuntimeKind(
+        extra="ctranslate2", builds=("torch", "transformers", "ctranslate2"),
+        dtypes=("float32",), exported=True, stored=("float32",), decoders=True,
+        formats="quantize(dynamic, embeddings=true), or symmetric codes of 8 bits by channel with activations=dynamic and symmetric_activations=true",
+    ),
 }  # fmt: skip
 
 
@@ -71,6 +77,32 @@ def carries(runtime: str, weight: WeightFormat, *, decoder: bool) -> bool:
     if weight.bits is None:
         return weight.dtype in RUNTIMES[runtime].stored
     return _CARRIES[runtime](weight, decoder)
+
+
+def left_out(part: Part, spec: ModelSpec, runtime: str) -> bool:
+    """Whether a runtime's artifact goes without a part: an encoder is exported without pooler and head."""
+    return RUNTIMES[runtime].exported and not spec.is_decoder and part.component in ("pooler", "head")
+
+
+def refuse_mixture(runtime: str, spec: ModelSpec) -> None:
+    """Raises:
+    RecipeError: weights of two kinds, for a runtime that has one kind at a time.
+    """
+    if runtime != "ctranslate2":
+        return
+    parts = [part for part in spec.parts if isinstance(part, Linear | Embedding) and part.tensors() and not left_out(part, spec, runtime)]
+    parts = [part for part in parts if isinstance(part, Linear) or "position" not in part.name]  # which are added, and stay floats
+    quantized = [part for part in parts if part.weight.bits is not None]
+    if quantized and len(quantized) < len(parts):
+        other = next(part for part in parts if part.weight.bits is None)
+        raise RecipeError(
+            f"runtime ctranslate2 has all weights in 8 bits or none, tables too, and {other.name} is {other.weight.dtype}; say embeddings=true."
+        )
+    bare = next((part for part in quantized if isinstance(part, Linear) and part.weight.activations is None), None)
+    if bare is not None:
+        raise RecipeError(
+            f"runtime ctranslate2 rounds the activations of 8-bit weights, {bare.name}'s too; say activations=dynamic, symmetric_activations=true."
+        )
 
 
 def _torch(weight: WeightFormat, decoder: bool) -> bool:
@@ -101,4 +133,13 @@ def _llama_cpp(weight: WeightFormat, decoder: bool) -> bool:
     return weight.activations is None and held is not None
 
 
-_CARRIES = {"torch": _torch, "torch-compile": _torch, "onnxruntime": _onnxruntime, "openvino": _openvino, "llama.cpp": _llama_cpp}
+def _ctranslate2(weight: WeightFormat, decoder: bool) -> bool:
+    """Tables have no activations; products have no others."""
+    by_channel = weight.bits == 8 and weight.element == "int" and weight.symmetric and weight.group_size == PER_CHANNEL
+    return by_channel and weight.ggml_type is None and weight.activations != "static" and not weight.activation_zero_points
+
+
+_CARRIES = {
+    "torch": _torch, "torch-compile": _torch, "onnxruntime": _onnxruntime, "openvino": _openvino, "llama.cpp": _llama_cpp,
+    "ctranslate2": _ctranslate2,
+}  # fmt: skip

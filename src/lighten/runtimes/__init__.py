@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 
 from lighten.errors import RuntimeUnavailable
+from lighten.model.spec import ModelSpec
 from lighten.recipe.targets import RUNTIMES
-from lighten.runtimes import llama_cpp, onnx_runtime, openvino_runtime, torch_compile, torch_eager
-from lighten.runtimes.session import Runtime, Session, Setup
+from lighten.runtimes import ctranslate2_runtime, llama_cpp, onnx_runtime, openvino_runtime, torch_compile, torch_eager
+from lighten.runtimes.session import Checked, Runtime, Session, Setup
 
 MODULES: dict[str, Runtime] = {
     "torch": torch_eager, "torch-compile": torch_compile, "onnxruntime": onnx_runtime, "openvino": openvino_runtime,
-    "llama.cpp": llama_cpp,
+    "llama.cpp": llama_cpp, "ctranslate2": ctranslate2_runtime,
 }  # fmt: skip
 """Runtime → its module, by the names that recipes use."""
 
@@ -38,10 +40,19 @@ def require_runtime(runtime: str, *, running: bool = True) -> None:
         raise RuntimeUnavailable(f"runtime {runtime} is not installed (no {', '.join(missing)}); pip install 'lighten[{extra}]'.")
 
 
+def open_session(runtime: str, folder: Path, spec: ModelSpec, setup: Setup) -> Session:
+    """What a folder holds, loaded by a runtime and held to the contract.
+
+    Raises:
+        RuntimeUnavailable: the folder holds nothing that the runtime runs.
+    """
+    return Checked(MODULES[runtime].load(folder, spec, setup), spec)
+
+
 def package_versions() -> dict[str, str]:
     """Versions of what measurements depend on, of the packages that are installed."""
     found = {}
-    for name in ("torch", "transformers", "onnx", "onnxruntime", "openvino", "nncf", "llama_cpp_python", "numpy"):
+    for name in ("torch", "transformers", "onnx", "onnxruntime", "openvino", "nncf", "llama_cpp_python", "ctranslate2", "numpy"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -49,4 +60,4 @@ def package_versions() -> dict[str, str]:
     return found
 
 
-__all__ = ["MODULES", "Runtime", "Session", "Setup", "missing_packages", "package_versions", "require_runtime"]
+__all__ = ["MODULES", "Runtime", "Session", "Setup", "missing_packages", "open_session", "package_versions", "require_runtime"]

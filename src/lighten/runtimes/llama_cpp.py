@@ -17,7 +17,7 @@ import numpy as np
 from lighten.errors import RuntimeUnavailable
 from lighten.formats.files import GGUF
 from lighten.model.spec import ModelSpec
-from lighten.runtimes.session import Floats, Ids, Session, Setup
+from lighten.runtimes.session import Floats, Ids, Session, Setup, Stepping
 
 AT_ONCE = 512
 """Tokens that a decoder computes at once; llama.cpp's own default (`n_ubatch` in include/llama.h)."""
@@ -59,7 +59,7 @@ def _quiet(level: int, text: bytes, data: Any) -> None:
     """llama.cpp's own log, which would fill stderr."""
 
 
-class LlamaSession:
+class LlamaSession(Stepping):
     """See `Session`."""
 
     def __init__(self, path: Path, threads: int, *, decoder: bool) -> None:

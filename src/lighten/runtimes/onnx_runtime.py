@@ -9,7 +9,7 @@ from typing import Any
 from lighten.formats.files import FLOAT_PRODUCTS, ONNX
 from lighten.formats.graph_inputs import cache_names, decoder_inputs, empty_cache
 from lighten.model.spec import ModelSpec
-from lighten.runtimes.session import Floats, Ids, Session, Setup
+from lighten.runtimes.session import Floats, Ids, Session, Setup, Stepping, model_file
 
 
 def version() -> str:
@@ -19,15 +19,19 @@ def version() -> str:
 
 
 def load(folder: Path, spec: ModelSpec, setup: Setup) -> Session:
+    """Raises:
+    RuntimeUnavailable: the folder holds no graph.
+    """
     import onnxruntime
 
+    path = model_file(folder, ONNX, "onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = setup.threads, 1
     options.log_severity_level = 3
     if not setup.dynamic:
         options.add_session_config_entry(*FLOAT_PRODUCTS)
-    session = onnxruntime.InferenceSession(folder / ONNX, options, providers=["CPUExecutionProvider"])
-    return _OnnxSession(session, folder / ONNX, spec, dynamic=setup.dynamic)
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return _OnnxSession(session, path, spec, dynamic=setup.dynamic)
 
 
 def _precision(path: Path, *, dynamic: bool) -> str:
@@ -51,7 +55,7 @@ TENSOR_UINT8, TENSOR_INT8 = 2, 3
 """Numbers of types in onnx.TensorProto.DataType."""
 
 
-class _OnnxSession:
+class _OnnxSession(Stepping):
     """See `Session`. A decoder's keys and values stay in ONNX Runtime's own memory from step to step."""
 
     def __init__(self, session: Any, path: Path, spec: ModelSpec, *, dynamic: bool) -> None:

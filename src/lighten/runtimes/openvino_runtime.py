@@ -11,7 +11,7 @@ import numpy as np
 from lighten.formats.files import OPENVINO
 from lighten.formats.graph_inputs import decoder_inputs
 from lighten.model.spec import ModelSpec
-from lighten.runtimes.session import Floats, Ids, Session, Setup
+from lighten.runtimes.session import Floats, Ids, Session, Setup, Stepping, model_file
 
 HINTS = {"float32": "f32", "bfloat16": "bf16"}
 DYNAMIC_GROUP = 32
@@ -27,7 +27,11 @@ def version() -> str:
 
 
 def load(folder: Path, spec: ModelSpec, setup: Setup) -> Session:
-    """Every property that OpenVINO would choose by itself is stated: precision, cache type, dynamic quantization of activations."""
+    """Every property that OpenVINO would choose by itself is stated: precision, cache type, dynamic quantization of activations.
+
+    Raises:
+        RuntimeUnavailable: the folder holds no model of OpenVINO.
+    """
     import openvino
 
     hint = HINTS[setup.dtype]
@@ -35,7 +39,7 @@ def load(folder: Path, spec: ModelSpec, setup: Setup) -> Session:
     properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = DYNAMIC_GROUP if setup.dynamic else 0
     if spec.is_decoder:
         properties |= {"KV_CACHE_PRECISION": hint}
-    compiled = openvino.Core().compile_model(folder / OPENVINO, "CPU", properties)
+    compiled = openvino.Core().compile_model(model_file(folder, OPENVINO, "openvino"), "CPU", properties)
     return _OpenVINOSession(compiled)
 
 
@@ -64,7 +68,7 @@ def _told(node: Any, key: str) -> str:
     return info[key].astype(str) if key in info else ""
 
 
-class _OpenVINOSession:
+class _OpenVINOSession(Stepping):
     """See `Session`. A decoder's keys and values live in the request's state, set to no positions before each prompt."""
 
     def __init__(self, compiled: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from lighten.model.quantized.kv import KVFormat, read_kv_format
 from lighten.model.spec import ModelSpec
-from lighten.runtimes.session import Floats, Ids, Session, Setup, as_float32
+from lighten.runtimes.session import Floats, Ids, Session, Setup, Stepping, as_float32
 
 
 def version() -> str:
@@ -26,7 +26,7 @@ def load(folder: Path, spec: ModelSpec, setup: Setup) -> Session:
     return TorchSession(load_module(folder, spec, dtype=setup.dtype, attention="sdpa"), read_kv_format(spec.config))
 
 
-class TorchSession:
+class TorchSession(Stepping):
     """See `Session`. Where the config asks for a quantized cache, attention reads codes at every position, of a lone prompt too."""
 
     def __init__(self, module: Any, kv: KVFormat | None = None) -> None:
