@@ -1,6 +1,7 @@
 # Needs python3 (3.10 or newer) with venv, and a package index that pip reaches.
 PYTHON ?= python3
 BIN := .venv/bin
+JOBS ?= 2
 MODELS := minilm smollm2-135m smollm2-135m-offgrid
 # Tests and demo read what lies here; a model hub is never asked.
 export HF_HUB_OFFLINE := 1
@@ -29,8 +30,8 @@ demo: env  ## choose the fastest MiniLM that keeps its neighbours, into demo/
 	@$(BIN)/lighten choose .models/minilm --require "neighbour_agreement>=0.97" --minimize latency \
 		--batch-size 32 --seq-len 128 --budget 10min -o demo
 
-test: models  ## run all tests; ARGS go to pytest
-	@$(BIN)/pytest $(ARGS)
+test: models  ## run all tests, two at a time (JOBS); ARGS go to pytest
+	@$(BIN)/pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 lint: env  ## ruff: rules and format
 	@$(BIN)/ruff check

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,13 +25,14 @@ def user_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 
 @pytest.fixture(autouse=True)
-def gradients_stay_on() -> Iterator[None]:
-    """The probe's bench switches gradients off in its process; a test that runs it here must not do so for those after it."""
-    yield
-    if "torch" in sys.modules:
-        import torch
+def torch_stays_as_it_is() -> Iterator[None]:
+    """Gradients and threads: probes and sessions that a test runs in this process set both, and must not do so for those after it."""
+    import torch
 
-        torch.set_grad_enabled(True)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_grad_enabled(True)
+    torch.set_num_threads(threads)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -441,7 +441,7 @@ def test_a_chosen_artifact_that_cannot_be_written_again_is_one_line(copied):
 def test_an_unknown_runtime_is_refused_with_those_that_exist(copied):
     assert (
         mistake(copied.again(recipes=("@ tensorrt",)))
-        == "runtime 'tensorrt' does not exist; runtimes: torch, torch-compile, onnxruntime, openvino, llama.cpp."
+        == "runtime 'tensorrt' does not exist; runtimes: torch, torch-compile, onnxruntime, openvino, llama.cpp, ctranslate2."
     )
 
 
