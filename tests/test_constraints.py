@@ -12,24 +12,24 @@ from hypothesis import strategies as st
 from lighten.choose.constraints import (
     DECODER_QUALITY,
     ENCODER_QUALITY,
+    ENERGY_UNITS,
     FIGURES,
     LOWER_IS_BETTER,
-    MINIMIZABLE,
-    RATES,
     Constraint,
-    check_minimize,
+    check_known,
     figure_of,
     figures,
     parse_constraint,
+    parse_objective,
 )
-from lighten.choose.search import parse_budget
+from lighten.choose.search import parse_budget, parse_power
 from lighten.errors import ConstraintError
 from lighten.units import SIZE_UNITS, TIME_UNITS
 
 KINDS = [(decoder, figure) for decoder in (False, True) for figure in figures(decoder=decoder)]
-PLAIN = [(decoder, figure) for decoder, figure in KINDS if figure not in FIGURES]
-WITH_UNIT = [(figure, unit) for figure, units in (("size", SIZE_UNITS), ("memory", SIZE_UNITS), ("latency", TIME_UNITS)) for unit in units]
-UNITS = {**SIZE_UNITS, **TIME_UNITS}
+PLAIN = [(decoder, figure) for decoder, figure in KINDS if figure not in FIGURES or not set(FIGURES[figure].units) - {""}]
+WITH_UNIT = [(name, unit) for name, figure in FIGURES.items() for unit in figure.units if unit]
+UNITS = {**SIZE_UNITS, **TIME_UNITS, **ENERGY_UNITS}
 
 positive = st.floats(1e-6, 1e9)
 numbers = st.floats(-1e12, 1e12)
@@ -99,22 +99,22 @@ def test_another_form_is_refused_with_an_example(text):
 @pytest.mark.parametrize("figure", ["speed", "Size", "params", "perplexity", "kl", "task"])
 def test_a_figure_that_an_encoder_has_not_is_refused_with_those_it_has(figure):
     assert refusal(f"{figure}<=1") == (
-        f"constraint '{figure}<=1': an encoder has no figure '{figure}'; figures: size, memory, latency, throughput, speedup, quality, "
-        "cosine, rank_agreement, neighbour_agreement."
+        f"constraint '{figure}<=1': an encoder has no figure '{figure}'; figures: size, memory, latency, time_to_first_token, energy, cost, "
+        "throughput, speedup, quality, cosine, rank_agreement, neighbour_agreement."
     )
 
 
 @pytest.mark.parametrize("figure", ["cosine", "neighbour_agreement", "accuracy"])
 def test_a_figure_that_a_decoder_has_not_is_refused_with_those_it_has(figure):
     assert refusal(f"{figure}>=1", decoder=True) == (
-        f"constraint '{figure}>=1': a decoder has no figure '{figure}'; figures: size, memory, latency, throughput, speedup, quality, "
-        "perplexity, perplexity_ratio, kl, top1_agreement."
+        f"constraint '{figure}>=1': a decoder has no figure '{figure}'; figures: size, memory, latency, time_to_first_token, energy, cost, "
+        "throughput, speedup, quality, perplexity, perplexity_ratio, kl, top1_agreement."
     )
 
 
 @pytest.mark.parametrize(("decoder", "figure"), KINDS)
 def test_a_limit_in_the_wrong_direction_is_refused_with_the_right_one(decoder, figure):
-    number = {"size": "5MB", "memory": "5GiB", "latency": "5ms"}.get(figure, "5")
+    number = {"size": "5MB", "memory": "5GiB", "latency": "5ms", "time_to_first_token": "5ms", "energy": "5J"}.get(figure, "5")
     right = sign(figure)
     wrong = ">=" if right == "<=" else "<="
     text = f"{figure}{wrong}{number}"
@@ -169,15 +169,63 @@ def test_any_text_is_understood_or_refused_in_one_line(text, decoder):
         assert math.isfinite(found.limit)
 
 
-@pytest.mark.parametrize("figure", MINIMIZABLE)
-def test_what_can_be_minimized(figure):
-    assert check_minimize(figure) == figure
+@pytest.mark.parametrize(("decoder", "figure"), KINDS)
+def test_every_figure_is_an_objective_in_its_better_direction_alone(decoder, figure):
+    lower = figure in LOWER_IS_BETTER
+    found = parse_objective(*((figure, None) if lower else (None, figure)), decoder=decoder)
+    assert (found.figure, found.lower, found.verb) == (figure, lower, "minimize" if lower else "maximize")
+    with pytest.raises(ConstraintError, match=f"{'maximize' if lower else 'minimize'} '{figure}' is not possible; one of "):
+        parse_objective(*((None, figure) if lower else (figure, None)), decoder=decoder)
 
 
-@pytest.mark.parametrize("figure", ["quality", "speed", "size_bytes", "throughput", ""])
-def test_what_cannot_be_minimized_is_refused(figure):
-    with pytest.raises(ConstraintError, match=re.escape(f"minimize {figure!r} is not possible; one of size, memory, latency.")):
-        check_minimize(figure)
+def test_without_a_word_the_latency_is_minimized():
+    assert parse_objective(None, None, decoder=True).figure == "latency"
+
+
+def test_two_objectives_are_refused():
+    with pytest.raises(ConstraintError, match="minimize size and maximize throughput are two objectives"):
+        parse_objective("size", "throughput", decoder=False)
+
+
+@pytest.mark.parametrize("figure", ["speed", "size_bytes", "perplexity"])
+def test_what_is_no_figure_of_an_encoder_is_no_objective(figure):
+    with pytest.raises(ConstraintError, match=re.escape(f"minimize {figure!r} is not possible; one of size, memory, latency, ")):
+        parse_objective(figure, None, decoder=False)
+
+
+@given(st.floats(1e-6, 1e6), st.sampled_from(sorted(FIGURES)))
+def test_a_better_figure_is_a_lower_cost(value, figure):
+    found = parse_objective(*((figure, None) if FIGURES[figure].lower else (None, figure)), decoder=False)
+    better = value / 2 if FIGURES[figure].lower else value * 2
+    assert found.cost({FIGURES[figure].key: better}) < found.cost({FIGURES[figure].key: value}) < found.cost({}) == found.cost(None) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("name", "phase", "given", "text"),
+    [
+        ("time_to_first_token", "encode", (), "time_to_first_token is a figure of phase generate, not of encode."),
+        ("energy", "encode", ("price",), "energy is not known without --power; give it."),
+        ("cost", "encode", ("power",), "cost is not known without --price; give it."),
+    ],
+)
+def test_a_figure_that_nothing_could_tell_is_refused_at_once(name, phase, given, text):
+    with pytest.raises(ConstraintError, match=re.escape(text)):
+        check_known([name], phase=phase, given=given)
+
+
+def test_a_figure_that_is_known_is_let_through():
+    check_known(["energy", "cost", "time_to_first_token", "quality", "size"], phase="generate", given=("power", "price"))
+
+
+@pytest.mark.parametrize(("text", "watts"), [("65W", 65), ("0.3kW", 300)])
+def test_power(text, watts):
+    assert parse_power(text) == watts
+
+
+@pytest.mark.parametrize("text", ["65", "much", "0W", "-5W"])
+def test_a_power_that_is_none_is_refused(text):
+    with pytest.raises(ConstraintError, match=r"^power"):
+        parse_power(text)
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("20min", 1200), ("1.5h", 5400), ("90s", 90), ("500ms", 0.5)])
@@ -256,7 +304,9 @@ DECODER = ENCODER | {
 
 @pytest.mark.parametrize(("measured", "names"), [(ENCODER, ENCODER_QUALITY), (DECODER, DECODER_QUALITY)])
 def test_every_figure_is_found_in_a_measurement(measured, names):
-    assert [figure_of(measured, name) for name in (*FIGURES, *RATES)] == [10, 20, 0.5, 40, 1.5]
+    assert {name: figure_of(measured, name) for name in FIGURES} == {
+        "size": 10, "memory": 20, "latency": 0.5, "time_to_first_token": None, "energy": None, "cost": None, "throughput": 40, "speedup": 1.5,
+    }  # fmt: skip
     assert {name: figure_of(measured, name) for name in names} == {name: found["value"] for name, found in measured["quality"].items()}
 
 

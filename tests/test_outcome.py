@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from lighten.choose import outcome
-from lighten.choose.constraints import FIGURES, MINIMIZABLE, figure_of, parse_constraint
+from lighten.choose.constraints import FIGURES, Objective, figure_of, parse_constraint
 from lighten.choose.outcome import (
     RATIOS,
     accuracy,
@@ -29,13 +29,22 @@ from lighten.choose.outcome import (
 )
 
 METRIC = "neighbour_agreement"
+SIZE, LATENCY = Objective(figure="size", lower=True), Objective(figure="latency", lower=True)
+GOALS = (SIZE, LATENCY, Objective(figure="memory", lower=True), Objective(figure="throughput", lower=False))
 
 
 def trial(name: str, *, size: float | None = 100, memory: float | None = 200, latency: float | None = 1.0, quality: float | None = 1.0, **more: Any):
     """A measured trial; `speedup` is that over an original of one second unless it is given."""
     scores = {} if quality is None else {METRIC: {"value": quality, "standard_error": None}}
     speedup = more.pop("speedup", 1 / latency if latency else None)
-    measured = {"size_bytes": size, "peak_memory_bytes": memory, "latency_s": latency, "speedup": speedup, "throughput": None, "quality": scores}
+    measured = {
+        "size_bytes": size,
+        "peak_memory_bytes": memory,
+        "latency_s": latency,
+        "speedup": speedup,
+        "throughput": latency and 10 / latency,
+        "quality": scores,
+    }
     return {"id": name, "status": "measured", "measured": measured, "ratio": None, "meets": None, "pareto": False} | more
 
 
@@ -50,6 +59,7 @@ def required(*texts: str):
 BASELINE = trial("baseline")
 
 few = st.integers(1, 4).map(float)  # few values, so that trials are often equal in one figure or in both
+goals = st.sampled_from(GOALS)
 shares = st.sampled_from([0.25, 0.5, 0.75, 1.0])
 makes = st.builds(trial, st.just(""), size=few, memory=st.one_of(st.none(), few), latency=few, quality=st.one_of(st.none(), shares))
 trials = st.lists(st.one_of(makes, st.just(failed(""))), max_size=8).map(lambda found: [one | {"id": str(n)} for n, one in enumerate(found)])
@@ -62,32 +72,34 @@ limits = st.lists(
 # ---- the front ----
 
 
-def dominates(one: dict[str, Any], other: dict[str, Any], minimize: str) -> bool:
+def dominates(one: dict[str, Any], other: dict[str, Any], objective: Objective) -> bool:
     """The definition, figure by figure: nowhere worse, somewhere better."""
-    cost = [figure_of(each["measured"], minimize) for each in (one, other)]
+    cost = [figure_of(each["measured"], objective.figure) * (1 if objective.lower else -1) for each in (one, other)]
     quality = [figure_of(each["measured"], METRIC) for each in (one, other)]
-    cost = [math.inf if value is None else value for value in cost]
     return cost[0] <= cost[1] and quality[0] >= quality[1] and (cost[0] < cost[1] or quality[0] > quality[1])
 
 
-@given(trials, st.sampled_from(MINIMIZABLE))
-def test_on_the_front_is_who_is_dominated_by_none(found, minimize):
-    judged = judge_trials(found, BASELINE, [], minimize, METRIC)
-    comparable = [one for one in found if one["measured"] and figure_of(one["measured"], METRIC) is not None]
-    front = {one["id"] for one in comparable if not any(dominates(other, one, minimize) for other in comparable)}
+def is_comparable(one: dict[str, Any], objective: Objective) -> bool:
+    """Whether both of its figures are known."""
+    return bool(one["measured"]) and None not in (figure_of(one["measured"], METRIC), figure_of(one["measured"], objective.figure))
+
+
+@given(trials, goals)
+def test_on_the_front_is_who_is_dominated_by_none(found, objective):
+    judged = judge_trials(found, BASELINE, [], objective, METRIC)
+    comparable = [one for one in found if is_comparable(one, objective)]
+    front = {one["id"] for one in comparable if not any(dominates(other, one, objective) for other in comparable)}
     assert {one["id"] for one in judged if one["pareto"]} == front
 
 
-@given(trials, st.sampled_from(MINIMIZABLE))
-def test_the_front_has_the_best_of_both_figures(found, minimize):
-    judged = [
-        one for one in judge_trials(found, BASELINE, [], minimize, METRIC) if one["measured"] and figure_of(one["measured"], METRIC) is not None
-    ]
+@given(trials, goals)
+def test_the_front_has_the_best_of_both_figures(found, objective):
+    judged = [one for one in judge_trials(found, BASELINE, [], objective, METRIC) if is_comparable(one, objective)]
     assume(judged)
     front = [one for one in judged if one["pareto"]]
-    for figure, best in ((METRIC, max), (minimize, min)):
-        values = [[value for one in group if (value := figure_of(one["measured"], figure)) is not None] for group in (judged, front)]
-        assert not values[0] or best(values[0]) == best(values[1])
+    for figure, best in ((METRIC, max), (objective.figure, min if objective.lower else max)):
+        values = [[figure_of(one["measured"], figure) for one in group] for group in (judged, front)]
+        assert best(values[0]) == best(values[1])
 
 
 def test_of_a_measure_that_should_be_low_the_front_has_the_lowest():
@@ -95,18 +107,18 @@ def test_of_a_measure_that_should_be_low_the_front_has_the_lowest():
         return trial(name, size=size) | {"measured": {"size_bytes": size, "quality": {"perplexity_ratio": {"value": perplexity}}}}
 
     found = [one("a", 10, 1.5), one("b", 20, 1.2), one("c", 30, 1.3)]
-    assert [on_front(each, found, "size", "perplexity_ratio") for each in found] == [True, True, False]
+    assert [on_front(each, found, SIZE, "perplexity_ratio") for each in found] == [True, True, False]
 
 
 def test_two_that_are_equal_are_both_on_the_front():
     found = [trial("a"), trial("b")]
-    assert [one["pareto"] for one in judge_trials(found, BASELINE, [], "size", METRIC)] == [True, True]
+    assert [one["pareto"] for one in judge_trials(found, BASELINE, [], SIZE, METRIC)] == [True, True]
 
 
 def test_without_a_quality_no_trial_is_on_the_front():
     unjudged, judged = trial("a", size=1, quality=None), trial("b", size=2)
-    assert not on_front(unjudged, [unjudged, judged], "size", METRIC)
-    assert on_front(judged, [unjudged, judged], "size", METRIC)
+    assert not on_front(unjudged, [unjudged, judged], SIZE, METRIC)
+    assert on_front(judged, [unjudged, judged], SIZE, METRIC)
 
 
 def test_the_figure_of_quality_by_kind_of_model():
@@ -116,10 +128,10 @@ def test_the_figure_of_quality_by_kind_of_model():
 # ---- judging and choosing ----
 
 
-@given(trials, limits, st.sampled_from(MINIMIZABLE))
-def test_a_trial_meets_what_every_constraint_allows(found, texts, minimize):
+@given(trials, limits, goals)
+def test_a_trial_meets_what_every_constraint_allows(found, texts, objective):
     constraints = required(*texts)
-    for one in judge_trials(found, BASELINE, constraints, minimize, METRIC):
+    for one in judge_trials(found, BASELINE, constraints, objective, METRIC):
         if not one["measured"]:
             assert one["meets"] is None
             assert one["pareto"] is False
@@ -129,35 +141,53 @@ def test_a_trial_meets_what_every_constraint_allows(found, texts, minimize):
         assert one["meets"] is able is meets(one, BASELINE, constraints) is (not misses(one, BASELINE, constraints))
 
 
-@given(trials, limits, st.sampled_from(MINIMIZABLE))
-def test_judging_changes_nothing_else_and_keeps_the_order(found, texts, minimize):
+@given(trials, limits, goals)
+def test_judging_changes_nothing_else_and_keeps_the_order(found, texts, objective):
     before = [dict(one) for one in found]
-    judged = judge_trials(found, BASELINE, required(*texts), minimize, METRIC)
+    judged = judge_trials(found, BASELINE, required(*texts), objective, METRIC)
     assert found == before
     assert [one | {"meets": None, "pareto": False} for one in judged] == before
 
 
-@given(trials, limits, st.sampled_from(MINIMIZABLE))
-def test_the_chosen_meets_everything_and_no_other_that_does_has_less(found, texts, minimize):
-    judged = judge_trials(found, BASELINE, required(*texts), minimize, METRIC)
+@given(trials, limits, goals)
+def test_the_chosen_meets_everything_and_no_other_that_does_has_less(found, texts, objective):
+    judged = judge_trials(found, BASELINE, required(*texts), objective, METRIC)
     able = [one for one in judged if one["meets"]]
-    chosen = choose_best(judged, minimize)
+    chosen = choose_best(judged, objective, METRIC)
     if not able:
         assert chosen is None
         return
     assert chosen in able
-    known = [value for one in able if (value := figure_of(one["measured"], minimize)) is not None]
-    assert not known or figure_of(chosen["measured"], minimize) == min(known)
+    assert objective.cost(chosen["measured"]) == min(objective.cost(one["measured"]) for one in able)
 
 
 def test_of_equals_the_first_is_chosen_which_is_the_original():
-    found = judge_trials([BASELINE, trial("other")], BASELINE, [], "latency", METRIC)
-    assert choose_best(found, "latency")["id"] == "baseline"
+    found = judge_trials([BASELINE, trial("other")], BASELINE, [], LATENCY, METRIC)
+    assert choose_best(found, LATENCY, METRIC)["id"] == "baseline"
+
+
+@pytest.mark.parametrize(("seconds", "chosen"), [(0.985, "better"), (0.97, "faster")])
+def test_noise_makes_no_winner_quality_does(seconds, chosen):
+    found = judge_trials([BASELINE, trial("faster", latency=seconds, quality=0.9), trial("better", quality=0.99)], BASELINE, [], LATENCY, METRIC)
+    assert choose_best(found[1:], LATENCY, METRIC)["id"] == chosen
+
+
+def test_sizes_are_exact_and_the_smallest_wins_by_a_byte():
+    found = judge_trials([trial("small", size=99, quality=0.5), trial("large", size=100)], BASELINE, [], SIZE, METRIC)
+    assert choose_best(found, SIZE, METRIC)["id"] == "small"
+
+
+@pytest.mark.parametrize(("objective", "first", "second"), [(LATENCY, 1.0, 1.05), (GOALS[3], 1.0, 1.05)])
+def test_what_ran_in_turn_counts_more_than_the_trials(objective, first, second):
+    found = judge_trials([trial("a", latency=first), trial("b", latency=second)], BASELINE, [], objective, METRIC)
+    assert choose_best(found, objective, METRIC)["id"] == "a"
+    assert choose_best(found, objective, METRIC, {"b": 0.9})["id"] == "b"
+    assert choose_best(found, objective, METRIC, {"b": 1.1})["id"] == "a"
 
 
 def test_what_a_figure_is_not_known_of_does_not_meet_a_limit_on_it():
-    found = judge_trials([trial("a", memory=None)], BASELINE, required("memory<=1TB"), "size", METRIC)
-    assert choose_best(found, "size") is None
+    found = judge_trials([trial("a", memory=None)], BASELINE, required("memory<=1TB"), SIZE, METRIC)
+    assert choose_best(found, SIZE, METRIC) is None
 
 
 def test_a_limit_relative_to_what_is_not_known_of_the_original_is_met_by_none():
@@ -226,18 +256,17 @@ def test_figures_are_said_for_people(figure, value, text):
 # ---- what looser quality would buy ----
 
 
-@given(trials, limits, st.sampled_from(MINIMIZABLE))
-def test_looser_offers_are_the_front_below_the_chosen_cost_the_nearest_first(found, texts, minimize):
-    judged = judge_trials(found, BASELINE, required(*texts), minimize, METRIC)
-    chosen = choose_best(judged, minimize)
-    offers = looser(judged, chosen, minimize, METRIC)
+@given(trials, limits, goals)
+def test_looser_offers_are_the_front_below_the_chosen_cost_the_nearest_first(found, texts, objective):
+    judged = judge_trials(found, BASELINE, required(*texts), objective, METRIC)
+    chosen = choose_best(judged, objective, METRIC)
+    offers = looser(judged, chosen, objective, METRIC)
     if chosen is None:
         assert offers == []
         return
 
     def cost(one):
-        value = figure_of(one["measured"], minimize)
-        return math.inf if value is None else value
+        return objective.cost(one["measured"])
 
     front = [one for one in judged if one["pareto"] and cost(one) < cost(chosen)]
     assert sorted(offer["id"] for offer in offers) == sorted(one["id"] for one in front)
@@ -249,9 +278,9 @@ def test_looser_offers_are_the_front_below_the_chosen_cost_the_nearest_first(fou
 def test_an_offer_says_what_is_won_and_what_it_costs():
     found = judge_trials(
         [BASELINE, trial("small", size=20, quality=0.8), trial("tiny", size=10, quality=0.6), trial("bad", size=30, quality=0.5)],
-        BASELINE, required("quality>=0.9"), "size", METRIC,
+        BASELINE, required("quality>=0.9"), SIZE, METRIC,
     )  # fmt: skip
-    assert looser(found, choose_best(found, "size"), "size", METRIC) == [
+    assert looser(found, choose_best(found, SIZE, METRIC), SIZE, METRIC) == [
         {"id": "small", "gain": "size 20 B, 5.00x better than the chosen", "cost": "neighbour_agreement 0.800 instead of 1.000"},
         {"id": "tiny", "gain": "size 10 B, 10.00x better than the chosen", "cost": "neighbour_agreement 0.600 instead of 1.000"},
     ]
@@ -328,7 +357,8 @@ def test_half_is_as_far_off_as_double(values, worst):
 
 
 def test_the_figures_with_ratios_are_those_that_are_predicted():
-    assert set(RATIOS) == {key for key, _ in FIGURES.values()}
+    follows = {"energy_j", "usd_per_million_tokens", "throughput"}  # from the latency
+    assert set(RATIOS) == {figure.key for figure in FIGURES.values() if figure.predicted} - follows
 
 
 def test_latencies_are_of_one_moment_though_the_machine_slows_down():

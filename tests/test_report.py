@@ -96,7 +96,8 @@ def encoder_choice() -> dict[str, Any]:
         "model": {"name": "all-MiniLM-L6-v2", "family": "bert", "source": ".models/minilm", "dtype": "float32", "parameters": 22713216},
         "workload": {"phase": "encode", "batch_size": 32, "seq_len": 128, "new_tokens": 0, "dtype": "float32"},
         "require": ["neighbour_agreement>=0.97"],
-        "minimize": "latency",
+        "objective": "latency",
+        "goal": "minimize",
         "quality_metric": "neighbour_agreement",
         "seconds": 512.3,
         "baseline": one("", "torch", 90.9, 334, same),
@@ -152,7 +153,8 @@ def decoder_choice() -> dict[str, Any]:
         },
         "workload": {"phase": "generate", "batch_size": 1, "seq_len": 512, "new_tokens": 64, "dtype": "float32"},
         "require": ["perplexity<=1.05x"],
-        "minimize": "size",
+        "objective": "size",
+        "goal": "minimize",
         "quality_metric": "perplexity_ratio",
         "seconds": 1843.0,
         "baseline": one("", "torch", 538.1, 6200, 1.0),
@@ -331,7 +333,7 @@ def spoiled(part: Any, key: str = "") -> Any:
         return {name + HOSTILE if key in ("versions", "quality") else name: spoiled(value, name) for name, value in part.items()}
     if isinstance(part, list):
         return [spoiled(value, key) for value in part]
-    return part + HOSTILE if isinstance(part, str) and key not in ("status", "minimize") else part
+    return part + HOSTILE if isinstance(part, str) and key not in ("status", "objective", "goal") else part
 
 
 @every_choice
@@ -575,7 +577,7 @@ def marks_by_number(plot: Node) -> dict[int, tuple[float, float]]:
 @every_choice
 def test_less_cost_is_further_left_and_better_quality_further_up(make: Make) -> None:
     choice = make()
-    key = {"latency": "latency_s", "size": "size_bytes"}[choice["minimize"]]
+    key = {"latency": "latency_s", "size": "size_bytes"}[choice["objective"]]
     sign = 1 if choice["quality_metric"] == "perplexity_ratio" else -1
     page = parse(report_page(choice))
     for plot in plots_of(choice)[:2]:
@@ -609,7 +611,7 @@ def test_the_front_passes_through_every_pareto_trial_and_leaves_none_above_it(ma
     for one in front:
         x, y = places[int(cells_of(row_of(page, one["id"]))[0].lstrip("★· "))]
         assert min(math.dist((x, y), corner) for corner in corners) < 0.2
-    if choice["minimize"] == "latency":  # the fixture's marks are a true front there
+    if choice["objective"] == "latency":  # the fixture's marks are a true front there
         for x, y in places.values():
             reached = min(corner_y for corner_x, corner_y in corners if corner_x <= x + 0.2)
             assert y >= reached - 0.2

@@ -415,7 +415,7 @@ def measure(
         LightenError: whatever of this cannot be read or run.
     """
     from lighten.choose.outcome import ratios
-    from lighten.choose.trial import predict
+    from lighten.choose.trial import Rates, predict
     from lighten.compress.walk import check_finite
     from lighten.formats.artifact import MANIFEST, read_artifact
     from lighten.judge.child import WorkerFailed
@@ -456,7 +456,7 @@ def measure(
             measured = judge.measure(target).as_json()
         except WorkerFailed as error:
             raise WorkloadError(f"{folder} could not be measured: {error}") from error
-    predicted = predict(spec, asked, recipe, profile) if profile else predict_without_device(spec, asked, recipe)
+    predicted = predict(spec, asked, recipe, profile, Rates(tokens=asked.tokens)) if profile else predict_without_device(spec, asked, recipe)
     return measured | {"recipe": str(recipe), "predicted": predicted, "ratio": ratios(predicted, measured)}
 
 
@@ -496,10 +496,11 @@ def probe(*, threads: int | None = None, engines: Sequence[str] | None = None, l
 
 def predict_without_device(spec: ModelSpec, workload: Workload, recipe: Recipe) -> dict[str, Any]:
     """The predictions that need no measured machine: the size."""
+    from lighten.choose.trial import Rates, derived
     from lighten.recipe.predict import artifact_bytes
 
-    unknown = dict.fromkeys(("peak_memory_bytes", "latency_s", "latency_low_s", "latency_high_s"))
-    return {"size_bytes": artifact_bytes(recipe, apply_recipe(recipe, spec)), **unknown}
+    unknown = dict.fromkeys(("peak_memory_bytes", "latency_s", "latency_low_s", "latency_high_s", "time_to_first_token_s"))
+    return derived({"size_bytes": artifact_bytes(recipe, apply_recipe(recipe, spec)), **unknown}, Rates(tokens=workload.tokens))
 
 
 def usable_cores() -> int:

@@ -1,27 +1,54 @@
-"""What the user asks for: `--require "size<=50MB"`, `--require "perplexity<=1.05x"`, `--minimize latency`."""
+"""What the user asks for: `--require "size<=50MB"`, `--require "perplexity<=1.05x"`, `--minimize latency`, `--maximize throughput`."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from lighten.errors import ConstraintError
 from lighten.units import SIZE_UNITS, TIME_UNITS, parse_quantity
 
-FIGURES: dict[str, tuple[str, dict[str, int] | dict[str, float]]] = {
-    "size": ("size_bytes", SIZE_UNITS),
-    "memory": ("peak_memory_bytes", SIZE_UNITS),
-    "latency": ("latency_s", TIME_UNITS),
+ENERGY_UNITS = {"mJ": 1e-3, "J": 1.0, "kJ": 1e3, "Wh": 3600.0}
+PLAIN = {"": 1.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A figure of a measurement, and of a prediction where one is made.
+
+    Attributes:
+        key: in both.
+        lower: whether less is better.
+        predicted: whether it is predicted.
+        phases: of the workloads that have it; none: of all.
+        needs: the option that it cannot be told without.
+    """
+
+    key: str
+    units: dict[str, float] | dict[str, int] = field(default_factory=lambda: PLAIN)
+    lower: bool = True
+    predicted: bool = True
+    phases: tuple[str, ...] = ()
+    needs: str | None = None
+
+
+FIGURES = {
+    "size": Figure(key="size_bytes", units=SIZE_UNITS),
+    "memory": Figure(key="peak_memory_bytes", units=SIZE_UNITS),
+    "latency": Figure(key="latency_s", units=TIME_UNITS),
+    "time_to_first_token": Figure(key="time_to_first_token_s", units=TIME_UNITS, phases=("generate",)),
+    "energy": Figure(key="energy_j", units=ENERGY_UNITS, needs="power"),
+    "cost": Figure(key="usd_per_million_tokens", needs="price"),
+    "throughput": Figure(key="throughput", lower=False),
+    "speedup": Figure(key="speedup", lower=False, predicted=False),
 }
-"""Figure → (its key in a measurement, its units). Smaller is better."""
-RATES = {"throughput": "throughput", "speedup": "speedup"}
+"""Figure → where it stands. Energy is of one run of the workload, cost in USD per million tokens."""
 ENCODER_QUALITY = ("cosine", "rank_agreement", "neighbour_agreement")
 DECODER_QUALITY = ("perplexity", "perplexity_ratio", "kl", "top1_agreement")
-LOWER_IS_BETTER = {"size", "memory", "latency", "perplexity", "perplexity_ratio", "kl"}
-MINIMIZABLE = tuple(FIGURES)
+LOWER_IS_BETTER = {"perplexity", "perplexity_ratio", "kl"} | {name for name, figure in FIGURES.items() if figure.lower}
 
 _FORM = re.compile(r"^\s*([A-Za-z_0-9]+)\s*(<=|>=)\s*(\S+(?:\s*[A-Za-z]+)?)\s*$")
 
@@ -70,11 +97,12 @@ def parse_constraint(text: str, *, decoder: bool) -> Constraint:
         better = "<=" if figure in LOWER_IS_BETTER else ">="
         raise ConstraintError(f"constraint {text!r} would ask for a worse {figure}; write {figure}{better}{number}.")
     relative = number.endswith("x")
-    if relative or figure not in FIGURES:
+    units = FIGURES[figure].units if figure in FIGURES else PLAIN
+    if relative or units is PLAIN:
         limit = _plain(number.removesuffix("x"), text)
     else:
         try:
-            limit = parse_quantity(number, FIGURES[figure][1], figure)
+            limit = parse_quantity(number, units, figure)
         except ConstraintError as error:
             raise ConstraintError(f"constraint {text!r}, {error}") from error
     if not math.isfinite(limit):
@@ -84,24 +112,69 @@ def parse_constraint(text: str, *, decoder: bool) -> Constraint:
     return Constraint(figure=figure, operator=operator, limit=limit, relative=relative, text=text)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """The figure that the search is for."""
+
+    figure: str
+    lower: bool
+
+    @property
+    def verb(self) -> str:
+        return "minimize" if self.lower else "maximize"
+
+    def cost(self, measured: Mapping[str, Any] | None) -> float:
+        """A figure of a measurement or prediction as one of which less is better; infinite where it is not known.
+
+        >>> Objective(figure="throughput", lower=False).cost({"throughput": 3.0})
+        -3.0
+        """
+        value = figure_of(measured or {}, self.figure)
+        return math.inf if value is None else value if self.lower else -value
+
+
+def parse_objective(minimize: str | None, maximize: str | None, *, decoder: bool) -> Objective:
+    """What `--minimize` or `--maximize` says; the latency where neither does.
+
+    Raises:
+        ConstraintError: both, no figure of this kind of model, or the worse end of one.
+
+    >>> parse_objective(None, "throughput", decoder=False)
+    Objective(figure='throughput', lower=False)
+    """
+    if minimize is not None and maximize is not None:
+        raise ConstraintError(f"minimize {minimize} and maximize {maximize} are two objectives; leave one out, and require a limit of it.")
+    figure, lower = (minimize or "latency", True) if maximize is None else (maximize, False)
+    known = [name for name in figures(decoder=decoder) if (name in LOWER_IS_BETTER) == lower]
+    if figure not in known:
+        verb = "minimize" if lower else "maximize"
+        raise ConstraintError(f"{verb} {figure!r} is not possible; one of {', '.join(known)}.")
+    return Objective(figure=figure, lower=lower)
+
+
+def check_known(names: Iterable[str], *, phase: str, given: Collection[str]) -> None:
+    """Raises:
+    ConstraintError: a figure that a workload of this phase does not have, or that needs an option which was not given.
+    """
+    for name in names:
+        figure = FIGURES.get(name)
+        if figure is None:
+            continue
+        if figure.phases and phase not in figure.phases:
+            raise ConstraintError(f"{name} is a figure of phase {' or '.join(figure.phases)}, not of {phase}.")
+        if figure.needs is not None and figure.needs not in given:
+            raise ConstraintError(f"{name} is not known without --{figure.needs}; give it.")
+
+
 def figures(*, decoder: bool) -> tuple[str, ...]:
     """The figures that a model of this kind can be held to."""
-    return (*FIGURES, *RATES, "quality", *(DECODER_QUALITY if decoder else ENCODER_QUALITY))
-
-
-def check_minimize(figure: str) -> str:
-    """Raises:
-    ConstraintError: not a figure to minimize.
-    """
-    if figure not in MINIMIZABLE:
-        raise ConstraintError(f"minimize {figure!r} is not possible; one of {', '.join(MINIMIZABLE)}.")
-    return figure
+    return (*FIGURES, "quality", *(DECODER_QUALITY if decoder else ENCODER_QUALITY))
 
 
 def figure_of(measured: Mapping[str, Any], figure: str) -> float | None:
     """A figure of a measurement (or of a prediction) as its JSON form holds it; None where it holds none."""
-    if figure in FIGURES or figure in RATES:
-        value = measured.get(FIGURES[figure][0] if figure in FIGURES else RATES[figure])
+    if figure in FIGURES:
+        value = measured.get(FIGURES[figure].key)
         return None if value is None else float(value)
     quality: Mapping[str, Any] = measured.get("quality") or {}
     if figure == "quality":

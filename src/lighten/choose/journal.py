@@ -1,4 +1,4 @@
-"""`trials.jsonl`: one line for each finished trial, a failed one too. What is there is not done again."""
+"""`trials.jsonl`: one line for each finished trial, a failed one too, and for what else was found out. What is there is not done again."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ FILE = "trials.jsonl"
 class Journal:
     """The finished trials of one output folder, by id. A line that a kill cut off is no trial and is removed.
 
+    Args:
+        shared: of the folder where all runs of this user leave theirs; a line that another is just writing is left alone.
+
     Raises:
         OutputError: the file cannot be read, or holds what no journal holds.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, shared: bool = False) -> None:
         self._path = folder / FILE
         self.trials: dict[str, dict[str, Any]] = {}
         try:
@@ -37,7 +40,7 @@ class Journal:
                 raise OutputError(f"{self._path}: byte {start} starts a line that is no trial; move the file away to start anew.") from error
             self.trials[trial["id"]] = trial
             start += len(line) + 1
-        if torn:
+        if torn and not shared:
             os.truncate(self._path, start)
 
     def append(self, trial: dict[str, Any]) -> None:
@@ -48,6 +51,7 @@ class Journal:
         """
         line = (json.dumps(trial, separators=(",", ":")) + "\n").encode()
         try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             try:
                 written = os.write(handle, line)

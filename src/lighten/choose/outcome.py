@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
-from lighten.choose.constraints import FIGURES, LOWER_IS_BETTER, Constraint, figure_of
+from lighten.choose.constraints import FIGURES, LOWER_IS_BETTER, Constraint, Objective, figure_of
 from lighten.units import format_bytes, format_seconds
 
 Record = dict[str, Any]
-RATIOS = ("size_bytes", "peak_memory_bytes", "latency_s")
+RATIOS = ("size_bytes", "peak_memory_bytes", "latency_s", "time_to_first_token_s")
+TIE = 0.02
+"""Two trials whose objectives differ by less are told apart by quality; not sizes, which are exact."""
 
 
 def quality_metric(*, decoder: bool) -> str:
@@ -35,19 +39,20 @@ def on_one_clock(trials: Sequence[Record]) -> list[Record]:
 def _scaled(trial: Record, original_s: float) -> Record:
     measured = trial["measured"]
     scale = original_s / measured["speedup"] / measured["latency_s"]
-    latencies = {key: measured[key] * scale for key in ("latency_s", "latency_q1_s", "latency_q3_s")}
-    measured = measured | latencies | {"throughput": measured["throughput"] / scale, "clock_latency_s": measured["latency_s"]}
+    times = ("latency_s", "latency_q1_s", "latency_q3_s", "time_to_first_token_s", "energy_j", "usd_per_million_tokens")
+    scaled = {key: measured[key] * scale for key in times if measured.get(key) is not None}
+    measured = measured | scaled | {"throughput": measured["throughput"] / scale, "clock_latency_s": measured["latency_s"]}
     return trial | {"measured": measured, "ratio": ratios(trial["predicted"], measured)}
 
 
-def judge_trials(trials: Sequence[Record], baseline: Record, constraints: Sequence[Constraint], minimize: str, metric: str) -> list[Record]:
+def judge_trials(trials: Sequence[Record], baseline: Record, constraints: Sequence[Constraint], objective: Objective, metric: str) -> list[Record]:
     """The trials with `meets` and `pareto` filled in where something was measured."""
     measured = [trial for trial in trials if trial["measured"]]
 
     def judged(trial: Record) -> Record:
         if not trial["measured"]:
             return trial
-        return trial | {"meets": meets(trial, baseline, constraints), "pareto": on_front(trial, measured, minimize, metric)}
+        return trial | {"meets": meets(trial, baseline, constraints), "pareto": on_front(trial, measured, objective, metric)}
 
     return [judged(trial) for trial in trials]
 
@@ -67,19 +72,43 @@ def misses(trial: Record, baseline: Record, constraints: Sequence[Constraint]) -
     return found
 
 
-def on_front(trial: Record, others: Sequence[Record], minimize: str, metric: str) -> bool:
-    """Whether no other trial is at least as good in both the minimized figure and quality, and better in one."""
-    own = _point(trial, minimize, metric)
+def on_front(trial: Record, others: Sequence[Record], objective: Objective, metric: str) -> bool:
+    """Whether no other trial is at least as good in both the objective and quality, and better in one."""
+    own = point_of(trial, objective, metric)
     if own is None:
         return False
-    points = [point for other in others if (point := _point(other, minimize, metric)) is not None]
+    points = [point for other in others if (point := point_of(other, objective, metric)) is not None]
     return not any(point[0] <= own[0] and point[1] <= own[1] and point != own for point in points)
 
 
-def choose_best(trials: Sequence[Record], minimize: str) -> Record | None:
-    """The trial that meets everything and has the least of the minimized figure."""
+def choose_best(trials: Sequence[Record], objective: Objective, metric: str, finals: Mapping[str, float] = MappingProxyType({})) -> Record | None:
+    """The trial that meets everything and is best in the objective; of those within `TIE` of it the one of best quality, then the smallest.
+
+    Args:
+        finals: id → seconds over those of the best, where the two ran in turn; they replace what the trials showed.
+    """
     able = [trial for trial in trials if trial["meets"]]
-    return min(able, key=lambda trial: _cost(trial, minimize), default=None)
+    if not able:
+        return None
+    best = min(able, key=lambda trial: objective.cost(trial["measured"]))
+    least = objective.cost(best["measured"])
+
+    def cost(trial: Record) -> float:
+        factor = finals.get(trial["id"])
+        if factor is None:
+            return objective.cost(trial["measured"])
+        return least * factor if objective.lower else least / factor
+
+    winner = min(map(cost, able))
+    near = 0.0 if objective.figure == "size" else TIE * abs(winner)
+    tied = [trial for trial in able if cost(trial) <= winner + near]
+
+    def order(trial: Record) -> tuple[float, float, float]:
+        quality = figure_of(trial["measured"], metric)
+        worse = math.inf if quality is None else quality if metric in LOWER_IS_BETTER else -quality
+        return worse, trial["measured"]["size_bytes"], cost(trial)
+
+    return min(tied, key=order)
 
 
 def closest(trials: Sequence[Record], baseline: Record, constraints: Sequence[Constraint]) -> Record | None:
@@ -99,16 +128,17 @@ def closest(trials: Sequence[Record], baseline: Record, constraints: Sequence[Co
     return {"id": best["id"], "misses": said}
 
 
-def looser(trials: Sequence[Record], chosen: Record | None, minimize: str, metric: str) -> list[Record]:
-    """What the Pareto front offers beyond the chosen trial: less of the minimized figure for less quality."""
-    if chosen is None:
+def looser(trials: Sequence[Record], chosen: Record | None, objective: Objective, metric: str) -> list[Record]:
+    """What the Pareto front offers beyond the chosen trial: a better objective for less quality."""
+    if chosen is None or objective.figure not in FIGURES:
         return []
-    own = _cost(chosen, minimize)
     found = []
-    for trial in sorted((t for t in trials if t["pareto"] and t["id"] != chosen["id"]), key=lambda t: _cost(t, minimize), reverse=True):
-        cost = _cost(trial, minimize)
-        if cost < own:
-            gain = f"{minimize} {say(minimize, cost)}, {own / cost:.2f}x better than the chosen"
+    own = figure_of(chosen["measured"], objective.figure)
+    for trial in sorted((t for t in trials if t["pareto"] and t["id"] != chosen["id"]), key=lambda t: objective.cost(t["measured"]), reverse=True):
+        value = figure_of(trial["measured"], objective.figure)
+        if value and objective.cost(trial["measured"]) < objective.cost(chosen["measured"]):
+            better = f"{own / value if objective.lower else value / own:.2f}x better than the chosen" if own else "of the chosen not known"
+            gain = f"{objective.figure} {say(objective.figure, value)}, {better}"
             quality = figure_of(trial["measured"], metric), figure_of(chosen["measured"], metric)
             found.append({"id": trial["id"], "gain": gain, "cost": f"{metric} {say(metric, quality[0])} instead of {say(metric, quality[1])}"})
     return found
@@ -152,16 +182,15 @@ def say(figure: str, value: float | None) -> str:
         return "not known"
     if figure in ("size", "memory"):
         return format_bytes(value)
-    return format_seconds(value) if figure == "latency" else f"{value:.3f}"
+    if figure in ("latency", "time_to_first_token"):
+        return format_seconds(value)
+    unit = {"energy": " J", "cost": " USD per million tokens", "throughput": " tokens/s"}.get(figure)
+    return f"{value:.3f}" if unit is None else f"{value:.4g}{unit}"
 
 
-def _cost(trial: Record, minimize: str) -> float:
-    value = figure_of(trial["measured"], minimize)
-    return float("inf") if value is None else value
-
-
-def _point(trial: Record, minimize: str, metric: str) -> tuple[float, float] | None:
-    quality = figure_of(trial["measured"], metric)
-    if quality is None or minimize not in FIGURES:
+def point_of(trial: Record, objective: Objective, metric: str) -> tuple[float, float] | None:
+    """A measured trial as (objective, quality), less of both better; None where one of the two is not known."""
+    quality, cost = figure_of(trial["measured"], metric), objective.cost(trial["measured"])
+    if quality is None or math.isinf(cost):
         return None
-    return _cost(trial, minimize), quality if metric in LOWER_IS_BETTER else -quality
+    return cost, quality if metric in LOWER_IS_BETTER else -quality

@@ -20,9 +20,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--require", action="append", default=[], metavar="LIMIT", help="such as size<=50MB, latency<=0.5x, quality>=0.99; repeatable"
     )
-    parser.add_argument("--minimize", default="latency", metavar="FIGURE", help="latency (default), size or memory")
+    goal = parser.add_mutually_exclusive_group()
+    goal.add_argument("--minimize", metavar="FIGURE", help="latency (default), time_to_first_token, size, memory, energy, cost, perplexity_ratio, kl")
+    goal.add_argument("--maximize", metavar="FIGURE", help="throughput, or a figure of quality such as neighbour_agreement")
     parser.add_argument("--budget", metavar="TIME", help="no trial starts that would end later, such as 20min (default: none)")
     parser.add_argument("--recipe", action="append", default=[], metavar="TEXT|FILE", help="try this one instead of the usual ones; repeatable")
+    parser.add_argument("--space", metavar="FILE", help="search the recipes that this YAML file spans instead of the usual ones (docs/choosing.md)")
+    parser.add_argument("--power", metavar="W", help="what this machine draws, such as 65W: for energy")
+    parser.add_argument("--price", metavar="USD/h", help="what this machine costs, such as 0.40/h: for cost")
+    parser.add_argument("--fresh", action="store_true", help="measure anew what earlier runs of this user measured here")
     parser.add_argument("--text", metavar="FILE", help="calibrate and judge by it: .txt or .jsonl (default: the embedded text)")
     parser.add_argument("--engine", choices=("local",), default="local", help="where trials run")
     parser.add_argument("--threads", type=positive, metavar="N", help="of every trial (default: all cores that this process may use)")
@@ -32,14 +38,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from lighten.choose.search import Request, parse_budget
+    from lighten.choose.search import Request, parse_budget, parse_power
+    from lighten.choose.space import read_space
+    from lighten.device.catalog import parse_price
     from lighten.report import choice_table, prediction_table
 
     spec = read_runnable(arguments.model)
     request = Request(
         model=Path(arguments.model), out=Path(arguments.output), workload=verbs.make_workload(spec, dtype="float32", **workload_of(arguments)),
-        require=tuple(arguments.require), minimize=arguments.minimize, budget_s=parse_budget(arguments.budget) if arguments.budget else None,
+        require=tuple(arguments.require), minimize=arguments.minimize, maximize=arguments.maximize,
+        budget_s=parse_budget(arguments.budget) if arguments.budget else None,
         text=Path(arguments.text) if arguments.text else None, recipes=tuple(read_recipe(text) for text in arguments.recipe),
+        space=read_space(Path(arguments.space)) if arguments.space else None, fresh=arguments.fresh,
+        power_w=parse_power(arguments.power) if arguments.power else None, usd_per_hour=parse_price(arguments.price) if arguments.price else None,
         threads=arguments.threads or verbs.usable_cores(), command=shlex.join(["lighten", *sys.argv[1:]]),
     )  # fmt: skip
     choice = verbs.choose(request, log=progress)

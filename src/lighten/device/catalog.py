@@ -108,10 +108,22 @@ def with_price(device: Device, text: str) -> Device:
     >>> with_price(read_device("h100-sxm"), "2.10/h").price.usd_per_hour
     2.1
     """
+    return replace(device, price=Price(usd_per_hour=parse_price(text), date=date.today().isoformat(), source="given"))
+
+
+def parse_price(text: str) -> float:
+    """US dollars for an hour of one device.
+
+    Raises:
+        DeviceError: not a price.
+
+    >>> parse_price("0.40/h")
+    0.4
+    """
     found = re.fullmatch(r"\s*\$?\s*(\d{1,9}(?:\.\d{1,9})?)\s*(?:USD)?\s*(?:/\s*(?:h|hr|hour))?\s*", text, re.IGNORECASE)
     if not found:
         raise DeviceError(f"--price {_short(text)} is no price of one device; write US dollars for an hour, such as 2.10/h.")
-    return replace(device, price=Price(usd_per_hour=float(found[1]), date=date.today().isoformat(), source="given"))
+    return float(found[1])
 
 
 def with_network(device: Device, text: str) -> Device:

@@ -32,6 +32,7 @@ from lighten.compress.training_time import TrainingTime, predict_times
 from lighten.compress.walk import CalibrationSource, Checkpoint, Done, LayerReport, do_recipe
 from lighten.errors import ConstraintError, ModelError, OutputError, RecipeError
 from lighten.formats import files
+from lighten.formats.deploy import copy_licenses, is_about, write_card, write_script
 from lighten.formats.onnx_artifact import write_onnx_artifact
 from lighten.formats.onnx_export import dense_weights, export_onnx, is_exported
 from lighten.formats.openvino_ir import Batch, write_openvino
@@ -191,6 +192,9 @@ def _assemble(plan: _Plan, memory: MemoryPlan, journal: Journal, identity: Mappi
         "curves": list(done.curves),
     }  # fmt: skip
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    copy_licenses(plan.source, folder)
+    write_script(folder, plan.recipe, done.spec, plan.source)
+    write_card(folder, plan.recipe, done.spec, plan.source, manifest)
     for path in folder.rglob("*"):
         sync(path)
     sync(folder)
@@ -273,9 +277,9 @@ def read_artifact(folder: Path) -> Artifact:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files but the manifest, the run's own and the page, which no runtime reads."""
+    """Bytes of all files but the manifest, the run's own, the page and what is for people, which no runtime reads."""
     own = {folder / name for name in (MANIFEST, RUN, PAGE)}
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path not in own)
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path not in own and not is_about(path, folder))
 
 
 def fingerprint(folder: Path) -> str:

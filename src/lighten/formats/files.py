@@ -11,10 +11,6 @@ GGUF = "model.gguf"
 CTRANSLATE2 = "ctranslate2"
 """A folder: its model has a config.json of its own."""
 
-FLOAT_PRODUCTS = ("session.qdq_matmulnbits_accuracy_level", "1")
-"""ONNX Runtime's option that keeps activations in float32 where weights are codes; by itself it rounds them to int8 in blocks.
-Source: onnxruntime_session_options_config_keys.h."""
-
 
 def shard(number: int, count: int, whole: str = SAFETENSORS) -> str:
     """The name of one of several files of weights, numbered from 1, as Hugging Face numbers them. whole: the name of a single one.

@@ -29,6 +29,7 @@ from lighten.errors import OutputError
 from lighten.formats import files
 from lighten.formats.graph_inputs import decoder_inputs, empty_cache
 from lighten.formats.safetensors_folder import StoredWeights, masked_weights, read_weights, stored_specs
+from lighten.formats.settings import onnxruntime_settings
 from lighten.model.read import read_folder
 from lighten.model.spec import Embedding, Linear, ModelSpec
 
@@ -223,7 +224,8 @@ def _run_onnx(folder: Path, spec: ModelSpec, ids: NDArray[np.int64], mask: NDArr
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    options.add_session_config_entry(*files.FLOAT_PRODUCTS)
+    for name, value in onnxruntime_settings(dynamic=False).items():
+        options.add_session_config_entry(name, value)
     session = onnxruntime.InferenceSession(folder / files.ONNX, options, providers=["CPUExecutionProvider"])
     inputs = decoder_inputs(ids, 0) | empty_cache(spec, len(ids)) if spec.is_decoder else {"input_ids": ids, "attention_mask": mask}
     output: Floats = session.run(None, inputs)[0]

@@ -28,6 +28,9 @@ from lighten.model.read import SIDE_FILES, read_config, weight_files
 MOST_TEXTS = 1000
 WINDOW_TOKENS = 512
 MOST_WINDOWS = 16
+PROXY_TEXTS = 128
+PROXY_WINDOWS = 3
+"""What a proxy of quality is measured on, of the calibration text: some seconds, with standard errors of one or two per cent."""
 REFERENCE_BYTES = 1_000_000_000
 """Disk that the original's logits may take while candidates are compared with them."""
 
@@ -82,6 +85,16 @@ class Limits:
     timeout_s: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """The text that quality is measured on, and how much of it at most: passages of an encoder, windows of a decoder."""
+
+    texts: tuple[str, ...]
+    passages: int
+    windows: int
+    name: str
+
+
 class Judge:
     """Measures targets against one original, which it keeps loaded and paused between measurements.
 
@@ -91,7 +104,9 @@ class Judge:
     """
 
     def __init__(self, original: Path, spec: ModelSpec, text: Text, workload: Workload, limits: Limits, work: Path) -> None:
-        self.original, self.spec, self.text, self.workload, self.limits, self.work = original, spec, text, workload, limits, work
+        self.original, self.spec, self.workload, self.limits, self.work = original, spec, workload, limits, work
+        self.test = Part(texts=text.test, passages=MOST_TEXTS, windows=MOST_WINDOWS, name=text.fingerprint)
+        self.small = Part(texts=text.calibration, passages=PROXY_TEXTS, windows=PROXY_WINDOWS, name=f"{text.fingerprint} calibration")
         self._baseline: Child | None = None
 
     def close(self) -> None:
@@ -155,40 +170,41 @@ class Judge:
         self._baseline = child
         return child
 
-    def quality(self, child: Child, target: Target) -> dict[str, Score]:
-        """Held against the original, on held-out text."""
+    def quality(self, child: Child, target: Target, part: Part | None = None) -> dict[str, Score]:
+        """Held against the original, on held-out text, or on another part of it."""
+        part = part or self.test
         if not self.spec.is_decoder:
-            return self._embedding(child, target.folder)
+            return self._embedding(child, target.folder, part)
         if (target.folder / "config.json").is_file() and (size := read_config(target.folder).get("vocab_size")) != self.spec.config["vocab_size"]:
             raise ModelError(
                 f"{target.folder} has {size} tokens and its original {self.spec.config['vocab_size']}: what they answer cannot be compared token by "
                 "token; measure what else the recipe does without shrink(vocab)."
             )
-        return self._language(child)
+        return self._language(child, part)
 
-    def _embedding(self, child: Child, folder: Path) -> dict[str, Score]:
+    def _embedding(self, child: Child, folder: Path, part: Part) -> dict[str, Score]:
         """folder: of the target, whose own tokenizer cuts the texts where it has one."""
-        reference = self._reference("embeddings.npy")
+        reference = self._reference("embeddings.npy", part)
         if not reference.is_file():
-            self._by_original(lambda original: self._embed(original, self.original, reference))
+            self._by_original(lambda original: self._embed(original, self.original, reference, part))
         own = self.work / f"candidate-{os.getpid()}.npy"
-        self._embed(child, folder if (folder / "tokenizer.json").is_file() else self.original, own)
+        self._embed(child, folder if (folder / "tokenizer.json").is_file() else self.original, own, part)
         scores = embedding_fidelity(np.load(reference), np.load(own))
         own.unlink()
         return scores
 
-    def _embed(self, child: Child, tokenizer: Path, out: Path) -> None:
+    def _embed(self, child: Child, tokenizer: Path, out: Path, part: Part) -> None:
         beside = out.with_suffix(".part.npy")
         child.ask(
-            "embed", timeout_s=self.limits.timeout_s, texts=self.text.test[:MOST_TEXTS], tokenizer=str(tokenizer),
+            "embed", timeout_s=self.limits.timeout_s, texts=part.texts[: part.passages], tokenizer=str(tokenizer),
             batch_size=self.workload.batch_size, seq_len=self.workload.seq_len, out=str(beside),
         )  # fmt: skip
         beside.replace(out)
 
-    def _language(self, child: Child) -> dict[str, Score]:
-        windows, logits, scores = self._reference("windows.npy"), self._reference("logits.npy"), self._reference("scores.json")
+    def _language(self, child: Child, part: Part) -> dict[str, Score]:
+        windows, logits, scores = (self._reference(name, part) for name in ("windows.npy", "logits.npy", "scores.json"))
         if not scores.is_file():
-            np.save(windows, self._windows())
+            np.save(windows, self._windows(part))
 
             def write(original: Child) -> None:
                 answer = original.ask("score", timeout_s=self.limits.timeout_s, windows=str(windows), reference=str(logits), write=True)
@@ -200,10 +216,10 @@ class Judge:
         answer = child.ask("score", timeout_s=self.limits.timeout_s, windows=str(windows), reference=str(logits), write=False)
         return language_fidelity(_token_scores(json.loads(scores.read_text())), _token_scores(answer["windows"]))
 
-    def _windows(self) -> NDArray[np.int64]:
+    def _windows(self, part: Part) -> NDArray[np.int64]:
         length = min(WINDOW_TOKENS, self.spec.max_positions or WINDOW_TOKENS)
         fits = max(2, REFERENCE_BYTES // (length * int(self.spec.config["vocab_size"]) * 4))
-        return Tokenizer(self.original).windows(self.text.test, count=min(MOST_WINDOWS, fits), length=length)
+        return Tokenizer(self.original).windows(part.texts, count=min(part.windows, fits), length=length)
 
     def _by_original(self, do: Any) -> None:
         original = self._original()
@@ -211,9 +227,9 @@ class Judge:
         do(original)
         original.pause()
 
-    def _reference(self, name: str) -> Path:
+    def _reference(self, name: str, part: Part) -> Path:
         self.work.mkdir(parents=True, exist_ok=True)
-        key = f"{fingerprint(self.original)}{self.text.fingerprint}{self.workload.batch_size}x{self.workload.seq_len}"
+        key = f"{fingerprint(self.original)}{part.name}{self.workload.batch_size}x{self.workload.seq_len}"
         return self.work / f"original-{hashlib.sha256(key.encode()).hexdigest()[:12]}-{name}"
 
 
@@ -226,8 +242,7 @@ def model_bytes(folder: Path) -> int:
 def artifact_target(folder: Path) -> Target:
     """The target that an artifact folder is."""
     made = read_artifact(folder)
-    dynamic = any((step.verb, step.method) == ("quantize", "dynamic") or step["activations"] == "dynamic" for step in made.recipe.steps)
-    return Target(folder=folder, runtime=made.recipe.runtime, dtype=made.dtype, size_bytes=folder_bytes(folder), dynamic=dynamic)
+    return Target(folder=folder, runtime=made.recipe.runtime, dtype=made.dtype, size_bytes=folder_bytes(folder), dynamic=made.recipe.dynamic)
 
 
 def _token_scores(windows: Sequence[dict[str, Any]]) -> list[TokenScores]:

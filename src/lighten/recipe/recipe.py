@@ -75,6 +75,11 @@ class Recipe:
         return " | ".join(str(step) for step in self.steps)
 
     @property
+    def dynamic(self) -> bool:
+        """Whether a step asks for int8 activations that are scaled from each input."""
+        return any((step.verb, step.method) == ("quantize", "dynamic") or step["activations"] == "dynamic" for step in self.steps)
+
+    @property
     def labels(self) -> float | None:
         """Largest weight that a step gives true labels; None: no step takes any."""
         return max((step["labels"] for step in self.steps if "labels" in step.kind.parameters), default=None)

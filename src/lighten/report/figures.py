@@ -23,13 +23,14 @@ Record = dict[str, Any]  # a choice, a trial, or a part of one, as JSON has it
 
 @dataclass(frozen=True, kw_only=True)
 class Quantity:
-    """A quantity that is predicted and measured; less of it is better."""
+    """A quantity that is predicted and measured; less of it is better, but where `higher` says that more is."""
 
     key: str
     title: str
     show: Callable[[float | None], str]
     better: str
     worse: str
+    higher: bool = False
 
 
 QUANTITIES = {
@@ -37,6 +38,19 @@ QUANTITIES = {
     "memory": Quantity(key="peak_memory_bytes", title="peak memory", show=format_bytes, better="less memory", worse="more memory"),
     "latency": Quantity(key="latency_s", title="latency", show=format_seconds, better="faster", worse="slower"),
 }
+
+
+def _plain(unit: str) -> Callable[[float | None], str]:
+    return lambda value: "not known" if value is None else f"{value:.3g} {unit}"
+
+
+OBJECTIVES = QUANTITIES | {
+    "time_to_first_token": Quantity(key="time_to_first_token_s", title="time to first token", show=format_seconds, better="sooner", worse="later"),
+    "throughput": Quantity(key="throughput", title="throughput", show=_plain("tokens/s"), better="more", worse="less", higher=True),
+    "energy": Quantity(key="energy_j", title="energy", show=_plain("J"), better="less energy", worse="more energy"),
+    "cost": Quantity(key="usd_per_million_tokens", title="cost", show=_plain("USD/M tokens"), better="cheaper", worse="dearer"),
+}
+"""What a choice can be for beside quality; the first three are shown of every trial."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,20 +131,26 @@ def is_measured(trial: Record) -> bool:
 
 
 def ordered_trials(choice: Record) -> list[Record]:
-    """Every trial: the baseline, then the measured from the least of the minimized quantity up, then the failed, then the skipped."""
-    key = minimized(choice).key
+    """Every trial: the baseline, then the measured, the best in the objective first, then the failed, then the skipped."""
+    wanted = objective(choice)
     place = {"measured": 0, "failed": 1, "skipped": 2}
 
     def order(trial: Record) -> tuple[int, float]:
-        value = number(trial, "measured", key)
-        return place.get(trial.get("status", ""), 1), math.inf if value is None else value
+        value = number(trial, "measured", wanted.key)
+        return place.get(trial.get("status", ""), 1), math.inf if value is None else -value if wanted.higher else value
 
     baseline = choice.get("baseline")
     return [*([baseline] if baseline else []), *sorted(choice.get("candidates") or [], key=order)]
 
 
-def minimized(choice: Record) -> Quantity:
-    return QUANTITIES[choice["minimize"]]
+def objective(choice: Record) -> Quantity:
+    """What the choice is for; where that is quality, or the speed-up, the latency, which stands beside quality in plots and tables."""
+    return OBJECTIVES.get(choice["objective"], QUANTITIES["latency"])
+
+
+def direction(choice: Record) -> str:
+    """The better direction of the objective."""
+    return "higher" if objective(choice).higher else "lower"
 
 
 def find_trial(choice: Record, trial_id: Any) -> Record | None:
@@ -219,12 +239,14 @@ def format_ratio(ratio: float | None) -> str:
 
 
 def improvement(choice: Record, trial: Record, quantity: Quantity) -> float | None:
-    """How many times less than the baseline; of latency the speed-up measured in one run with the baseline, where there is one."""
+    """How many times better than the baseline; of latency the speed-up measured in one run with the baseline, where there is one."""
     speedup = number(trial, "measured", "speedup")
     if quantity.key == "latency_s" and speedup is not None:
         return speedup
     mine, original = number(trial, "measured", quantity.key), number(choice.get("baseline"), "measured", quantity.key)
-    return original / mine if mine and original else None
+    if not mine or not original:
+        return None
+    return mine / original if quantity.higher else original / mine
 
 
 def say_improvement(factor: float | None, quantity: Quantity) -> str:

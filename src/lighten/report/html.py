@@ -13,10 +13,12 @@ from typing import Any
 from lighten.errors import OutputError
 from lighten.report.figures import (
     METRICS,
+    OBJECTIVES,
     QUANTITIES,
     Quantity,
     Record,
     clean,
+    direction,
     find_trial,
     format_latency,
     format_quality,
@@ -26,8 +28,8 @@ from lighten.report.figures import (
     is_measured,
     known,
     limits_on,
-    minimized,
     number,
+    objective,
     ordered_trials,
     quality_of,
     read_limit,
@@ -93,18 +95,25 @@ def _text(content: Any) -> str:
 
 def _answer(choice: Record) -> str:
     model = choice.get("model") or {}
-    eyebrow = f"{known(model.get('name'))} · {say_workload(choice.get('workload'))} · least {minimized(choice).title} wanted"
+    eyebrow = f"{known(model.get('name'))} · {say_workload(choice.get('workload'))} · {_wanted(choice)}"
     chosen = find_trial(choice, choice.get("chosen"))
     body = _no_answer(choice) if chosen is None else _chosen_answer(choice, chosen)
     warnings = "".join(f'<p class="banner warn"><b>Warning:</b> {_text(warning)}</p>' for warning in choice.get("warnings") or [])
     return f'<header>\n<p class="eyebrow">{_text(eyebrow)}</p>\n{body}{warnings}</header>\n'
 
 
+def _wanted(choice: Record) -> str:
+    """What the choice is for."""
+    if choice["objective"] not in OBJECTIVES:
+        return f"best {choice['objective'].replace('_', ' ')} wanted"
+    return f"{'highest' if objective(choice).higher else 'lowest'} {objective(choice).title} wanted"
+
+
 def _chosen_answer(choice: Record, chosen: Record) -> str:
     if is_baseline(choice, chosen):
         headline = "Keep the original: nothing else that meets the requirements is better"
     else:
-        first = minimized(choice)
+        first = objective(choice)
         quantities = [first, *(QUANTITIES[name] for name in ("latency", "size") if QUANTITIES[name] is not first)]
         said = [_span_improvement(improvement(choice, chosen, quantity), quantity) for quantity in quantities]
         compared = " than the original" if "×" in said[0] else ""
@@ -140,7 +149,7 @@ def _what(choice: Record, trial: Record, word: str) -> str:
 
 
 def _tiles(choice: Record, trial: Record) -> str:
-    first = minimized(choice)
+    first = objective(choice)
     quantities = [first, *(quantity for quantity in QUANTITIES.values() if quantity is not first)]
     tiles = [_quantity_tile(choice, trial, quantity) for quantity in quantities]
     tiles.insert(1, _quality_tile(choice, trial))
@@ -199,13 +208,13 @@ def _tradeoff(choice: Record) -> str:
     missing = sum(not is_measured(trial) for trial in trials)
     notes = ["Numbers are those of the table below; upright lines are ± one standard error."]
     notes += ["↓: worse than the plot's lower edge, at the value given."] if wide and "↓" in wide else []
-    drawn = {text for figure in (choice["quality_metric"], minimized(choice).key) for text, _ in limits_on(choice, figure)}
+    drawn = {text for figure in (choice["quality_metric"], objective(choice).key) for text, _ in limits_on(choice, figure)}
     others = [clean(text) for text in choice.get("require") or [] if clean(text) not in drawn]
     notes += [f"Required too, and not drawn: {', '.join(others)}."] if others else []
     notes += [f"Failed or skipped, not drawn: {missing}."] if missing else []
     note = f'<p class="note">{_text(" ".join(notes))}</p>'
     return (
-        f'<section>\n<h2>{_text(minimized(choice).title.capitalize())} against quality</h2>\n<div class="beside">\n'
+        f'<section>\n<h2>{_text(objective(choice).title.capitalize())} against quality</h2>\n<div class="beside">\n'
         f"<figure>{plot}{note}</figure>\n<div>{_looser(choice)}</div>\n</div>\n</section>\n"
     )
 
@@ -214,7 +223,7 @@ def _legend(choice: Record) -> str:
     kinds = {kind_of(choice, trial) for trial in ordered_trials(choice) if is_measured(trial)}
     words = {"chosen": "chosen", "closest": "closest", "baseline": "original", "front": "on the Pareto front", "other": "beaten by another"}
     icons = [f"<li>{document(20, 20, marker(10, 10, kind), label=word, style='icon')} {word}</li>" for kind, word in words.items() if kind in kinds]
-    required = limits_on(choice, choice["quality_metric"]) + limits_on(choice, minimized(choice).key)
+    required = limits_on(choice, choice["quality_metric"]) + limits_on(choice, objective(choice).key)
     if required:
         icons.append('<li><span class="swatch"></span> fails a requirement</li>')
     return f'<ul class="legend">{"".join(icons)}</ul>'
@@ -232,7 +241,9 @@ def _looser(choice: Record) -> str:
         name = _name_link(choice, trial, numbers) if trial else _text(known(offer.get("id")))
         rows.append(f"<tr><td>{name}</td><td>{_text(known(offer.get('gain')))}</td><td>{_text(known(offer.get('cost')))}</td></tr>")
     if not rows:
-        return f'{heading}<p class="note">Nothing: no measured trial of lower quality has less {_text(minimized(choice).title)}.</p>\n'
+        return (
+            f'{heading}<p class="note">Nothing: no measured trial of lower quality has a {direction(choice)} {_text(objective(choice).title)}.</p>\n'
+        )
     head = '<tr><th scope="col">instead</th><th scope="col">gain</th><th scope="col">cost</th></tr>'
     return f'{heading}<div class="scroll"><table class="looser"><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table></div>\n'
 

@@ -1,4 +1,4 @@
-"""The report's two plots: the minimized quantity against quality, and predicted against measured."""
+"""The report's two plots: the objective against quality, and predicted against measured."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from lighten.report.figures import (
     is_baseline,
     is_measured,
     limits_on,
-    minimized,
     number,
+    objective,
     ordered_trials,
     quality_of,
     short_name,
@@ -84,11 +84,11 @@ def kind_of(choice: Record, trial: Record) -> str:
 
 
 def tradeoff_plot(choice: Record, *, width: float, height: float) -> str | None:
-    """The minimized quantity (to the left is better, log scale) against quality (up is better); None without two figures to compare.
+    """The objective (to the left is better, log scale) against quality (up is better); None without two figures to compare.
 
     Only measured trials with both figures are drawn.
     """
-    quantity, metric = minimized(choice), choice["quality_metric"]
+    quantity, metric = objective(choice), choice["quality_metric"]
     drawn = [
         (index, trial, cost, quality)
         for index, trial in trial_numbers(choice)
@@ -98,7 +98,7 @@ def tradeoff_plot(choice: Record, *, width: float, height: float) -> str | None:
         return None
     frame = Box(x=54, y=22, width=width - 76, height=height - 64)
     inner = Box(x=frame.x + 4, y=frame.y + 4, width=frame.width - 8, height=frame.height - 8)
-    x = _log_axis([cost for _, _, cost, _ in drawn], frame.x, frame.width)
+    x = _log_axis([cost for _, _, cost, _ in drawn], frame.x, frame.width, falling=quantity.higher)
     y = _quality_axis(choice, [(kind_of(choice, trial), quality) for _, trial, _, quality in drawn], frame)
     bottom = frame.y + frame.height
     points = []
@@ -188,11 +188,12 @@ def _range_of(trial: Record, quantity: Quantity) -> list[float]:
     return [end for end in ends if end] if None not in ends and all(ends) else []
 
 
-def _log_axis(values: Sequence[float], origin: float, length: float) -> Axis:
-    """Padded by 8 % of its span at both ends, and by a tenth of the value where all are about the same."""
+def _log_axis(values: Sequence[float], origin: float, length: float, *, falling: bool = False) -> Axis:
+    """Padded by 8 % of its span at both ends, and by a tenth of the value where all are about the same; falling: the largest first."""
     low, high = min(values), max(values)
     pad = max((high / low) ** 0.08, 1.1)
-    return Axis(start=low / pad, end=high * pad, origin=origin, length=length, log=True)
+    start, end = (high * pad, low / pad) if falling else (low / pad, high * pad)
+    return Axis(start=start, end=end, origin=origin, length=length, log=True)
 
 
 def _impossible(metric: str, value: float) -> bool:
@@ -223,7 +224,7 @@ def _limit_lines(choice: Record, x: Axis, y: Axis, frame: Box, avoid: Sequence[B
     """The requirements on the two drawn figures, the side that fails shaded; and the boxes of their labels."""
     parts: list[str] = []
     boxes: list[Box] = []
-    for axis, figure in ((y, choice["quality_metric"]), (x, minimized(choice).key)):
+    for axis, figure in ((y, choice["quality_metric"]), (x, objective(choice).key)):
         for words, limit in limits_on(choice, figure):
             if not min(axis.start, axis.end) < limit.value < max(axis.start, axis.end):
                 continue

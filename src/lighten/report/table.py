@@ -12,6 +12,7 @@ from lighten.report.figures import (
     QUANTITIES,
     Record,
     clean,
+    direction,
     find_trial,
     format_latency,
     format_quality,
@@ -20,8 +21,8 @@ from lighten.report.figures import (
     is_baseline,
     is_measured,
     known,
-    minimized,
     number,
+    objective,
     ordered_trials,
     quality_of,
     say_improvement,
@@ -130,12 +131,12 @@ def _answer(choice: Record) -> str:
         name = trial_name(choice, trial) if trial else known(offer.get("id"))
         lines.append(f"Looser quality would buy: {name}: {known(offer.get('gain'))}; {known(offer.get('cost'))}.")
     if not looser and choice.get("chosen") is not None:
-        lines.append(f"Looser quality would buy nothing: no measured trial has {_less(choice)}.")
+        lines.append(f"Looser quality would buy nothing: no measured trial has {_better(choice)}.")
     return "\n".join(textwrap.fill(line, WIDTH, subsequent_indent="  ", break_on_hyphens=False) for line in lines)
 
 
-def _less(choice: Record) -> str:
-    return {"latency": "a lower latency", "size": "a smaller size", "memory": "a lower peak memory"}[choice["minimize"]]
+def _better(choice: Record) -> str:
+    return f"a {direction(choice)} {objective(choice).title}"
 
 
 def _answer_line(choice: Record) -> str:
@@ -148,8 +149,8 @@ def _answer_line(choice: Record) -> str:
         misses = "; ".join(map(clean, closest.get("misses") or ["not known"]))
         return f"Nothing met the requirements. Closest: {trial_name(choice, trial)}: {misses}."
     if is_baseline(choice, chosen):
-        return f"Chosen: the original itself ({trial_name(choice, chosen)}): nothing else that meets the requirements has {_less(choice)}."
-    first = minimized(choice)
+        return f"Chosen: the original itself ({trial_name(choice, chosen)}): nothing else that meets the requirements has {_better(choice)}."
+    first = objective(choice)
     quantities = [first, *(quantity for quantity in QUANTITIES.values() if quantity is not first)]
     changes = []
     for quantity in quantities:

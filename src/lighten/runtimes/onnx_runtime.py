@@ -6,8 +6,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from lighten.formats.files import FLOAT_PRODUCTS, ONNX
+from lighten.formats.files import ONNX
 from lighten.formats.graph_inputs import cache_names, decoder_inputs, empty_cache
+from lighten.formats.settings import onnxruntime_settings
 from lighten.model.spec import ModelSpec
 from lighten.runtimes.session import Floats, Ids, Session, Setup, Stepping, model_file
 
@@ -28,8 +29,8 @@ def load(folder: Path, spec: ModelSpec, setup: Setup) -> Session:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = setup.threads, 1
     options.log_severity_level = 3
-    if not setup.dynamic:
-        options.add_session_config_entry(*FLOAT_PRODUCTS)
+    for name, value in onnxruntime_settings(dynamic=setup.dynamic).items():
+        options.add_session_config_entry(name, value)
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return _OnnxSession(session, path, spec, dynamic=setup.dynamic)
 

@@ -10,12 +10,10 @@ import numpy as np
 
 from lighten.formats.files import OPENVINO
 from lighten.formats.graph_inputs import decoder_inputs
+from lighten.formats.settings import openvino_settings
 from lighten.model.spec import ModelSpec
 from lighten.runtimes.session import Floats, Ids, Session, Setup, Stepping, model_file
 
-HINTS = {"float32": "f32", "bfloat16": "bf16"}
-DYNAMIC_GROUP = 32
-"""Columns of an activation that share a scale; OpenVINO's own default on CPUs."""
 NAMES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 CODES = {"i8": "8-bit", "u8": "8-bit", "i4": "4-bit", "u4": "4-bit"}
 
@@ -34,11 +32,8 @@ def load(folder: Path, spec: ModelSpec, setup: Setup) -> Session:
     """
     import openvino
 
-    hint = HINTS[setup.dtype]
-    properties = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": setup.threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
-    properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = DYNAMIC_GROUP if setup.dynamic else 0
-    if spec.is_decoder:
-        properties |= {"KV_CACHE_PRECISION": hint}
+    said = openvino_settings(setup.dtype, dynamic=setup.dynamic, decoder=spec.is_decoder)
+    properties = {**said, "INFERENCE_NUM_THREADS": setup.threads, "NUM_STREAMS": 1}
     compiled = openvino.Core().compile_model(model_file(folder, OPENVINO, "openvino"), "CPU", properties)
     return _OpenVINOSession(compiled)
 

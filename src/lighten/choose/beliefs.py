@@ -1,0 +1,152 @@
+"""What is believed of a candidate before it is tried: its predictions, corrected by what earlier trials measured, and its quality by proxy.
+
+log(measured / predicted) of a trial = bias of its engine + bias of its kind + noise
+
+A kind is an engine with one format of weights. Both biases have normal priors around 0 and are learned trial by trial, each from what the one above
+it leaves; so the first trial of a runtime tells much of all that runs on it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lighten.choose.constraints import Constraint, figure_of
+from lighten.choose.trial import Candidate, derived
+
+NOISE = {"latency_s": 0.06, "time_to_first_token_s": 0.06, "peak_memory_bytes": 0.03}
+"""Standard deviation of log(measured / predicted) of one kind, repeated: turns of a shared machine; a process's memory."""
+KIND = {"latency_s": 0.1, "time_to_first_token_s": 0.1, "peak_memory_bytes": 0.05}
+"""The same of kinds on one engine."""
+ENGINE = {"latency_s": 0.3, "time_to_first_token_s": 0.3, "peak_memory_bytes": 0.15}
+"""The same of engines, where the probe tells no range."""
+SIZE = 0.005
+"""The same of sizes, of which nothing is learned: they follow from the recipe, and where they are off, others are off by something else."""
+_LIKE_LATENCY = dict.fromkeys(("throughput", "energy_j", "usd_per_million_tokens"), "latency_s")
+Z_90 = 1.6449
+"""Standard deviations on either side of a 90 % range."""
+SURE = 2.0
+"""Standard errors by which a proxy has to miss a limit before it is believed: a proxy is another text on another runtime."""
+_HEADLINES = ("perplexity_ratio", "neighbour_agreement")
+PROXY_ERROR = 0.01
+"""What a proxy is off by beside its own standard error, as a share: bfloat16 and int8 kernels of the real runtime."""
+
+
+@dataclass(frozen=True)
+class _Normal:
+    """A bias: its mean and its standard deviation."""
+
+    mean: float
+    deviation: float
+
+    def after(self, seen: float, noise: float) -> _Normal:
+        """Once more was seen.
+
+        >>> found = _Normal(0.0, 1.0).after(1.0, 1.0)
+        >>> found.mean, round(found.deviation, 3)
+        (0.5, 0.707)
+        """
+        gain = self.deviation**2 / (self.deviation**2 + noise**2)
+        return _Normal(self.mean + gain * (seen - self.mean), math.sqrt(1 - gain) * self.deviation)
+
+
+class Beliefs:
+    """What the trials so far say of those to come."""
+
+    def __init__(self) -> None:
+        self._engines: dict[tuple[str, str], _Normal] = {}
+        self._kinds: defaultdict[tuple[str, str, str], _Normal] = defaultdict(lambda: _Normal(0.0, 0.0))
+        self._quality: dict[str, dict[str, tuple[float, float]]] = {}
+
+    def learn(self, candidate: Candidate, measured: Mapping[str, Any]) -> None:
+        """Take in a finished trial."""
+        for key, noise in NOISE.items():
+            predicted, value = candidate.predicted.get(key), measured.get(key)
+            if not predicted or not value:
+                continue
+            engine, kind = self._biases(candidate, key)
+            seen = math.log(value / predicted)
+            self._engines[key, candidate.engine] = engine.after(seen - kind.mean, math.hypot(noise, kind.deviation))
+            engine = self._engines[key, candidate.engine]
+            self._kinds[key, candidate.engine, candidate.kind] = kind.after(seen - engine.mean, math.hypot(noise, engine.deviation))
+        if quality := measured.get("quality"):
+            self.learn_quality(candidate.weights, quality)
+
+    def learn_quality(self, weights: str, quality: Mapping[str, Any]) -> None:
+        """Take in the quality of weights, by proxy or on a runtime; the better of two is kept: what holds one back may be its runtime."""
+        if not weights:
+            return
+        found = {name: (score["value"], math.hypot(score["standard_error"] or 0.0, PROXY_ERROR * score["value"])) for name, score in quality.items()}
+        known = self._quality.get(weights)
+        if known is None or all(
+            _better(name, found[name][0], known[name][0]) for name in ("perplexity_ratio", "neighbour_agreement") if name in found
+        ):
+            self._quality[weights] = found
+
+    def knows_quality(self, candidate: Candidate) -> bool:
+        return not candidate.weights or candidate.weights in self._quality
+
+    def corrected(self, candidate: Candidate) -> Candidate:
+        """The candidate with its predictions times what their engine and kind are off by, and the 90 % ranges that are left."""
+        predicted = dict(candidate.predicted)
+        for key, noise in NOISE.items():
+            if not predicted.get(key):
+                continue
+            engine, kind = self._biases(candidate, key)
+            middle = predicted[key] * math.exp(engine.mean + kind.mean)
+            spread = Z_90 * math.sqrt(noise**2 + kind.deviation**2 + engine.deviation**2)
+            predicted[key] = middle if isinstance(predicted[key], float) else round(middle)
+            if (stem := key.removesuffix("_s")) != key:
+                predicted |= {f"{stem}_low_s": middle * math.exp(-spread), f"{stem}_high_s": middle * math.exp(spread)}
+        return replace(candidate, predicted=derived(predicted, candidate.rates))
+
+    def ends(self, candidate: Candidate, key: str, deviations: float) -> tuple[float, float] | None:
+        """A figure so many standard deviations below and above what is predicted; None: no prediction."""
+        value, timed = self.corrected(candidate).predicted.get(key), _LIKE_LATENCY.get(key, key)
+        if value is None or timed not in (*NOISE, "size_bytes"):
+            return None
+        if timed == "size_bytes":
+            return value * math.exp(-deviations * SIZE), value * math.exp(deviations * SIZE)
+        engine, kind = self._biases(candidate, timed)
+        spread = math.exp(deviations * math.sqrt(NOISE[timed] ** 2 + kind.deviation**2 + engine.deviation**2))
+        return value / spread, value * spread
+
+    def misses(self, candidate: Candidate, constraint: Constraint, original: float | None) -> str | None:
+        """Why the quality that is believed rules a candidate out; None: it does not."""
+        known = self._quality.get(candidate.weights)
+        if known is None:
+            return None
+        scores = {name: {"value": value} for name, (value, _) in known.items()}
+        name = constraint.figure if constraint.figure != "quality" else "perplexity_ratio" if "perplexity_ratio" in known else "neighbour_agreement"
+        value = figure_of({"quality": scores}, constraint.figure)
+        if value is None or name not in known:
+            return None
+        towards = SURE * known[name][1]
+        at_best = value - towards if constraint.operator == "<=" else value + towards
+        if constraint.allows(at_best, original) is not False:
+            return None
+        return f"{constraint.figure} {value:.3f} by proxy, required {constraint.text}"
+
+    def at_best(self, candidate: Candidate, metric: str) -> float | None:
+        """The best that a metric of quality is believed to be; None: not known."""
+        known = self._quality.get(candidate.weights, {}).get(metric)
+        if known is None:
+            return None
+        return known[0] - SURE * known[1] if metric == "perplexity_ratio" else known[0] + SURE * known[1]
+
+    def _biases(self, candidate: Candidate, key: str) -> tuple[_Normal, _Normal]:
+        if (key, candidate.engine) not in self._engines:
+            low, high = (candidate.predicted.get(f"{key.removesuffix('_s')}_{end}_s") for end in ("low", "high"))
+            told = math.log(high / low) / 2 / Z_90 if key == "latency_s" and low and high else ENGINE[key]
+            self._engines[key, candidate.engine] = _Normal(0.0, max(told, KIND[key]))
+        place = (key, candidate.engine, candidate.kind)
+        if place not in self._kinds:
+            self._kinds[place] = _Normal(0.0, KIND[key])
+        return self._engines[key, candidate.engine], self._kinds[place]
+
+
+def _better(name: str, one: float, other: float) -> bool:
+    return one <= other if name in ("perplexity_ratio", "perplexity", "kl") else one >= other
