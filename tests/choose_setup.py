@@ -40,7 +40,8 @@ class MadeUp(worker.Worker):
         weights = (Path(source) / files.SAFETENSORS).read_bytes()
         (out / files.SAFETENSORS).write_bytes(weights)
         (out / "lighten.json").write_text(json.dumps({
-            "lighten": "1", "recipe": recipe, "original": source, "dtype": "float32", "size_bytes": len(weights), "predicted": {"size_bytes": len(weights)},
+            "lighten": "1", "recipe": recipe, "original": source, "dtype": "float32", "size_bytes": len(weights),
+            "predicted": {"size_bytes": len(weights)},
         }))
         return {}
 

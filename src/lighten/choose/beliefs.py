@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lighten.choose.constraints import Constraint, figure_of
+from lighten.choose.constraints import LOWER_IS_BETTER, Constraint
 from lighten.choose.trial import Candidate, derived
 
 NOISE = {"latency_s": 0.06, "time_to_first_token_s": 0.06, "peak_memory_bytes": 0.03}
@@ -30,6 +30,7 @@ Z_90 = 1.6449
 """Standard deviations on either side of a 90 % range."""
 SURE = 2.0
 """Standard errors by which a proxy has to miss a limit before it is believed: a proxy is another text on another runtime."""
+_STANDS_FOR = {"perplexity": ("perplexity_ratio",), "quality": ("perplexity_ratio", "neighbour_agreement")}
 _HEADLINES = ("perplexity_ratio", "neighbour_agreement")
 PROXY_ERROR = 0.01
 """What a proxy is off by beside its own standard error, as a share: bfloat16 and int8 kernels of the real runtime."""
@@ -119,13 +120,11 @@ class Beliefs:
         known = self._quality.get(candidate.weights)
         if known is None:
             return None
-        scores = {name: {"value": value} for name, (value, _) in known.items()}
-        name = constraint.figure if constraint.figure != "quality" else "perplexity_ratio" if "perplexity_ratio" in known else "neighbour_agreement"
-        value = figure_of({"quality": scores}, constraint.figure)
-        if value is None or name not in known:
+        metric = next((name for name in _STANDS_FOR.get(constraint.figure, (constraint.figure,)) if name in known), None)
+        if metric is None or (constraint.figure == "perplexity" and original is None):
             return None
-        towards = SURE * known[name][1]
-        at_best = value - towards if constraint.operator == "<=" else value + towards
+        ends = known[metric][0], self._best_of(metric, known[metric])
+        value, at_best = (self._seen_as(constraint.figure, metric, number, original) for number in ends)
         if constraint.allows(at_best, original) is not False:
             return None
         return f"{constraint.figure} {value:.3f} by proxy, required {constraint.text}"
@@ -133,9 +132,19 @@ class Beliefs:
     def at_best(self, candidate: Candidate, metric: str) -> float | None:
         """The best that a metric of quality is believed to be; None: not known."""
         known = self._quality.get(candidate.weights, {}).get(metric)
-        if known is None:
-            return None
-        return known[0] - SURE * known[1] if metric == "perplexity_ratio" else known[0] + SURE * known[1]
+        return None if known is None else self._best_of(metric, known)
+
+    @staticmethod
+    def _best_of(metric: str, known: tuple[float, float]) -> float:
+        value, error = known
+        return value - SURE * error if metric in LOWER_IS_BETTER else value + SURE * error
+
+    @staticmethod
+    def _seen_as(figure: str, metric: str, value: float, original: float | None) -> float:
+        """What a ratio of perplexities says of a figure: a proxy's own perplexity is one of another text."""
+        if figure == "perplexity" and original is not None:
+            return value * original
+        return 1 / value if (figure, metric) == ("quality", "perplexity_ratio") else value
 
     def _biases(self, candidate: Candidate, key: str) -> tuple[_Normal, _Normal]:
         if (key, candidate.engine) not in self._engines:
@@ -149,4 +158,4 @@ class Beliefs:
 
 
 def _better(name: str, one: float, other: float) -> bool:
-    return one <= other if name in ("perplexity_ratio", "perplexity", "kl") else one >= other
+    return one <= other if name in LOWER_IS_BETTER else one >= other
