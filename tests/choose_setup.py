@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from lighten.cli.main import main
-from lighten.device import Bandwidth, Calibration, EngineProfile, Machine, Profile, Sample, save_profile
+from lighten.device import Bandwidth, Calibration, EngineProfile, Profile, Sample, save_profile
+from lighten.device.probe import this_machine
 from lighten.device.profile import ENGINES as ALL_ENGINES
 from lighten.judge import child, latency
 
@@ -113,7 +114,7 @@ def made_up_profile() -> Profile:
         for name in ENGINES
     }  # fmt: skip
     bandwidth = (Bandwidth(working_set_bytes=1 << 20, read_bytes_per_s=1e10, copy_bytes_per_s=1e10),)
-    machine = Machine(cpu="made up", cores=2, memory_bytes=1 << 34, os="none")
+    machine = this_machine()  # a profile of another would be measured anew
     left_out = {name: "left out" for name in ALL_ENGINES if name not in engines}  # as failures, so that `choose` does not measure them
     return Profile(machine=machine, threads=THREADS, bandwidth=bandwidth, engines=engines, failures=left_out)
 

@@ -22,7 +22,7 @@ from tiny_models import bert_config, save
 from transformers import AutoModel
 
 from lighten import verbs
-from lighten.choose import Request, search
+from lighten.choose import Request, handover, run
 from lighten.choose.outcome import RATIOS
 from lighten.cost import Workload
 from lighten.errors import ModelError
@@ -44,7 +44,7 @@ MEASURED = {
 }  # fmt: skip
 CHOICE = {
     "lighten", "command", "model", "workload", "require", "objective", "goal", "quality_metric", "machine", "versions", "text", "seconds", "baseline",
-    "candidates", "chosen", "stopped", "finals", "closest", "looser", "warnings", "accuracy",
+    "candidates", "chosen", "stopped", "finals", "elsewhere", "closest", "looser", "warnings", "accuracy",
 }  # fmt: skip
 TRIAL = {"id", "recipe", "runtime", "status", "failure", "predicted", "measured", "ratio", "pareto", "meets", "seconds"}
 
@@ -273,7 +273,7 @@ def test_an_interrupt_ends_it_with_one_line_and_what_is_finished_stays(copied, m
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(search, "write_beside", interrupt)
+        patch.setattr(handover, "write_beside", interrupt)
         ran = copied.again("--minimize", "size")
     assert ran.code == 130
     assert ran.stderr.endswith("lighten: interrupted\n")
@@ -388,11 +388,93 @@ def test_when_the_budget_is_used_up_the_rest_is_listed_and_tried_another_time(co
     assert copied.scene.trace() == []
 
 
+# ---- searching a space ----
+
+
+SPACE = """
+places:
+  - ["", "quantize(rtn, bits={8|4|2}, embeddings=true)"]
+runtimes: [torch, openvino]
+"""
+
+
+def searched(copied: Finished, tmp_path: Path, *options: object) -> tuple[Ran, dict[str, Any]]:
+    """A search of a small space into a folder of its own."""
+    (tmp_path / "space.yaml").write_text(SPACE)
+    out = tmp_path / f"searched-{len(list(tmp_path.iterdir()))}"
+    ran = copied.scene.choose(copied.model, out, (), "--space", tmp_path / "space.yaml", *options)
+    return ran, json.loads((out / "choice.json").read_text()) if ran.code != 2 else {}
+
+
+def test_a_space_is_searched_from_the_best_on_and_what_cannot_win_is_not_tried(copied, tmp_path):
+    """Made-up workers write every artifact as large as the original, so nothing that was measured is smaller than what is predicted."""
+    ran, choice = searched(copied, tmp_path, "--minimize", "latency", "--require", "neighbour_agreement>=0.5", "--fresh")
+    assert ran.code == 0
+    assert choice["stopped"] in ("everything was tried", "nothing that is left is predicted to be better than what was measured")
+    assert "2 of the space's 8 combinations cannot be done with this model on their runtime" in ran.stderr  # 2 bits by channel @ openvino
+    said = [trial["failure"] for trial in choice["candidates"] if trial["status"] == "skipped"]
+    assert all("no better than what was measured" in reason for reason in said)
+
+
+def test_proxies_are_made_once_for_all_runtimes_and_kept(copied, tmp_path):
+    ran, choice = searched(copied, tmp_path, "--minimize", "size", "--require", "neighbour_agreement>=0.5", "--fresh")
+    assert ran.code == 0
+    built = [recipe for recipe in copied.scene.built() if "@ torch(dtype=float32)" in recipe]
+    assert len(built) == len(set(built)) > 0
+    assert "by proxy" in ran.stderr
+    again, same = searched(copied, tmp_path, "--minimize", "size", "--require", "neighbour_agreement>=0.5")
+    assert again.code == 0
+    assert copied.scene.built().count(built[0]) == 1  # taken over from the first run, as its trials are
+    assert same["chosen"] == choice["chosen"]
+
+
+def test_fresh_measures_anew(copied, tmp_path):
+    searched(copied, tmp_path, "--minimize", "size", "--fresh")
+    before = len(copied.scene.built())
+    searched(copied, tmp_path, "--minimize", "size")
+    assert len(copied.scene.built()) <= before + 1  # the chosen artifact
+    searched(copied, tmp_path, "--minimize", "size", "--fresh")
+    assert len(copied.scene.built()) > before + 1
+
+
+def test_a_space_of_which_nothing_can_be_done_is_refused(copied, tmp_path):
+    (tmp_path / "space.yaml").write_text('places: [["quantize(kv, bits=8)"]]\nruntimes: [openvino]\n')
+    ran = copied.scene.choose(copied.model, tmp_path / "out", (), "--space", tmp_path / "space.yaml")
+    assert "none of the space's 1 combinations can be done with tiny-bert" in mistake(ran)
+
+
+def test_recipes_and_a_space_are_refused_together(copied, tmp_path):
+    (tmp_path / "space.yaml").write_text(SPACE)
+    ran = copied.scene.choose(copied.model, tmp_path / "out", (BF16,), "--space", tmp_path / "space.yaml")
+    assert "recipes and a space are two lists" in mistake(ran)
+
+
+@pytest.mark.parametrize(
+    ("goal", "figure"), [("--maximize", "throughput"), ("--minimize", "energy"), ("--minimize", "cost"), ("--maximize", "quality")]
+)
+def test_every_kind_of_objective_gives_an_answer_and_a_page(copied, goal, figure):
+    ran = copied.again(goal, figure, "--power", "65W", "--price", "0.4/h")
+    assert ran.code == 0, ran.stderr
+    choice = copied.choice
+    assert (choice["objective"], choice["goal"]) == (figure, goal.removeprefix("--"))
+    assert choice["chosen"]
+    assert figure.replace("_", " ") in (copied.out / "report.html").read_text()
+
+
+def test_energy_and_cost_follow_from_the_latency(copied):
+    copied.again("--minimize", "energy", "--power", "50W", "--price", "0.36/h", "--fresh")
+    for trial in trials_of(copied.choice):
+        if trial["measured"]:
+            seconds = trial["measured"]["latency_s"]
+            assert trial["measured"]["energy_j"] == pytest.approx(50 * seconds)
+            assert trial["measured"]["usd_per_million_tokens"] == pytest.approx(0.36 / 3600 * seconds / 128 * 1e6)
+
+
 # ---- trials that fail ----
 
 
 def test_a_hang_is_one_failed_line_and_is_not_tried_again(copied, monkeypatch):
-    monkeypatch.setattr(search, "TIMEOUT_S", 2.0)
+    monkeypatch.setattr(run, "TIMEOUT_S", 2.0)
     copied.scene.fail("build", "sparsity=0.5", how="hang")
     recipes = ("prune(magnitude, sparsity=0.5) @ torch", BF16)
     assert copied.again("--minimize", "size", recipes=recipes).code == 0
@@ -457,6 +539,15 @@ def test_an_unknown_runtime_is_refused_with_those_that_exist(copied):
         (("--require", "perplexity<=1.05x"), "an encoder has no figure 'perplexity'"),
         (("--minimize", "quality"), "minimize 'quality' is not possible; one of size, memory, latency, time_to_first_token, energy, cost."),
         (("--budget", "20"), "budget: '20' is not a number with a unit"),
+        (("--maximize", "size"), "maximize 'size' is not possible; one of throughput, speedup, quality, cosine"),
+        (("--minimize", "energy"), "energy is not known without --power; give it."),
+        (("--require", "cost<=1"), "cost is not known without --price; give it."),
+        (("--require", "time_to_first_token<=1s"), "time_to_first_token is a figure of phase generate, not of encode."),
+        (("--power", "65"), "power: '65' is not a number with a unit"),
+        (("--power", "0W"), "power '0W' is not positive."),
+        (("--price", "cheap"), "is no price of one device"),
+        (("--space", "no-such-space.yaml"), "space no-such-space.yaml: No such file or directory."),
+        (("--ray-address", "127.0.0.1:1"), "--ray-address is of --engine ray"),
         (("--phase", "prefill"), "is an encoder; phase prefill needs a decoder"),
         (("--seq-len", "4096"), "max_position_embeddings=128"),
     ],

@@ -22,7 +22,7 @@ from lighten.choose.constraints import (
     parse_constraint,
     parse_objective,
 )
-from lighten.choose.search import parse_budget, parse_power
+from lighten.choose.request import parse_budget, parse_power
 from lighten.errors import ConstraintError
 from lighten.units import SIZE_UNITS, TIME_UNITS
 

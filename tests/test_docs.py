@@ -21,13 +21,13 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
 
-from lighten.choose import candidates, constraints
+from lighten.choose import constraints, space
 from lighten.cli.main import COMMANDS, main
 from lighten.cli.sizes import POINT_FIELDS
 from lighten.device.profile import Calibration, EngineProfile, Profile
@@ -212,9 +212,9 @@ def families_table() -> str:
 
 
 def figures_table() -> str:
-    units = {name: ", ".join(known) for name, (_, known) in constraints.FIGURES.items()}
+    units = {name: ", ".join(filter(None, figure.units)) for name, figure in constraints.FIGURES.items()}
     both, encoder, decoder = (
-        [*constraints.FIGURES, *constraints.RATES, "quality"],
+        [*constraints.FIGURES, "quality"],
         constraints.ENCODER_QUALITY,
         constraints.DECODER_QUALITY,
     )
@@ -226,8 +226,10 @@ def figures_table() -> str:
     return table(("figure", "of", "required by", "units"), rows)
 
 
-def recipe_list(texts: tuple[str, ...]) -> str:
-    return "```text\n" + "\n".join(texts) + "\n```"
+def space_list(steps: tuple[str, ...], runtimes: tuple[str, ...], others: Sequence[str]) -> str:
+    """The steps of a usual space, its runtimes, and the recipes beside them."""
+    first = [step or "(nothing)" for step in steps]
+    return "```text\n" + "\n".join([*first, "", *(f"@ {runtime}" for runtime in runtimes), "", *others]) + "\n```"
 
 
 GENERATED: dict[str, Callable[[], str]] = {
@@ -237,8 +239,8 @@ GENERATED: dict[str, Callable[[], str]] = {
     "runtimes": runtimes_table,
     "families": families_table,
     "figures": figures_table,
-    "encoder recipes": lambda: recipe_list(candidates.ENCODER),
-    "decoder recipes": lambda: recipe_list(candidates.DECODER),
+    "encoder space": lambda: space_list(space.ENCODER, space.ENCODER_RUNTIMES, space.COMPILED),
+    "decoder space": lambda: space_list(space.DECODER, space.DECODER_RUNTIMES, [space.GGML]),
 }
 REGION = re.compile(r"(?P<start><!-- generated: (?P<name>[^>]*?) -->\n)(?P<body>.*?)(?P<end><!-- end -->)", re.DOTALL)
 
@@ -294,8 +296,8 @@ DOCUMENTS: dict[str, Callable[[], set[str]]] = {
     "Fields of a point": lambda: set(POINT_FIELDS),
     "Fields of max": lambda: literal_keys("cost/sweep.py", "as_json"),
     "Fields of measure": lambda: literal_keys("judge/measure.py", "as_json") | {"recipe", "predicted", "ratio"},
-    "Fields of predicted": lambda: literal_keys("choose/trial.py", "predict"),
-    "Fields of choice.json": lambda: literal_keys("choose/search.py", "_answer"),
+    "Fields of predicted": lambda: literal_keys("choose/trial.py", "predict") | literal_keys("choose/trial.py", "derived"),
+    "Fields of choice.json": lambda: literal_keys("choose/search.py", "_answer") | literal_keys("choose/handover.py", "hand_over"),
     "Fields of a trial": lambda: literal_keys("choose/trial.py", "record"),
     "Fields of the profile": lambda: {"version", *(field.name for field in fields(Profile))},
     "Fields of an engine": lambda: {field.name for field in fields(EngineProfile)},

@@ -858,3 +858,57 @@ def test_a_full_disk_leaves_the_old_report_and_nothing_else(tmp_path: Path, monk
 def test_a_missing_folder_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="the report cannot be written: No such file or directory"):
         write_report(encoder_choice(), tmp_path / "nowhere" / "report.html")
+
+
+# ---- a search of a large space ----
+
+
+def searched_choice() -> dict[str, Any]:
+    """An encoder's choice with thirty recipes more, none of which was tried."""
+    choice = encoder_choice()
+    reasons = ["predicted latency 190 ms, no better than what was measured", "neighbour_agreement 0.800 by proxy, required neighbour_agreement>=0.97"]
+    for number in range(30):
+        trial = unmeasured(f"quantize(rtn, bits=4, group_size={number + 1})", "torch", "skipped", reasons[number % 3 == 0])
+        choice["candidates"].append(trial | {"id": f"untried-{number}"})
+    return choice | {"stopped": "nothing that is left is predicted to be better than what was measured"}
+
+
+def test_of_many_that_were_not_tried_the_terminal_counts_the_reasons() -> None:
+    choice = searched_choice()
+    table = choice_table(choice)
+    assert "32 not tried: 10 of too low quality by proxy, 20 predicted to be no better, " in " ".join(table.split())
+    assert "group_size=7" not in table
+    assert "Stopped: nothing that is left is predicted to be better than what was measured." in " ".join(table.split())
+    assert all(f"group_size={number}" in choice_table(choice | {"candidates": choice["candidates"][-8:]}) for number in (23, 30))
+
+
+def test_of_many_that_were_not_tried_the_page_tells_each_behind_a_fold() -> None:
+    choice = searched_choice()
+    page = report_page(choice)
+    before, _, after = page.partition("<details>")
+    assert "group_size=7)" not in before
+    assert after.count("group_size=") >= 30
+    assert "nothing that is left is predicted to be better" in page
+
+
+@pytest.mark.parametrize("objective", ["throughput", "energy", "cost", "time_to_first_token", "quality", "speedup"])
+def test_every_objective_has_a_plot_with_the_better_to_the_left(objective: str) -> None:
+    choice = encoder_choice() | {"objective": objective, "goal": "maximize" if objective in ("throughput", "quality", "speedup") else "minimize"}
+    for one in trials_of(choice):
+        if one["measured"]:
+            seconds = one["measured"]["latency_s"]
+            one["measured"] |= {
+                "throughput": 4096 / seconds,
+                "energy_j": 65 * seconds,
+                "usd_per_million_tokens": seconds,
+                "time_to_first_token_s": seconds,
+            }
+    plot = plots_of(choice)[0]
+    places = marks_by_number(plot)
+    page = parse(report_page(choice))
+    drawn = [
+        (one["measured"]["latency_s"], places[int(cells_of(row_of(page, one["id"]))[0].lstrip("★· "))][0])
+        for one in trials_of(choice) if one["status"] == "measured"
+    ]  # fmt: skip
+    assert [x for _, x in sorted(drawn)] == sorted(x for _, x in drawn)
+    assert "Chosen: " in choice_table(choice)

@@ -31,7 +31,7 @@ from lighten.trace.summary import Summary
 from lighten.units import DTYPE_BITS, SIZE_UNITS, parse_dtype, parse_quantity
 
 if TYPE_CHECKING:
-    from lighten.choose.search import Request
+    from lighten.choose.request import Request
     from lighten.device import Profile
     from lighten.formats.artifact import Artifact
     from lighten.formats.export import Exported

@@ -13,10 +13,11 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One thing to carry out: measure the original, find a cheap proxy of a candidate's quality, or try the candidate."""
+    """One thing to carry out: measure the original, find a cheap proxy of a candidate's quality, try it, or run it in turn with another."""
 
-    kind: Literal["original", "proxy", "trial"]
+    kind: Literal["original", "proxy", "trial", "final"]
     candidate: Candidate
+    beside: Candidate | None = None
 
 
 class Engine(Protocol):
@@ -75,5 +76,7 @@ class Local:
 
 def carry_out(bench: Bench, job: Job) -> Record:
     """A job's record; what goes wrong there is in it."""
+    if job.beside is not None:
+        return bench.final(job.candidate, job.beside)
     done: dict[str, Callable[[Candidate], Record]] = {"original": bench.original, "proxy": bench.proxy, "trial": bench.run}
     return done[job.kind](job.candidate)

@@ -1,42 +1,27 @@
-"""Choose by experiment: predict every candidate, try those worth trying, and answer."""
+"""Search: always carry out what is believed to be the best of what may still win."""
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
-import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from lighten import __version__
 from lighten.choose import outcome
 from lighten.choose.beliefs import Z_90, Beliefs
-from lighten.choose.constraints import FIGURES, Constraint, Objective, check_known, figure_of, parse_constraint, parse_objective
-from lighten.choose.engine import Engine, Job, Local
-from lighten.choose.journal import FILE, Journal
-from lighten.choose.space import Space, default_space
-from lighten.choose.trial import Bench, Candidate, Rates, context_of, make_candidate, with_stand_ins
-from lighten.cost.workload import Workload, check_workload
-from lighten.device import Profile, load_profile, merge_profiles, probe, profile_path, save_profile
-from lighten.device.probe import installed_engines, this_machine
-from lighten.device.profile import data_folder
-from lighten.errors import ConstraintError, DeviceError, ModelError, OutputError, RecipeError
-from lighten.formats.artifact import MANIFEST, fingerprint
-from lighten.formats.deploy import write_card
-from lighten.judge.child import WorkerFailed
-from lighten.judge.latency import time_beside
-from lighten.judge.measure import MOST_TEXTS, Judge, Limits, artifact_target
-from lighten.judge.text import Text, load_text
-from lighten.model import ModelSpec
-from lighten.model.runnable import read_runnable
+from lighten.choose.constraints import FIGURES, Constraint, figure_of
+from lighten.choose.engine import Engine, Job
+from lighten.choose.journal import Journal
+from lighten.choose.request import Asked
+from lighten.choose.space import default_space
+from lighten.choose.trial import Candidate, context_of, derived, make_candidate, with_stand_ins
+from lighten.device import Profile
+from lighten.device.profile import Machine, data_folder
+from lighten.errors import ModelError, RecipeError
+from lighten.formats.artifact import fingerprint
 from lighten.recipe import Recipe, apply_recipe
-from lighten.runtimes import package_versions, require_runtime
+from lighten.runtimes import package_versions
 from lighten.units import format_seconds
 
 EXPECTED_S = {"torch-compile": 120.0, "proxy": 10.0, "trial": 40.0, "final": 40.0}
@@ -48,60 +33,11 @@ NEAR = 0.06
 """So many trials whose objective is within so much of the best run in turn with it before one is chosen."""
 BELIEVED = 3.0
 """Standard deviations by which a prediction has to miss a limit before the trial is left out."""
-TIMEOUT_S = 900.0
 TIMED = ("latency", "time_to_first_token", "throughput", "energy", "cost", "speedup")
 """Objectives that two artifacts can be timed for in turn."""
-Log = Callable[[str], None]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What the user asks `choose` for; see `lighten choose --help`. Without recipes and a space, the space of the model's family is searched."""
-
-    model: Path
-    out: Path
-    workload: Workload
-    require: tuple[str, ...] = ()
-    minimize: str | None = None
-    maximize: str | None = None
-    budget_s: float | None = None
-    text: Path | None = None
-    recipes: tuple[Recipe, ...] = ()
-    space: Space | None = None
-    power_w: float | None = None
-    usd_per_hour: float | None = None
-    fresh: bool = False
-    threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    memory_bytes: int | None = None
-    command: str = "lighten choose"
-
-
-def choose(request: Request, *, log: Log) -> dict[str, Any]:
-    """Try recipes on a model and answer: the content of `choice.json`, which is written with `artifact/` into the output folder.
-
-    Every finished trial is a line of `trials.jsonl` at once; run again after a kill, it goes on where it was.
-
-    Raises:
-        LightenError: a mistake in the request.
-    """
-    start = time.monotonic()
-    spec = read_runnable(request.model)
-    check_workload(spec, request.workload)
-    constraints = tuple(parse_constraint(text, decoder=spec.is_decoder) for text in request.require)
-    objective = parse_objective(request.minimize, request.maximize, decoder=spec.is_decoder)
-    given = {name for name, value in (("power", request.power_w), ("price", request.usd_per_hour)) if value is not None}
-    check_known([objective.figure, *(constraint.figure for constraint in constraints)], phase=request.workload.phase, given=given)
-    if not request.model.is_dir():
-        raise ModelError(f"{request.model}: choose needs the model's weights; download it into a folder first.")
-    text = load_text(request.text)
-    require_runtime("torch")
-    with _locked(request.out):
-        journal = Journal(request.out)
-        profile = _profile(request.threads, log)
-        return _Search(request, spec, constraints, objective, text, profile, journal, log, start).run()
-
-
-class _Search:
+class Search:
     """One run of `choose`, from its checked request to its answer.
 
     What is carried out next is what is predicted to be best in the objective, of all that may still be better than what was measured. A candidate
@@ -109,38 +45,23 @@ class _Search:
     runs alike. It ends when nothing left is predicted to be better, or the budget is used up.
     """
 
-    def __init__(  # noqa: PLR0913 - what `choose` has checked, once each
-        self,
-        request: Request,
-        spec: ModelSpec,
-        constraints: tuple[Constraint, ...],
-        objective: Objective,
-        text: Text,
-        profile: Profile,
-        journal: Journal,
-        log: Log,
-        start: float,
-    ) -> None:
-        self.request, self.spec, self.constraints, self.objective, self.text = request, spec, constraints, objective, text
-        self.profile, self.journal, self.log, self.start = with_stand_ins(profile), journal, log, start
-        self.metric = outcome.quality_metric(decoder=spec.is_decoder)
+    def __init__(self, asked: Asked, profile: Profile, journal: Journal, engine: Engine, machine: Machine) -> None:
+        self.request, self.spec, self.constraints, self.objective = asked.request, asked.spec, asked.constraints, asked.objective
+        self.metric, self.rates, self.log, self.start = asked.metric, asked.rates, asked.log, asked.start
+        self.profile, self.journal, self.engine, self.machine = with_stand_ins(profile), journal, engine, machine
         self.versions = package_versions()
-        work = request.out / "work"
-        limits = Limits(threads=request.threads, memory_bytes=request.memory_bytes or _most_memory(), timeout_s=TIMEOUT_S)
-        self.bench = Bench(Judge(request.model, spec, text, request.workload, limits, work), work, request.text)
-        self.engine: Engine = Local(self.bench)
         self.shared = Journal(data_folder(), shared=True)
-        machine = {key: value for key, value in asdict(this_machine()).items() if key != "memory_bytes"}
-        fingerprints = {"model": fingerprint(request.model), "text": text.fingerprint, "machine": json.dumps(machine)}
-        self.context = context_of(request.workload, fingerprints, self.versions, request.threads)
-        self.rates = Rates(tokens=request.workload.tokens, power_w=request.power_w, usd_per_hour=request.usd_per_hour)
+        fingerprints = {"model": fingerprint(self.request.model), "text": asked.text.fingerprint, "machine": f"{machine.cpu}, {machine.cores} cores"}
+        self.context = context_of(self.request.workload, fingerprints, self.versions, self.request.threads)
         self.beliefs = Beliefs()
+        self.candidates: dict[str, Candidate] = {}
         self.seen_s: dict[str, list[float]] = {}
         self.records: dict[str, dict[str, Any]] = {}
-        self.judges_quality = not any(c.figure not in FIGURES for c in constraints)
+        self.judges_quality = not any(c.figure not in FIGURES for c in self.constraints)
         self.stopped = ""
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> Answer:
+        """Search, and judge what was tried."""
         try:
             original = self._candidate(Recipe())
             baseline = self._carried_out(Job(kind="original", candidate=original), "the original, by torch in float32")
@@ -149,7 +70,7 @@ class _Search:
             self.baseline = baseline
             trials = self._search(original)
             finals = self._finals([baseline, *trials])
-            return self._answer(trials, original, finals)
+            return self._answer(trials, finals)
         finally:
             self.engine.close()
 
@@ -179,6 +100,7 @@ class _Search:
         """Every candidate's record: what was tried first, in the order of the trials."""
         self._learn(Job(kind="original", candidate=original), self.baseline)
         pool = {candidate.id: candidate for candidate in self._candidates()}
+        self.candidates = {original.id: original, **pool}
         for candidate in list(pool.values()):
             if found := self._known(candidate.proxy_id):
                 self.beliefs.learn_quality(candidate.weights, found["quality"])
@@ -282,14 +204,18 @@ class _Search:
         return self._ruled_out(candidate) or f"not tried: {self.stopped}"
 
     def _known(self, identity: str) -> dict[str, Any] | None:
-        """What this folder's journal has of a trial or proxy; or what another run left, which is then this folder's too."""
-        if found := self.journal.trials.get(identity):
-            return found
-        found = None if self.request.fresh else self.shared.trials.get(identity)
-        if found is not None and found["status"] != "failed":
+        """What this folder's journal has of a trial or proxy; or what another run left, which is then this folder's too.
+
+        What follows from a latency is by the power and the price of now.
+        """
+        found = self.journal.trials.get(identity)
+        if found is None and not self.request.fresh and (found := self.shared.trials.get(identity)) is not None:
+            if found["status"] == "failed":
+                return None
             self.journal.append(found)
+        if found is None or not found.get("measured"):
             return found
-        return None
+        return found | {key: derived(found[key], self.rates) for key in ("predicted", "measured")}
 
     def _carried_out(self, job: Job, said: str) -> dict[str, Any]:
         """The record of a job: from the journal where it is there, else by carrying it out now."""
@@ -363,190 +289,34 @@ class _Search:
                 if self.request.budget_s is not None and time.monotonic() - self.start + EXPECTED_S["final"] > self.request.budget_s:
                     break
                 self.log(f"in turn: {first['recipe']} @ {first['runtime']} and {other['recipe']} @ {other['runtime']}")
-                known = {"id": identity, "status": "final", "seconds_over": self._in_turn(first, other)}
+                self.engine.start(Job(kind="final", candidate=self.candidates[other["id"]], beside=self.candidates[first["id"]]))
+                [(_, known)] = self.engine.finished()
                 self.journal.append(known)
                 self.log(f"    the second takes {known['seconds_over']:.3f} of the first's time")
             found[other["id"]] = float(known["seconds_over"])
         return found
 
-    def _in_turn(self, first: dict[str, Any], other: dict[str, Any]) -> float:
-        """Seconds of one trial's artifact over those of another, in turn."""
-        judge = self.bench.judge
-        targets = [
-            judge.original_target() if record["id"] == self.baseline["id"] else artifact_target(self._built(record)) for record in (first, other)
-        ]
-        with judge.child(targets[0]) as best, judge.child(targets[1]) as beside:
-            judge.load(best, targets[0])
-            best.pause()
-            judge.load(beside, targets[1])
-            beside.pause()
-            best.resume()
-            speedup = time_beside(best, beside, self.request.workload, timeout_s=TIMEOUT_S, warm=False).speedup
-        assert speedup is not None, "the other ran beside it"
-        return speedup
-
-    def _answer(self, trials: list[dict[str, Any]], original: Candidate, finals: Mapping[str, float]) -> dict[str, Any]:
-        request, objective = self.request, self.objective
+    def _answer(self, trials: list[dict[str, Any]], finals: Mapping[str, float]) -> Answer:
         timed = outcome.on_one_clock([self.baseline, *trials])
-        judged = outcome.judge_trials(timed, timed[0], self.constraints, objective, self.metric)
+        judged = outcome.judge_trials(timed, timed[0], self.constraints, self.objective, self.metric)
         baseline, trials = judged[0], judged[1:]
-        chosen = outcome.choose_best(judged, objective, self.metric, finals)
-        self._keep_artifact(chosen)
-        choice = {
-            "lighten": __version__, "command": request.command,
-            "model": {
-                "name": self.spec.name, "family": self.spec.family, "source": str(request.model), "dtype": self.spec.dtype,
-                "parameters": self.spec.total_parameters,
-            },
-            "workload": asdict(request.workload), "require": list(request.require), "objective": objective.figure, "goal": objective.verb,
-            "quality_metric": self.metric,
-            "machine": asdict(this_machine()) | {"threads": request.threads}, "versions": _python() | self.versions,
-            "text": {
-                "source": self.text.source, "calibration_texts": len(self.text.calibration), "test_texts": min(len(self.text.test), MOST_TEXTS),
-            },
-            "seconds": round(time.monotonic() - self.start, 1), "baseline": baseline, "candidates": trials,
-            "chosen": chosen["id"] if chosen else None, "stopped": self.stopped, "finals": dict(finals),
+        chosen = outcome.choose_best(judged, self.objective, self.metric, finals)
+        return Answer(chosen=chosen, baseline=baseline, document={
+            "machine": asdict(self.machine) | {"threads": self.request.threads}, "versions": _python() | self.versions,
+            "baseline": baseline, "candidates": trials, "chosen": chosen["id"] if chosen else None, "stopped": self.stopped, "finals": dict(finals),
             "closest": None if chosen else outcome.closest(judged, baseline, self.constraints),
-            "looser": outcome.looser(judged, chosen, objective, self.metric), "warnings": outcome.warnings(chosen, baseline),
+            "looser": outcome.looser(judged, chosen, self.objective, self.metric), "warnings": outcome.warnings(chosen, baseline),
             "accuracy": outcome.accuracy(judged),
-        }  # fmt: skip
-        write_beside(request.out / "choice.json", json.dumps(choice, indent=1) + "\n")
-        shutil.rmtree(self.bench.work, ignore_errors=True)
-        return choice
-
-    def _keep_artifact(self, chosen: dict[str, Any] | None) -> None:
-        """Put the chosen artifact into its place, built again where a finished run removed it; where nothing is chosen, none stays there."""
-        place, gone = self.request.out / "artifact", self.bench.work / "replaced"
-        if chosen and _trial_of(place) == chosen["id"]:
-            return
-        held = self._built(chosen) if chosen else None
-        shutil.rmtree(gone, ignore_errors=True)
-        if place.exists():
-            self.bench.work.mkdir(exist_ok=True)
-            os.replace(place, gone)  # at once, where a removal may be cut off
-        if held:
-            os.replace(held, place)
-
-    def _built(self, chosen: dict[str, Any]) -> Path:
-        """The folder of a trial's artifact, its manifest naming the trial.
-
-        Raises:
-            OutputError: it had to be built again, and that failed.
-        """
-        from lighten.recipe import parse_recipe
-
-        held: Path = self.bench.work / "artifacts" / chosen["id"]
-        if not held.exists():
-            self.log("writing the chosen artifact")
-            try:
-                self.bench.write(parse_recipe(f"{chosen['recipe']} @ {chosen['runtime']}"), held)
-            except WorkerFailed as error:
-                raise OutputError(f"{self.request.out / 'artifact'} could not be written: {error}.") from error
-        manifest = json.loads((held / MANIFEST).read_text())
-        recipe = parse_recipe(manifest["recipe"])
-        measured = chosen | {"original": self.baseline["measured"], "workload": asdict(self.request.workload)}
-        write_card(held, recipe, apply_recipe(recipe, self.spec), self.request.model, manifest, measured)
-        write_beside(held / MANIFEST, json.dumps(manifest | {"trial": chosen["id"]}, indent=1) + "\n")
-        return held
+        })  # fmt: skip
 
 
-def _trial_of(artifact: Path) -> str | None:
-    """The id of the trial whose artifact lies in a folder; None where none does."""
-    try:
-        manifest = json.loads((artifact / MANIFEST).read_text())
-        return str(manifest["trial"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a search found on one kind of machine: its part of `choice.json`."""
 
-
-def write_beside(path: Path, content: str) -> None:
-    """Write a file beside its place, then rename it: whoever reads sees the old or the new one, whole.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    beside = path.with_name(f".{path.name}.part")
-    try:
-        beside.write_text(content)
-        os.replace(beside, path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise OutputError(f"{path} cannot be written: {error.strerror}.") from error
-
-
-def parse_budget(text: str) -> float:
-    """Seconds of a budget such as 20min.
-
-    Raises:
-        ConstraintError: no duration, or none that is positive.
-    """
-    from lighten.units import TIME_UNITS, parse_quantity
-
-    seconds = parse_quantity(text, TIME_UNITS, "budget")
-    if seconds <= 0:
-        raise ConstraintError(f"budget {text!r} is not positive.")
-    return seconds
-
-
-def parse_power(text: str) -> float:
-    """Watts of a power such as 65W.
-
-    Raises:
-        ConstraintError: no power, or none that is positive.
-
-    >>> parse_power("65W")
-    65.0
-    """
-    from lighten.units import parse_quantity
-
-    watts = parse_quantity(text, {"W": 1.0, "kW": 1e3}, "power")
-    if watts <= 0:
-        raise ConstraintError(f"power {text!r} is not positive.")
-    return watts
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """The output folder, held by this process alone.
-
-    Raises:
-        OutputError: it cannot be written, is another's, or another run holds it.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if any(out.iterdir()) and not (out / FILE).exists() and not (out / ".lock").exists():
-            raise OutputError(f"{out} is not empty and holds no earlier run of choose; name a new folder.")
-        handle = os.open(out / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
-    except OSError as error:
-        raise OutputError(f"{out} cannot be written: {error.strerror}.") from error
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise OutputError(f"{out} is in use by another run of choose.") from error
-        yield
-    finally:
-        os.close(handle)
-
-
-def _profile(threads: int, log: Log) -> Profile:
-    """This machine's profile; measured where there is none of as many threads, or none of a runtime that is installed."""
-    try:
-        known = load_profile()
-    except DeviceError:
-        if profile_path().exists():
-            raise
-        known = None
-    if known is not None and known.threads != threads:
-        known = None
-    missing = [name for name in installed_engines() if known is None or name not in {**known.engines, **known.failures}]
-    if known is not None and not missing:
-        return known
-    log("measuring this machine once, so that predictions are of it (lighten probe)")
-    found = probe(threads=threads, log=lambda line: log(f"    {line}"), engines=missing)
-    profile = found if known is None else merge_profiles(known, found)
-    save_profile(profile)
-    return profile
+    chosen: dict[str, Any] | None
+    baseline: dict[str, Any]
+    document: dict[str, Any]
 
 
 def _kind_of(job: Job) -> str:
@@ -564,12 +334,6 @@ def _summary(record: dict[str, Any], metric: str) -> str:
         f"{outcome.say('size', measured['size_bytes'])}, {outcome.say('latency', measured['latency_s'])} "
         f"({measured['speedup']:.2f}x as fast), {metric} {outcome.say(metric, quality)}"
     )
-
-
-def _most_memory() -> int:
-    """Nine tenths of this machine's memory."""
-    held = this_machine().memory_bytes
-    return int(0.9 * held) if held else 2**62
 
 
 def _python() -> dict[str, str]:

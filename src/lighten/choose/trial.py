@@ -18,6 +18,7 @@ from lighten.cost import Workload
 from lighten.device.profile import Profile
 from lighten.errors import DeviceError, LightenError, OutputError, RecipeError
 from lighten.judge.child import Child, WorkerFailed
+from lighten.judge.latency import time_beside
 from lighten.judge.measure import Judge, Target, artifact_target
 from lighten.model import ModelSpec
 from lighten.model.spec import Linear
@@ -221,6 +222,18 @@ class Bench:
             shutil.rmtree(folder, ignore_errors=True)
         seconds = round(time.monotonic() - start, 1)
         return {"id": candidate.proxy_id, "status": "proxy", "weights": candidate.weights, "quality": quality, "seconds": seconds}
+
+    def final(self, candidate: Candidate, beside: Candidate) -> dict[str, Any]:
+        """Seconds of a candidate over those of another, the two in turn."""
+        targets = [self.judge.original_target() if one.recipe == Recipe() else self.build(one) for one in (beside, candidate)]
+        with self.judge.child(targets[0]) as other, self.judge.child(targets[1]) as own:
+            self.judge.load(other, targets[0])
+            other.pause()
+            self.judge.load(own, targets[1])
+            own.pause()
+            other.resume()
+            ratio = time_beside(other, own, self.judge.workload, timeout_s=self.judge.limits.timeout_s, warm=False).speedup
+        return {"id": f"final-{candidate.id}-{beside.id}", "status": "final", "seconds_over": ratio}
 
     def build(self, candidate: Candidate) -> Target:
         """The artifact, built if it is not there.

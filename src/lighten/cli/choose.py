@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--price", metavar="USD/h", help="what this machine costs, such as 0.40/h: for cost")
     parser.add_argument("--fresh", action="store_true", help="measure anew what earlier runs of this user measured here")
     parser.add_argument("--text", metavar="FILE", help="calibrate and judge by it: .txt or .jsonl (default: the embedded text)")
-    parser.add_argument("--engine", choices=("local",), default="local", help="where trials run")
+    parser.add_argument("--engine", choices=("local", "ray"), default="local", help="where trials run: here, or on the machines of a Ray cluster")
+    parser.add_argument("--ray-address", metavar="HOST:PORT", help="of the cluster (default: RAY_ADDRESS, else one that is started here)")
     parser.add_argument("--threads", type=positive, metavar="N", help="of every trial (default: all cores that this process may use)")
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="a folder; run again with the same one to go on")
     add_workload(parser, phases=("encode", "prefill", "decode", "generate"))
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from lighten.choose.search import Request, parse_budget, parse_power
+    from lighten.choose.request import Request, parse_budget, parse_power
     from lighten.choose.space import read_space
     from lighten.device.catalog import parse_price
     from lighten.report import choice_table, prediction_table
@@ -50,6 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
         budget_s=parse_budget(arguments.budget) if arguments.budget else None,
         text=Path(arguments.text) if arguments.text else None, recipes=tuple(read_recipe(text) for text in arguments.recipe),
         space=read_space(Path(arguments.space)) if arguments.space else None, fresh=arguments.fresh,
+        engine=arguments.engine, ray_address=arguments.ray_address,
         power_w=parse_power(arguments.power) if arguments.power else None, usd_per_hour=parse_price(arguments.price) if arguments.price else None,
         threads=arguments.threads or verbs.usable_cores(), command=shlex.join(["lighten", *sys.argv[1:]]),
     )  # fmt: skip

@@ -26,11 +26,13 @@ class Latency:
     Attributes:
         speedup: the median over rounds of baseline seconds / own seconds; None where nothing ran beside it.
         baseline_s: the baseline's own median in these rounds; None likewise.
+        first_s: median seconds until a generation's first token; None of other workloads.
     """
 
     samples: tuple[float, ...]
     speedup: float | None
     baseline_s: float | None = None
+    first_s: float | None = None
 
     @property
     def quartiles(self) -> tuple[float, float, float]:
@@ -55,20 +57,22 @@ def time_beside(candidate: Child, baseline: Child | None, workload: Workload, *,
         baseline.pause()
         candidate.resume()
     rounds = min(max(ROUNDS[0], int(BUDGET_S / (candidate_s + baseline_s))), ROUNDS[1])
-    samples, beside = [], []
+    samples, beside, firsts = [], [], []
     for _ in range(rounds):
         own = runner.counted(candidate, candidate_s)
         samples.append(own)
+        firsts += runner.firsts
         if baseline is not None:
             candidate.pause()
             baseline.resume()
             beside.append(runner.counted(baseline, baseline_s))
             baseline.pause()
             candidate.resume()
+    first_s = _median(firsts) if firsts else None
     if not beside:
-        return Latency(samples=tuple(samples), speedup=None)
+        return Latency(samples=tuple(samples), speedup=None, first_s=first_s)
     ratios = [other / own for other, own in zip(beside, samples, strict=True)]
-    return Latency(samples=tuple(samples), speedup=_median(ratios), baseline_s=_median(beside))
+    return Latency(samples=tuple(samples), speedup=_median(ratios), baseline_s=_median(beside), first_s=first_s)
 
 
 class _Runner:
@@ -78,12 +82,15 @@ class _Runner:
         self._asked = {key: getattr(workload, key) for key in ("phase", "batch_size", "seq_len", "new_tokens")}
         self._timeout_s = timeout_s
         self._seed = 0
+        self.firsts: list[float] = []
+        """Seconds until the first token, of the last turn's runs."""
 
     def turn(self, child: Child, runs: int) -> list[float]:
         seeds = list(range(self._seed, self._seed + runs))
         self._seed += runs
         answer: dict[str, Any] = child.ask("time", timeout_s=self._timeout_s, seeds=seeds, **self._asked)
         seconds: list[float] = answer["seconds"]
+        self.firsts = answer.get("first_seconds", [])
         return seconds
 
     def counted(self, child: Child, expected_s: float) -> float:

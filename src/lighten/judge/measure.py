@@ -69,7 +69,7 @@ class Measurement:
         first, median, third = self.latency.quartiles
         return {
             "size_bytes": self.size_bytes, "peak_memory_bytes": self.peak_memory_bytes, "latency_s": median, "latency_q1_s": first,
-            "latency_q3_s": third, "throughput": self.throughput, "speedup": self.latency.speedup,
+            "latency_q3_s": third, "time_to_first_token_s": self.latency.first_s, "throughput": self.throughput, "speedup": self.latency.speedup,
             "original_latency_s": self.latency.baseline_s, "cold_start_s": self.cold_start_s,
             "precision": self.precision, "runtime_version": self.runtime_version,
             "quality": {name: asdict(score) for name, score in self.quality.items()},

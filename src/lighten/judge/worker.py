@@ -66,9 +66,9 @@ class Worker:
         return {"peak_memory_bytes": peak_memory_bytes(), "precision": session.precision, "version": self.runtime.version()}
 
     def time(self, phase: str, batch_size: int, seq_len: int, new_tokens: int, seeds: Sequence[int]) -> dict[str, Any]:
-        """Run the workload once for each seed, on other tokens each time; seconds of each."""
+        """Run the workload once for each seed, on other tokens each time; seconds of each, and of a generation until its first token."""
         session, spec = self._loaded()
-        found = []
+        found, first = [], []
         for seed in seeds:
             ids = np.random.default_rng(seed).integers(10, int(spec.config["vocab_size"]), (batch_size, seq_len))
             mask = np.ones_like(ids)
@@ -79,7 +79,8 @@ class Worker:
             else:
                 made = session.generate(ids, new_tokens + (phase == "decode"))
                 found.append(made.rest_s + (made.first_s if phase == "generate" else 0.0))
-        return {"seconds": found}
+                first.append(made.first_s)
+        return {"seconds": found, "first_seconds": first if phase == "generate" else []}
 
     def embed(self, texts: Sequence[str], tokenizer: str, batch_size: int, seq_len: int, out: str) -> dict[str, Any]:
         """Sentence embeddings of the texts, pooled as the model's `1_Pooling/config.json` says (mean where there is none), to an .npy file."""

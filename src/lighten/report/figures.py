@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,6 +146,36 @@ def ordered_trials(choice: Record) -> list[Record]:
 def objective(choice: Record) -> Quantity:
     """What the choice is for; where that is quality, or the speed-up, the latency, which stands beside quality in plots and tables."""
     return OBJECTIVES.get(choice["objective"], QUANTITIES["latency"])
+
+
+MANY_SKIPPED = 8
+"""More trials that were not carried out than these are counted by reason, and told one by one in `choice.json` and at the page's end."""
+_REASONS = (
+    ("by proxy", "of too low quality by proxy"), ("no better than", "predicted to be no better"), ("predicted", "predicted to miss a limit"),
+    ("budget", "for want of time"), ("not installed", "for want of a runtime"), ("", "for other reasons"),
+)  # fmt: skip
+
+
+def folded(choice: Record) -> tuple[list[Record], list[Record]]:
+    """The trials to show one by one, and those that are skipped and too many for it; in the order of `ordered_trials`."""
+    trials = ordered_trials(choice)
+    skipped = [trial for trial in trials if trial.get("status") == "skipped"]
+    if len(skipped) <= MANY_SKIPPED:
+        return trials, []
+    return [trial for trial in trials if trial.get("status") != "skipped"], skipped
+
+
+def say_skipped(skipped: Sequence[Record]) -> str:
+    """
+    >>> say_skipped([{"failure": "predicted latency 5 ms, no better than what was measured"}, {"failure": "quality 0.8 by proxy, required 0.9"}])
+    '2 not tried: 1 of too low quality by proxy, 1 predicted to be no better'
+    """
+    counts: dict[str, int] = {}
+    for trial in skipped:
+        words = next(words for sign, words in _REASONS if sign in str(trial.get("failure")))
+        counts[words] = counts.get(words, 0) + 1
+    order = [words for _, words in _REASONS if words in counts]
+    return f"{len(skipped)} not tried: " + ", ".join(f"{counts[words]} {words}" for words in order)
 
 
 def direction(choice: Record) -> str:

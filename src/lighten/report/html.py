@@ -20,6 +20,7 @@ from lighten.report.figures import (
     clean,
     direction,
     find_trial,
+    folded,
     format_latency,
     format_quality,
     format_ratio,
@@ -37,6 +38,7 @@ from lighten.report.figures import (
     say_measured,
     say_model,
     say_quality,
+    say_skipped,
     say_text,
     say_verdict,
     say_workload,
@@ -280,14 +282,22 @@ def _trials(choice: Record) -> str:
         f'<th scope="col" rowspan="2">quality<br><small>{_text(choice["quality_metric"])}</small></th>'
         f'<th scope="col" rowspan="2">speed-up</th>{groups}</tr><tr>{parts}</tr>'
     )
-    rows = "".join(_trial_row(choice, index, trial) for index, trial in numbered)
+    one_by_one, skipped = folded(choice)
+    rows = "".join(_trial_row(choice, index, trial) for index, trial in numbered if trial in one_by_one)
+    left = "".join(_trial_row(choice, index, trial) for index, trial in numbered if trial in skipped)
+
+    def table(body: str) -> str:
+        return f'<div class="scroll"><table class="trials"><thead>{head}</thead>\n<tbody>\n{body}</tbody></table></div>\n'
+
     count = {status: sum(trial.get("status") == status for _, trial in numbered) for status in ("measured", "failed", "skipped")}
     counted = ", ".join(f"{many} {status}" for status, many in count.items())
     return (
         f'<section>\n<h2>All {len(numbered)} trials</h2>\n<p class="note">{counted}. ★ chosen, · on the Pareto front. Latency: median, '
         "and quartiles where known; speed-up against the original, measured in one run with it. Ratio = predicted / measured, "
         "in red beyond 0.8–1.25.</p>\n"
-        f'<div class="scroll"><table class="trials"><thead>{head}</thead>\n<tbody>\n{rows}</tbody></table></div>\n</section>\n'
+        + table(rows)
+        + (f"<details><summary>{_text(say_skipped(skipped))}</summary>\n{table(left)}</details>\n" if skipped else "")
+        + "</section>\n"
     )
 
 
@@ -366,7 +376,7 @@ def _circumstances(choice: Record) -> str:
         "memory": memory,
         "system": known(machine.get("os")),
         "versions": ", ".join(f"{name} {known(version)}" for name, version in (choice.get("versions") or {}).items()) or "not known",
-        "took": format_seconds(number(choice, "seconds")),
+        "took": format_seconds(number(choice, "seconds")) + (f"; ended, for {clean(choice['stopped'])}" if choice.get("stopped") else ""),
     }
     rows = "".join(f"<dt>{name}</dt><dd>{_text(fact)}</dd>" for name, fact in facts.items())
     return (

@@ -14,6 +14,7 @@ from lighten.report.figures import (
     clean,
     direction,
     find_trial,
+    folded,
     format_latency,
     format_quality,
     format_ratio,
@@ -26,6 +27,7 @@ from lighten.report.figures import (
     ordered_trials,
     quality_of,
     say_improvement,
+    say_skipped,
     say_verdict,
     trial_name,
 )
@@ -87,7 +89,7 @@ def choice_table(choice: Record) -> str:
     """One line a trial, then the answer: what was chosen, whether the requirements hold, what looser quality would buy."""
     metric = textwrap.fill(choice["quality_metric"].replace("_", " "), 14)
     header = ["", "recipe @ runtime", "size", "latency (quartiles)", "faster", metric, "pred/meas\nlatency"]
-    trials = ordered_trials(choice)
+    trials, skipped = folded(choice)
     figures = [_figures(choice, trial) if is_measured(trial) else [] for trial in trials]
     taken = [max(_width(row[column]) for row in [header[2:], *filter(None, figures)]) for column in range(5)]
     name_width = max(30, WIDTH - 1 - sum(taken) - 6 * len(_GAP))
@@ -96,7 +98,8 @@ def choice_table(choice: Record) -> str:
     for trial, cells in zip(trials, figures, strict=True):
         reason = textwrap.fill(f"{trial.get('status')}: {known(trial.get('failure'))}", max(reason_width, 40))
         rows.append([_mark(choice, trial), _folded(trial_name(choice, trial), name_width), *(cells or [reason])])
-    return f"{format_table(rows, header)}\n★ chosen   · on the Pareto front\n\n{_answer(choice)}"
+    more = f"{say_skipped(skipped)}; choice.json says why of each\n" if skipped else ""
+    return f"{format_table(rows, header)}\n★ chosen   · on the Pareto front\n{more}\n{_answer(choice)}"
 
 
 def _mark(choice: Record, trial: Record) -> str:
@@ -122,6 +125,8 @@ def _figures(choice: Record, trial: Record) -> list[str]:
 
 def _answer(choice: Record) -> str:
     lines = [_answer_line(choice)]
+    if choice.get("stopped"):
+        lines.append(f"Stopped: {clean(choice['stopped'])}.")
     if choice.get("chosen") is not None and choice.get("require"):
         lines.append(f"{say_verdict(find_trial(choice, choice['chosen']))}: {', '.join(map(clean, choice['require']))}.")
     lines += [f"Warning: {clean(warning)}." for warning in choice.get("warnings") or []]
