@@ -90,7 +90,7 @@ def test_sizes_are_believed_as_they_are_predicted():
 
 def test_a_proxy_rules_out_all_that_has_those_weights_and_nothing_else():
     beliefs = Beliefs()
-    beliefs.learn_quality("quantize(rtn, bits=4)", score(0.8))
+    beliefs.learn_quality(candidate("quantize(rtn, bits=4) @ torch"), score(0.8))
     bad, good = candidate("quantize(rtn, bits=4) @ openvino"), candidate("quantize(rtn, bits=8) @ openvino")
     assert beliefs.misses(bad, LIMIT, None) == "neighbour_agreement 0.800 by proxy, required neighbour_agreement>=0.97"
     assert beliefs.misses(good, LIMIT, None) is None
@@ -102,14 +102,28 @@ def test_a_proxy_rules_out_all_that_has_those_weights_and_nothing_else():
 @pytest.mark.parametrize(("value", "error", "ruled_out"), [(0.96, 0.02, False), (0.96, 0.001, False), (0.93, 0.02, False), (0.9, 0.005, True)])
 def test_a_proxy_within_its_error_of_the_limit_rules_nothing_out(value, error, ruled_out):
     beliefs = Beliefs()
-    beliefs.learn_quality("quantize(rtn)", score(value, error))
+    beliefs.learn_quality(candidate("quantize(rtn) @ torch"), score(value, error))
     assert (beliefs.misses(candidate("quantize(rtn) @ torch"), LIMIT, None) is not None) == ruled_out
+
+
+def test_what_is_coarser_than_what_was_too_bad_is_ruled_out_with_it():
+    beliefs = Beliefs()
+    beliefs.learn_quality(candidate("quantize(rtn, bits=4, group_size=32) @ torch"), score(0.8))
+    coarser = ("quantize(rtn, bits=4, group_size=128)", "quantize(rtn, bits=3, group_size=32)", "quantize(rtn, bits=2)")
+    others = (
+        "quantize(rtn, bits=4, group_size=16)",
+        "quantize(rtn, bits=8, group_size=128)",
+        "quantize(hqq, bits=4, group_size=128)",
+        "quantize(rtn)",
+    )
+    assert all(beliefs.misses(candidate(f"{steps} @ openvino"), LIMIT, None) for steps in coarser)
+    assert not any(beliefs.misses(candidate(f"{steps} @ openvino"), LIMIT, None) for steps in others)
 
 
 def test_a_bad_run_on_one_runtime_does_not_speak_against_the_weights():
     beliefs = Beliefs()
-    beliefs.learn_quality("quantize(rtn)", score(0.99))
-    beliefs.learn_quality("quantize(rtn)", score(0.5))
+    beliefs.learn_quality(candidate("quantize(rtn) @ torch"), score(0.99))
+    beliefs.learn_quality(candidate("quantize(rtn) @ torch"), score(0.5))
     assert beliefs.misses(candidate("quantize(rtn) @ torch"), LIMIT, None) is None
 
 
@@ -119,12 +133,12 @@ def test_a_bad_run_on_one_runtime_does_not_speak_against_the_weights():
 def test_a_limit_on_perplexity_is_held_against_the_ratio_since_a_proxy_reads_another_text(text, ratio, ruled_out):
     beliefs = Beliefs()
     scores = {"perplexity": {"value": 5.0, "standard_error": 0.1}, "perplexity_ratio": {"value": ratio, "standard_error": 0.01}}
-    beliefs.learn_quality("quantize(rtn)", scores)
+    beliefs.learn_quality(candidate("quantize(rtn) @ torch"), scores)
     reason = beliefs.misses(candidate("quantize(rtn) @ torch"), parse_constraint(text, decoder=True), 23.0)
     assert (reason is not None) == ruled_out
 
 
 def test_quality_stands_for_perplexity_of_a_decoder():
     beliefs, limit = Beliefs(), parse_constraint("quality>=0.95", decoder=True)
-    beliefs.learn_quality("quantize(rtn)", {"perplexity_ratio": {"value": 1.5, "standard_error": 0.01}})
+    beliefs.learn_quality(candidate("quantize(rtn) @ torch"), {"perplexity_ratio": {"value": 1.5, "standard_error": 0.01}})
     assert beliefs.misses(candidate("quantize(rtn) @ torch"), limit, 1.0) == "quality 0.667 by proxy, required quality>=0.95"

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lighten.choose.constraints import LOWER_IS_BETTER, Constraint
 from lighten.choose.trial import Candidate, derived
+from lighten.recipe.recipe import Step
 
 NOISE = {"latency_s": 0.06, "time_to_first_token_s": 0.06, "peak_memory_bytes": 0.03}
 """Standard deviation of log(measured / predicted) of one kind, repeated: turns of a shared machine; a process's memory."""
@@ -61,6 +62,7 @@ class Beliefs:
         self._engines: dict[tuple[str, str], _Normal] = {}
         self._kinds: defaultdict[tuple[str, str, str], _Normal] = defaultdict(lambda: _Normal(0.0, 0.0))
         self._quality: dict[str, dict[str, tuple[float, float]]] = {}
+        self._steps: dict[str, tuple[Step, ...]] = {}
 
     def learn(self, candidate: Candidate, measured: Mapping[str, Any]) -> None:
         """Take in a finished trial."""
@@ -74,12 +76,14 @@ class Beliefs:
             engine = self._engines[key, candidate.engine]
             self._kinds[key, candidate.engine, candidate.kind] = kind.after(seen - engine.mean, math.hypot(noise, engine.deviation))
         if quality := measured.get("quality"):
-            self.learn_quality(candidate.weights, quality)
+            self.learn_quality(candidate, quality)
 
-    def learn_quality(self, weights: str, quality: Mapping[str, Any]) -> None:
+    def learn_quality(self, candidate: Candidate, quality: Mapping[str, Any]) -> None:
         """Take in the quality of weights, by proxy or on a runtime; the better of two is kept: what holds one back may be its runtime."""
+        weights = candidate.weights
         if not weights:
             return
+        self._steps[weights] = candidate.recipe.steps
         found = {name: (score["value"], math.hypot(score["standard_error"] or 0.0, PROXY_ERROR * score["value"])) for name, score in quality.items()}
         known = self._quality.get(weights)
         if known is None or all(
@@ -116,10 +120,12 @@ class Beliefs:
         return value / spread, value * spread
 
     def misses(self, candidate: Candidate, constraint: Constraint, original: float | None) -> str | None:
-        """Why the quality that is believed rules a candidate out; None: it does not."""
-        known = self._quality.get(candidate.weights)
-        if known is None:
-            return None
+        """Why the quality that is believed rules a candidate out; None: it does not. What is coarser is no better."""
+        own = [candidate.weights] if candidate.weights in self._quality else []
+        finer = [] if own or candidate.rounds else [weights for weights, steps in self._steps.items() if is_coarser(candidate.recipe.steps, steps)]
+        return next((reason for weights in own + finer if (reason := self._misses(self._quality[weights], constraint, original))), None)
+
+    def _misses(self, known: Mapping[str, tuple[float, float]], constraint: Constraint, original: float | None) -> str | None:
         metric = next((name for name in _STANDS_FOR.get(constraint.figure, (constraint.figure,)) if name in known), None)
         if metric is None or (constraint.figure == "perplexity" and original is None):
             return None
@@ -155,6 +161,34 @@ class Beliefs:
         if place not in self._kinds:
             self._kinds[place] = _Normal(0.0, KIND[key])
         return self._engines[key, candidate.engine], self._kinds[place]
+
+
+def is_coarser(steps: Sequence[Step], others: Sequence[Step]) -> bool:
+    """Whether steps are those of others but for fewer bits or larger groups.
+
+    >>> from lighten.recipe import parse_recipe
+    >>> one, other = (parse_recipe(f"quantize(rtn, bits=4, group_size={size})").steps for size in (64, 32))
+    >>> is_coarser(one, other), is_coarser(other, one), is_coarser(one, one)
+    (True, False, False)
+    """
+    if len(steps) != len(others) or [(a.verb, a.method) for a in steps] != [(b.verb, b.method) for b in others]:
+        return False
+    coarser = False
+    for step, other in zip(steps, others, strict=True):
+        mine, theirs = (dict[str, Any](each.arguments) for each in (step, other))
+        if mine.keys() != theirs.keys() or any(mine[name] != theirs[name] for name in mine if name not in ("bits", "group_size")):
+            return False
+        bits = mine.get("bits", 0), theirs.get("bits", 0)
+        columns = _columns(mine.get("group_size")), _columns(theirs.get("group_size"))
+        if bits[0] > bits[1] or columns[0] < columns[1]:
+            return False
+        coarser |= bits[0] < bits[1] or columns[0] > columns[1]
+    return coarser
+
+
+def _columns(group_size: Any) -> float:
+    """Columns of a group; by channel and by tensor: more than any."""
+    return float(group_size) if isinstance(group_size, int | float) else math.inf
 
 
 def _better(name: str, one: float, other: float) -> bool:

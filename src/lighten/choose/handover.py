@@ -70,7 +70,8 @@ def _built(asked: Asked, bench: Bench, answer: Answer) -> Path:
     """
     chosen = answer.chosen
     assert chosen is not None, "asked for where something was chosen"
-    recipe, held = parse_recipe(f"{chosen['recipe']} @ {chosen['runtime']}"), bench.work / "artifacts" / chosen["id"]
+    recipe = parse_recipe(f"{chosen['recipe']} @ {chosen['runtime']}")
+    held: Path = bench.work / "artifacts" / chosen["id"]
     if not held.exists():
         asked.log("writing the chosen artifact")
         try:

@@ -6,7 +6,9 @@ model's folder at the same path.
 
 from __future__ import annotations
 
+import logging
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,14 +24,18 @@ from lighten.device import Profile
 from lighten.device.probe import this_machine
 from lighten.device.profile import Machine
 from lighten.errors import DeviceError
+from lighten.judge import child
 from lighten.judge.measure import Judge, Limits
 from lighten.judge.text import load_text
 from lighten.model.runnable import read_runnable
 
 START_S = 120.0
 """What a machine may take to start its worker."""
+PROBE_S = 3600.0
+"""What it may take to be probed."""
 PATIENCE_S = 60.0
 """How long a search without a machine waits for one to come back."""
+CONNECT_S = 10.0
 ADOPT_S = 5.0
 """How often new machines are looked for."""
 Log = Callable[[str], None]
@@ -37,7 +43,11 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """What a worker needs to know before it can carry out trials."""
+    """What a worker needs to know before it can carry out trials.
+
+    Attributes:
+        program: what runs artifacts in a process of its own, as `lighten.judge.child` starts it.
+    """
 
     model: Path
     text: Path | None
@@ -45,6 +55,7 @@ class Site:
     threads: int
     memory_bytes: int | None
     timeout_s: float
+    program: tuple[str, ...] = field(default_factory=lambda: child.WORKER)
 
 
 class Worker:
@@ -52,6 +63,7 @@ class Worker:
 
     def __init__(self, site: Site) -> None:
         self._site = site
+        child.WORKER = site.program
         self._folder: Path | None = None
         self._bench: Bench | None = None
 
@@ -121,8 +133,12 @@ class Cluster:
             import ray
         except ModuleNotFoundError as error:
             raise DeviceError("engine ray is not installed; pip install 'lighten[ray]'.") from error
+        if self.address is not None:
+            _require_answer(self.address)
         try:
-            ray.init(address=self.address, log_to_driver=False, logging_level="ERROR", include_dashboard=False if self.address is None else None)
+            ray.init(
+                address=self.address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False if self.address is None else None
+            )
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise DeviceError(f"no Ray cluster answers at {self.address or 'this machine'} ({str(error).splitlines()[0]}).") from error
         return self
@@ -143,7 +159,8 @@ class Cluster:
             if time.monotonic() - self._looked < ADOPT_S:
                 return
             self._looked = time.monotonic()
-        for found in ray.nodes():
+        found: dict[str, Any]
+        for found in ray.nodes():  # type: ignore[no-untyped-call]
             name = found["NodeID"]
             if not found["Alive"] or name in self.nodes or name in self._refused:
                 continue
@@ -152,9 +169,10 @@ class Cluster:
                 self._refuse(name, f"it offers {cores:g} processors, and trials have {self.site.threads} threads")
                 continue
             place = NodeAffinitySchedulingStrategy(node_id=name, soft=False)
-            actor = ray.remote(Worker).options(num_cpus=self.site.threads, max_restarts=0, scheduling_strategy=place).remote(self.site)
+            remote: Any = ray.remote(Worker)
+            actor = remote.options(num_cpus=self.site.threads, max_restarts=0, scheduling_strategy=place).remote(self.site)
             try:
-                machine = ray.get(actor.machine.remote(), timeout=START_S)
+                machine: Machine = ray.get(actor.machine.remote(), timeout=START_S)
             except ray.exceptions.RayTaskError as error:
                 self._refuse(name, str(error.cause).splitlines()[0])
             except ray.exceptions.RayError as error:
@@ -177,6 +195,19 @@ class Cluster:
     def engine(self, kind: str) -> Ray:
         """The engine of one kind of machine."""
         return Ray(self, kind)
+
+
+def _require_answer(address: str) -> None:
+    """Raises:
+    DeviceError: not HOST:PORT, or nothing listens there; Ray itself would try for minutes.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+    except ValueError as error:
+        raise DeviceError(f"--ray-address {address} is not HOST:PORT, such as 10.0.0.1:6379.") from error
+    except OSError as error:
+        raise DeviceError(f"no Ray cluster answers at {address} ({error.strerror or error}).") from error
 
 
 def kind_of(machine: Machine) -> str:
@@ -238,7 +269,7 @@ class Ray:
         """What is known of this kind of machine."""
         import ray
 
-        profile: Profile = ray.get(next(self._nodes()).actor.profile.remote())
+        profile: Profile = ray.get(next(self._nodes()).actor.profile.remote(), timeout=PROBE_S)
         return profile
 
     def _nodes(self) -> Iterator[_Node]:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lighten.choose import outcome
-from lighten.choose.beliefs import Z_90, Beliefs
+from lighten.choose.beliefs import Z_90, Beliefs, is_coarser
 from lighten.choose.constraints import FIGURES, Constraint, figure_of
 from lighten.choose.engine import Engine, Job
 from lighten.choose.journal import Journal
@@ -103,7 +103,7 @@ class Search:
         self.candidates = {original.id: original, **pool}
         for candidate in list(pool.values()):
             if found := self._known(candidate.proxy_id):
-                self.beliefs.learn_quality(candidate.weights, found["quality"])
+                self.beliefs.learn_quality(candidate, found["quality"])
             if found := self._known(candidate.id):
                 self.log(f"{candidate.recipe}: done before")
                 self._learn(Job(kind="trial", candidate=pool.pop(candidate.id)), found)
@@ -141,6 +141,9 @@ class Search:
             self.judges_quality or any(constraint.figure not in FIGURES for constraint in self.constraints)
         )
         looked = {candidate.weights for candidate in running.values()}
+        if weighs_quality and not self.beliefs.knows_quality(best):
+            unknown = (candidate for candidate in able if not self.beliefs.knows_quality(candidate) and not candidate.rounds)
+            best = next((candidate for candidate in unknown if is_coarser(best.recipe.steps, candidate.recipe.steps)), best)  # it speaks for both
         wants_proxy = weighs_quality and not best.rounds and not self.beliefs.knows_quality(best) and best.weights not in looked
         job = Job(kind="proxy" if wants_proxy and best.proxy_id not in self.journal.trials else "trial", candidate=best)
         if self.request.budget_s is not None and time.monotonic() - self.start + self._expected_s(job) > self.request.budget_s:
@@ -235,7 +238,7 @@ class Search:
         if job.kind == "proxy":
             self._append(record)
             self.seen_s.setdefault("proxy", []).append(record["seconds"])
-            self.beliefs.learn_quality(job.candidate.weights, record["quality"])
+            self.beliefs.learn_quality(job.candidate, record["quality"])
             score = figure_of(record, self.metric)
             self.log(f"    {self.metric} {outcome.say(self.metric, score)} by proxy")
             return

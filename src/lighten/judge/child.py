@@ -21,7 +21,7 @@ import lighten.errors
 from lighten.device.environment import pinned_environment
 from lighten.errors import LightenError
 
-WORKER = (sys.executable, "-m", "lighten.judge.worker")
+WORKER: tuple[str, ...] = (sys.executable, "-m", "lighten.judge.worker")
 WATCH_S = 0.1
 GRACE_S = 10.0
 """How long a process that closed its output may take to end."""
