@@ -13,7 +13,7 @@ from lighten.units import format_bytes, format_seconds
 
 Record = dict[str, Any]
 RATIOS = ("size_bytes", "peak_memory_bytes", "latency_s", "time_to_first_token_s")
-TIE = 0.02
+TIE = 0.03
 """Two trials whose objectives differ by less are told apart by quality; not sizes, which are exact."""
 
 
@@ -136,12 +136,18 @@ def looser(trials: Sequence[Record], chosen: Record | None, objective: Objective
     own = figure_of(chosen["measured"], objective.figure)
     for trial in sorted((t for t in trials if t["pareto"] and t["id"] != chosen["id"]), key=lambda t: objective.cost(t["measured"]), reverse=True):
         value = figure_of(trial["measured"], objective.figure)
-        if value and objective.cost(trial["measured"]) < objective.cost(chosen["measured"]):
+        if value and objective.cost(trial["measured"]) < objective.cost(chosen["measured"]) and _is_worse(trial, chosen, metric):
             better = f"{own / value if objective.lower else value / own:.2f}x better than the chosen" if own else "of the chosen not known"
             gain = f"{objective.figure} {say(objective.figure, value)}, {better}"
             quality = figure_of(trial["measured"], metric), figure_of(chosen["measured"], metric)
             found.append({"id": trial["id"], "gain": gain, "cost": f"{metric} {say(metric, quality[0])} instead of {say(metric, quality[1])}"})
     return found
+
+
+def _is_worse(trial: Record, other: Record, metric: str) -> bool:
+    """Whether a trial has less quality; where finals turned two trials around, the one that lost may have more."""
+    own, its = (figure_of(one["measured"], metric) for one in (trial, other))
+    return own is None or its is None or (own > its if metric in LOWER_IS_BETTER else own < its)
 
 
 def warnings(chosen: Record | None, baseline: Record) -> list[str]:

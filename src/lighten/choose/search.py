@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -136,7 +137,7 @@ class Search:
         if not able:
             self.stopped = "everything was tried" if not pool else "nothing that is left is predicted to be better than what was measured"
             return None
-        best = min(able, key=lambda candidate: self.objective.cost(self.beliefs.corrected(candidate).predicted))
+        best = min(able, key=self._expected_cost)
         weighs_quality = not self.request.recipes and (
             self.judges_quality or any(constraint.figure not in FIGURES for constraint in self.constraints)
         )
@@ -150,6 +151,15 @@ class Search:
             self.stopped = f"the budget of {format_seconds(self.request.budget_s)} is used up"
             return None
         return job
+
+    def _expected_cost(self, candidate: Candidate) -> tuple[float, float]:
+        """The objective by prediction; where that is quality, what is believed of it, and the latency."""
+        predicted = self.beliefs.corrected(candidate).predicted
+        if self.objective.figure in FIGURES:
+            return self.objective.cost(predicted), 0.0
+        quality = self.beliefs.at_best(candidate, self.metric)
+        worse = 0.0 if quality is None else quality if self.metric == "perplexity_ratio" else -quality
+        return worse, predicted.get("latency_s") or math.inf
 
     def _ruled_out(self, candidate: Candidate) -> str | None:
         """Why a candidate is not worth a trial, as far as is known; None: it is."""

@@ -268,7 +268,8 @@ def _predictions(choice: Record) -> str:
     ranges = f" The measured latency lay within the predicted range in {inside} of {ranged} trials." if ranged else ""
     return (
         "<section>\n<h2>Predicted against measured</h2>\n"
-        '<p class="note">Predicted before anything was run. On the diagonal the prediction was right; above it, too high. '
+        '<p class="note">Each was predicted before it was run, later ones by what earlier ones measured too. On the diagonal the prediction was '
+        "right; above it, too high. "
         f'Ratio = predicted / measured.{ranges}</p>\n<div class="three">\n{"".join(figures)}</div>\n</section>\n'
     )
 
