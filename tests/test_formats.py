@@ -21,6 +21,7 @@ from lighten import __version__
 from lighten.errors import ModelError, OutputError, RecipeError
 from lighten.formats import artifact as artifact_module
 from lighten.formats.artifact import MANIFEST, RUN, Artifact, fingerprint, folder_bytes, read_artifact, write_artifact
+from lighten.formats.deploy import CARD, SCRIPT
 from lighten.formats.step_facts import facts_before
 from lighten.formats.torch_model import load_module
 from lighten.model import read_spec
@@ -278,11 +279,11 @@ def test_the_manifest_says_what_the_artifact_is(recipe, made, tiny_bert):
         ("@ openvino", {"openvino_model.xml", "openvino_model.bin"}), ("quantize(static) @ openvino", {"openvino_model.xml", "openvino_model.bin"}),
     ],
 )  # fmt: skip
-def test_the_folder_holds_weights_side_files_and_the_manifest_alone(recipe, files, made, tiny_bert):
+def test_the_folder_holds_weights_side_files_the_manifest_and_what_it_is_handed_on_with_alone(recipe, files, made, tiny_bert):
     artifact, _ = made(tiny_bert, recipe)
     side = {name for name in SIDE_FILES if (tiny_bert / name).is_file()}
     found = {str(path.relative_to(artifact.folder)) for path in artifact.folder.rglob("*")}
-    assert found == files | side | {MANIFEST, RUN}
+    assert found == files | side | {MANIFEST, RUN, SCRIPT, CARD}
     for name in side - {"config.json"}:
         assert (artifact.folder / name).read_bytes() == (tiny_bert / name).read_bytes()
     assert artifact.folder.stat().st_mode & 0o777 == 0o755
