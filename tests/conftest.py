@@ -12,6 +12,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["KERAS_BACKEND"] = "torch"
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # speed is never asserted
+settings.load_profile("busy")
 
 MODELS = Path(__file__).parent.parent / ".models"
 

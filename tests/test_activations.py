@@ -44,7 +44,7 @@ def test_the_file_has_no_name(tmp_path):
         assert list(tmp_path.iterdir()) == []
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     sizes=st.lists(st.integers(0, 3000), min_size=1, max_size=8), limit=st.none() | st.integers(0, 40_000),
     order=st.lists(st.integers(0, 7), max_size=40),

@@ -58,7 +58,7 @@ def test_a_tiny_model_has_the_adapters_that_peft_gives_it(model_type, architectu
     assert adapter_parameters(spec_of(TINY | more | bert, model_type, architecture), 4, targets) == expected
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(rank=st.integers(1, 64), rows=st.integers(1, 300), columns=st.integers(1, 300), experts=st.integers(1, 5))
 def test_an_adapter_is_two_thin_matrices_for_each_linear(rank, rows, columns, experts):
     part = one_linear(rows, columns, experts=experts, bias=True)

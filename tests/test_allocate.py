@@ -58,7 +58,7 @@ def best_of_all(problem: dict[str, list[Choice]], limit: int) -> float | None:
     return min((error for size, error in found if size <= limit), default=None)
 
 
-@settings(max_examples=300, deadline=None)  # speed is never asserted
+@settings(max_examples=300)  # speed is never asserted
 @given(problems, st.integers(0, 60))
 def test_no_choice_is_better(problem, limit):
     best = best_of_all(problem, limit)
@@ -74,7 +74,6 @@ def test_no_choice_is_better(problem, limit):
     assert error == pytest.approx(best, abs=1e-9)
 
 
-@settings(deadline=None)
 @given(problems, st.integers(0, 60), st.randoms())
 def test_the_order_in_which_choices_are_given_does_not_matter(problem, limit, random):
     if best_of_all(problem, limit) is None:
@@ -83,7 +82,6 @@ def test_the_order_in_which_choices_are_given_does_not_matter(problem, limit, ra
     assert allocate(mixed, limit) == allocate(problem, limit)
 
 
-@settings(deadline=None)
 @given(problems, st.integers(0, 60), st.integers(0, 20))
 def test_more_bytes_are_never_worse(problem, limit, more):
     if best_of_all(problem, limit) is not None:

@@ -119,7 +119,7 @@ def lives(draw: st.DrawFn) -> tuple[list[int], list[int]]:
     return sizes, events
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(lives())
 def test_any_list_keeps_the_allocators_bounds(life):
     sizes, events = life
@@ -174,13 +174,13 @@ def brute_force(sizes: list[int], events: list[int]) -> Reserved:
     return Reserved(allocated=most, reserved=sum(taken), segments=taken)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(lives())
 def test_any_list_gives_what_a_search_of_all_pieces_gives(life):
     assert simulate_events(*life) == brute_force(*life)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(lives())
 def test_the_same_step_again_takes_no_new_segment_when_all_died(life):
     sizes, events = life

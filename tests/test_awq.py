@@ -24,7 +24,7 @@ def output_error(x: torch.Tensor, exact: torch.Tensor, rounded: torch.Tensor) ->
     return float(((x @ rounded.T - x @ exact.T) ** 2).sum(-1).mean())
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 1000), bits=st.sampled_from([2, 3, 4, 8]), size=st.sampled_from([1.0, 10.0, 100.0]))
 def test_scales_are_never_worse_than_none_on_the_judging_rows(seed, bits, size):
     linears = [consumer(inputs(seed=seed, size=size), bits=bits, seed=seed + each) for each in range(2)]
@@ -103,7 +103,7 @@ def test_an_input_that_was_never_seen_has_no_say():
     torch.testing.assert_close(search_scales([met, unmet], COLUMNS, duo=False), search_scales([met], COLUMNS, duo=False), rtol=0.05, atol=0.01)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 1000), bits=st.integers(2, 8), group_size=st.sampled_from([8, 16, PER_CHANNEL]))
 def test_clipping_is_never_worse_under_its_groups_moments(seed, bits, group_size):
     torch.manual_seed(seed)

@@ -225,13 +225,13 @@ def test_figures_that_are_known_decide_between_devices():
 
 
 @given(st.text(max_size=60))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_no_text_breaks_the_matching(text):
     assert match_device(text) is None or isinstance(match_device(text), Device)
 
 
 @given(st.sampled_from(DEVICES), st.sampled_from(["Portable", "Mobile", "Ti", "SUPER", "XT", "D", "9z", "Max-Q", "+ RTX 3050"]))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_another_variant_of_a_device_is_not_that_device(device, word):
     assume(not set(re.findall(r"[a-z0-9]+", word.lower())) <= set(device.name.split("-")))
     found = match_device(f"{device.name} {word}")
@@ -449,7 +449,7 @@ def test_a_folder_and_a_missing_file(tmp_path):
 
 
 @given(st.binary(max_size=300))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_no_bytes_break_the_reading(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("bytes") / "any.toml"
     path.write_bytes(content)
@@ -461,7 +461,7 @@ VALUES = st.one_of(st.integers(), st.floats(), st.booleans(), st.text(max_size=5
 
 
 @given(st.sampled_from(sorted(Device.__dataclass_fields__)), VALUES)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_no_value_breaks_the_checks(tmp_path_factory, key, value):
     path = tmp_path_factory.mktemp("value") / "any.toml"
     said = json.dumps(value).replace("NaN", "nan").replace("Infinity", "inf")

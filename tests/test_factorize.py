@@ -140,7 +140,7 @@ def test_energy_takes_the_least_rank_that_keeps_the_share(values: list[float], s
 linears = st.lists(st.tuples(st.integers(2, 9), st.integers(2, 9)), min_size=1, max_size=4)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(shapes=linears, ratio=st.floats(0.3, 0.95), seed=st.integers(0, 1000))
 def test_ranks_have_the_predicted_total_and_no_choice_of_that_total_is_better(shapes: list[tuple[int, int]], ratio: float, seed: int) -> None:
     parts = [Linear(name=f"l{i}", component="mlp", out_features=rows, in_features=columns) for i, (rows, columns) in enumerate(shapes)]

@@ -175,7 +175,7 @@ def test_what_is_on_a_grid_stays_there(name):
     assert squared(again - once) < 0.1 * squared(once - weight)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(name=st.sampled_from(sorted(LAYOUTS)), seed=st.integers(0, 10**6), scale=st.sampled_from([1e-4, 1.0, 100.0]))
 def test_the_nearest_code_is_the_nearest(name, seed, scale):
     weight = torch.randn(2, 256, generator=torch.Generator().manual_seed(seed)) * scale

@@ -100,7 +100,7 @@ def test_without_correlation_it_is_rounding_to_the_nearest(format: WeightFormat)
 
 
 @given(seed=seeds)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_second_column_starts_from_the_exact_least_squares_answer(seed: int) -> None:
     """Source: Frantar et al. 2023 (arXiv:2210.17323), equation 2, for two columns: w_2 + H_12 / H_22 · (w_1 - ŵ_1)."""
     weight, hessian = random_weight(5, 2, seed=seed), statistics_of(2, seed=seed).hessian
@@ -180,7 +180,7 @@ def test_nvfp4s_weights_of_one_input_share_their_global_scale() -> None:
 
 
 @given(seed=seeds, columns=st.sampled_from([4, 40]), bits=st.sampled_from([2, 4]))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_refining_codes_never_raises_the_error_of_a_row(seed: int, columns: int, bits: int) -> None:
     weight, statistics = random_weight(5, columns, seed=seed), statistics_of(columns, seed=seed)
     factor, grid = first_factor(statistics), Grid.of(quantize_rtn(weight, bits=bits, group_size=4, symmetric=False))
@@ -240,7 +240,7 @@ def test_refitted_scales_are_the_least_squares_answer(symmetric: bool) -> None:
 
 
 @given(seed=seeds)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_refitting_scales_never_raises_the_error_of_a_row_and_keeps_their_type(seed: int) -> None:
     weight, statistics = random_weight(6, 16, seed=seed), statistics_of(16, seed=seed)
     factor, grid = first_factor(statistics), Grid.of(quantize_rtn(weight, bits=8, group_size=4, symmetric=True))

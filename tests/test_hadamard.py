@@ -64,7 +64,7 @@ def test_sizes_of_real_models_are_turned_by_entries_of_one_magnitude(size):
     torch.testing.assert_close(row.abs(), torch.full((1, size), 1 / math.sqrt(size), dtype=torch.float64))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(size=st.integers(1, 60), seed=st.integers(0, 100))
 def test_a_turn_keeps_lengths_and_depends_on_its_seed_alone(size, seed):
     x = torch.randn(3, size, dtype=torch.float64)

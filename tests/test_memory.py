@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from live_bytes import OPTIMIZERS, LiveBytes, track
 from transformers import BertConfig, DynamicCache, LlamaConfig, PretrainedConfig
@@ -254,7 +254,6 @@ workloads = st.builds(
 )
 
 
-@settings(deadline=None)
 @given(case=workloads, more=st.integers(1, 50))
 def test_memory_grows_with_batch_and_length(case: tuple[str, Workload], more: int) -> None:
     family, workload = case
@@ -263,7 +262,6 @@ def test_memory_grows_with_batch_and_length(case: tuple[str, Workload], more: in
     assert workload_memory(SMALL[family], replace(workload, seq_len=workload.seq_len + more)).peak >= peak
 
 
-@settings(deadline=None)
 @given(case=workloads)
 def test_parts_are_counted_once_and_none_is_left_behind(case: tuple[str, Workload]) -> None:
     family, workload = case
@@ -275,7 +273,6 @@ def test_parts_are_counted_once_and_none_is_left_behind(case: tuple[str, Workloa
     assert workload_memory(SMALL[family], workload) == memory
 
 
-@settings(deadline=None)
 @given(case=workloads.filter(lambda case: case[1].phase == "train"))
 def test_recomputation_and_plain_descent_need_no_more(case: tuple[str, Workload]) -> None:
     family, workload = case

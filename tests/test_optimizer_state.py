@@ -103,7 +103,7 @@ def test_lion_keeps_one_momentum():
     assert scratch_bytes("lion", [(4, 8), (8,)], "float32") == 3 * 4 * 32
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     name=st.sampled_from(sorted(OPTIMIZERS)),
     shapes=st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=3).map(tuple), min_size=1, max_size=6),

@@ -140,7 +140,7 @@ def test_stages_together_hold_the_model_and_a_tied_table_twice(spec: ModelSpec, 
     spec=st.sampled_from([spec for spec in SPECS if spec.family in ("llama", "qwen2", "gpt2", "bert", "opt", "mixtral")]),
     tp=st.sampled_from([1, 2]), pp=st.sampled_from([1, 2, 4]), cp=st.sampled_from([1, 2]), sequence=st.booleans(),
 )  # fmt: skip
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_ranks_together_compute_the_flops_of_the_model(spec: ModelSpec, tp: int, pp: int, cp: int, sequence: bool) -> None:
     """All of them, where what every tensor-parallel rank computes again (a router, BERT's head without sequence parallelism) counts once."""
     plan = Plan(dp=2, tp=tp, pp=pp, cp=cp, micro_batch_size=1, sequence_parallel=sequence and tp > 1)
@@ -168,7 +168,7 @@ def test_a_plan_of_one_device_is_the_memory_of_the_model(spec: ModelSpec) -> Non
     dp=st.sampled_from([1, 2, 4]), pp=st.sampled_from([1, 2]), shard=st.sampled_from(["none", "zero1", "zero2", "zero3"]),
     recompute=st.sampled_from(["none", "full", "selective"]), micro=st.sampled_from([None, 1, 2]), attention=st.sampled_from(["eager", "sdpa"]),
 )  # fmt: skip
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_the_replay_of_a_few_blocks_gives_that_of_all(name: str, layers: int, **options: Any) -> None:
     _, spec = model(name, layers=layers)
     plan = Plan(tp=options["tp"], dp=options["dp"], pp=options["pp"], shard=options["shard"], micro_batch_size=options["micro"])

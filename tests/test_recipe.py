@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from tiny_models import bert_config, config_of, llama_config, save
 
@@ -85,11 +85,6 @@ def refusal(make: Callable[[], Any]) -> str | None:
 # ---- its forms ----
 
 
-UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-"""Speed is never asserted."""
-
-
-@UNHURRIED
 @given(recipes())
 def test_text_and_yaml_say_the_same(made):
     assert parse_recipe(str(made)) == made
@@ -97,7 +92,6 @@ def test_text_and_yaml_say_the_same(made):
     assert str(parse_yaml(format_yaml(parse_recipe(str(made))))) == str(made)
 
 
-@UNHURRIED
 @given(recipes(), st.data())
 def test_a_spoiled_text_is_refused_or_says_what_it_is_taken_for(made, data):
     """No other exception, and nothing of the text that the recipe does not have."""

@@ -236,7 +236,7 @@ def test_narrow_weights_are_computed_in_their_type_and_said_so() -> None:
     assert any("float8_e4m3fn" in said for said in narrow.assumptions)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(batch=st.integers(1, 64), length=st.integers(16, 4096), more=st.integers(1, 64))
 def test_more_sequences_take_longer_and_give_no_less(batch: int, length: int, more: int) -> None:
     one, other = (inference_time(SPEC, workload("decode", batch_size=size, seq_len=length, new_tokens=16), H100) for size in (batch, batch + more))

@@ -24,7 +24,7 @@ import pytest
 import torch
 import transformers
 from any_architecture import ARCHITECTURES, calibration, save_architecture
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -557,7 +557,6 @@ def test_greedy_choices_are_near_the_best_of_all(seed: int) -> None:
     assert found <= plain
 
 
-@settings(deadline=None)
 @given(groups=st.integers(1, 12), size=st.integers(1, 3), seed=st.integers(0, 99), data=st.data())
 def test_exactly_so_many_groups_stay(groups: int, size: int, seed: int, data: st.DataObject) -> None:
     count = data.draw(st.integers(1, groups))

@@ -38,7 +38,7 @@ def test_scales_are_equation_4():
     assert smooth_scales([first], 2, alpha=0.75).tolist() == pytest.approx([8.0, 4**-0.25])
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 1000))
 def test_the_ends_of_alpha_make_one_side_even(seed):
     x, (linear,) = linears(seed=seed)

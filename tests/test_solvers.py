@@ -124,7 +124,7 @@ def test_groups_of_zeros_and_of_no_importance(format: WeightFormat) -> None:
 
 
 @given(seed=seeds, symmetric=st.booleans(), bits=st.sampled_from([2, 3, 4, 8]))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_rows_do_not_see_each_other(seed: int, symmetric: bool, bits: int) -> None:
     weight, importance = random_weight(7, 24, seed=seed), importance_of(24, seed=seed)
     format = WeightFormat(bits=bits, group_size=8, symmetric=symmetric)
@@ -258,7 +258,7 @@ def phi(weight: Tensor, found: QuantizedTensor) -> Tensor:
 
 
 @given(seed=seeds, bits=st.sampled_from([2, 3, 4, 8]))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_hqqs_error_in_its_own_norm_is_no_larger_than_rtns(seed: int, bits: int) -> None:
     weight = random_weight(5, 32, seed=seed)
     found = quantize_hqq(weight, bits=bits, group_size=8)

@@ -372,7 +372,7 @@ def test_a_gguf_file_of_zeros_does_not_fill_the_memory(tmp_path):
     assert "claims 8589934592 entries" in refused(ModelError, lambda: read_spec(path))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_no_damage_to_a_gguf_header_is_more_than_one_line(tmp_path, data):
     if not (tmp_path / "good.gguf").exists():
@@ -1016,7 +1016,7 @@ def test_a_graph_that_does_not_fit_together(nodes, says, tmp_path):
     assert says in refused(TraceError, lambda: OnnxGraph(path).follow(Workload(phase="encode")))
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(sorted(FUSED)), st.data())
 def test_no_damage_to_a_graph_is_more_than_one_line(tmp_path, name, data):
     node, inputs, constants, _ = FUSED[name]

@@ -136,7 +136,7 @@ def test_software_that_is_not_known_lies_between_and_widens_the_range():
 # ---- what each choice does ----
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(dp=st.sampled_from([1, 2, 8, 64]), tp=st.sampled_from([1, 2, 4, 8]), pp=st.sampled_from([1, 2, 4]), micro=st.sampled_from([1, 2]))
 def test_more_sequences_take_longer_and_more_than_one_device_never_halves_more_than_in_half(dp, tp, pp, micro):
     plan = Plan(dp=dp, tp=tp, pp=pp, micro_batch_size=micro, shard="zero1" if dp > 1 else "none", sequence_parallel=tp > 1)

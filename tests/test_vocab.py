@@ -103,7 +103,7 @@ def test_what_must_stay_stays_and_the_most_used_come_first(name: str) -> None:
         assert max(counts[lost]) <= min(counts[used])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 10_000), extra=st.integers(0, 300))
 def test_kept_tokens_of_bpe_are_closed_under_the_merges_that_make_them(seed: int, extra: int) -> None:
     found = vocabulary("smollm2-135m-offgrid")
@@ -126,7 +126,7 @@ pieces_of_text = st.lists(
 
 
 @pytest.mark.parametrize("name", KEEP)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(words=pieces_of_text)
 def test_a_text_whose_tokens_all_stay_is_cut_as_before(name: str, words: list[str]) -> None:
     before, after, new = cut(name)
@@ -136,7 +136,7 @@ def test_a_text_whose_tokens_all_stay_is_cut_as_before(name: str, words: list[st
             assert after.encode(text).ids == [new[each] for each in ids]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=st.text(max_size=60))
 def test_any_text_comes_back_from_bytes(text: str) -> None:
     """As it came back before, where a tokenizer lacks some bytes itself, as SmolLM2's does."""
