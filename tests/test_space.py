@@ -23,7 +23,7 @@ runtimes = st.lists(st.sampled_from(["torch", "openvino(dtype=bfloat16)", "onnxr
 def test_every_combination_is_there_as_often_as_it_is_spanned(places, runtimes):
     space = make_space(places, runtimes)
     found = list(space)
-    assert len(found) == len(space) == prod(map(len, places)) * len(runtimes)
+    assert len(found) == space.combinations == prod(map(len, places)) * len(runtimes)
     assert {recipe.runtime_text for recipe in found} == set(runtimes)
     for recipe in found:
         assert len(recipe.steps) <= len(places)
@@ -88,8 +88,8 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path, make):
 
 def test_more_combinations_than_anyone_means_are_refused_before_they_are_made():
     many = "quantize(rtn, bits={" + "|".join(["8"] * 100) + "})"
-    with pytest.raises(RecipeError, match=f"1,000,000 combinations; {MOST:,} are the most"):
-        make_space([[many], [many], [many]], ["torch"])
+    with pytest.raises(RecipeError, match=f"10,000,000,000 combinations; {MOST:,} are the most"):
+        make_space([[many]] * 5, ["torch"])
 
 
 @pytest.mark.parametrize("name", ["tiny_bert", "tiny_llama"])

@@ -15,7 +15,8 @@ from lighten.choose.constraints import FIGURES, Constraint, figure_of
 from lighten.choose.engine import Engine, Job
 from lighten.choose.journal import Journal
 from lighten.choose.request import Asked
-from lighten.choose.space import default_space
+from lighten.choose.sampler import DRAWN, LISTED, bits_left, draw
+from lighten.choose.space import Space, default_space
 from lighten.choose.trial import Candidate, context_of, derived, make_candidate, with_stand_ins
 from lighten.device import Profile
 from lighten.device.profile import Machine, data_folder
@@ -84,7 +85,7 @@ class Search:
             return [self._candidate(recipe) for recipe in dict.fromkeys(self.request.recipes) if recipe != Recipe()]
         space = self.request.space or default_space(self.spec)
         found, refused = [], 0
-        for recipe in dict.fromkeys(space):
+        for recipe in dict.fromkeys(space if space.combinations <= LISTED else self._drawn(space)):
             try:
                 apply_recipe(recipe, self.spec)
             except RecipeError:
@@ -96,6 +97,22 @@ class Search:
         if refused:
             self.log(f"{refused} of the space's {refused + len(found)} combinations cannot be done with this model on their runtime")
         return [candidate for candidate in found if candidate.recipe != Recipe()]
+
+    def _drawn(self, space: Space) -> list[Recipe]:
+        """The recipes of a space too large to be listed whose predictions are best."""
+
+        def judge(recipe: Recipe) -> tuple[float, float] | None:
+            try:
+                left = bits_left(apply_recipe(recipe, self.spec))
+            except RecipeError:
+                return None
+            cost = self.objective.cost(self._candidate(recipe).predicted) if self.objective.figure in FIGURES else 0.0
+            return cost, -left
+
+        self.log(f"the space has {space.combinations:,} combinations; {DRAWN:,} are drawn and predicted")
+        found = draw(space, judge)
+        self.log(f"the {len(found)} best of them are searched")
+        return found
 
     def _search(self, original: Candidate) -> list[dict[str, Any]]:
         """Every candidate's record: what was tried first, in the order of the trials."""

@@ -21,7 +21,7 @@ from lighten.errors import RecipeError
 from lighten.model.spec import Linear, ModelSpec
 from lighten.recipe import Recipe, parse_recipe
 
-MOST = 100_000
+MOST = 10**9
 """Combinations that a space may have: more are a slip of a brace."""
 _BRACES = re.compile(r"\{([^{}]*)\}")
 
@@ -40,7 +40,8 @@ class Space:
     runtimes: tuple[str, ...] = ()
     recipes: tuple[Recipe, ...] = ()
 
-    def __len__(self) -> int:
+    @property
+    def combinations(self) -> int:
         return len(self.recipes) + math.prod(map(len, self.places)) * len(self.runtimes)
 
     def __iter__(self) -> Iterator[Recipe]:
@@ -92,7 +93,7 @@ def make_space(places: Sequence[Sequence[str]], runtimes: Sequence[str], recipes
         RecipeError: a step, runtime or recipe that is none, or too many combinations.
 
     >>> space = make_space([["", "quantize(rtn, bits={8|4})"]], ["torch", "openvino"])
-    >>> len(space), str(list(space)[-1])
+    >>> space.combinations, str(list(space)[-1])
     (6, 'quantize(rtn, bits=4) @ openvino')
     """
     spelled = tuple(tuple(each for text in place for each in spell_out(text)) for place in places)
@@ -100,8 +101,8 @@ def make_space(places: Sequence[Sequence[str]], runtimes: Sequence[str], recipes
         places=spelled, runtimes=tuple(each for text in runtimes for each in spell_out(text)),
         recipes=tuple(parse_recipe(each) for text in recipes for each in spell_out(text)),
     )  # fmt: skip
-    if len(space) > MOST:
-        raise RecipeError(f"the space has {len(space):,} combinations; {MOST:,} are the most.")
+    if space.combinations > MOST:
+        raise RecipeError(f"the space has {space.combinations:,} combinations; {MOST:,} are the most.")
     for step in {step for place in spelled for step in place}:
         if parse_recipe(step).runtime_text != "torch" or "@" in step:
             raise RecipeError(f"step {step!r} of a place names a runtime; name it in `runtimes`.")
