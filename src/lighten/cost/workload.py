@@ -28,6 +28,7 @@ OPTIMIZER_STATE = {name: one.values for name, one in OPTIMIZERS.items()}
 
 EFFECTIVE_IN = {
     "master_weights": ("train",), "lora_rank": ("train",), "base_bits": ("train",), "cross_entropy": ("train",), "kept_by": ("decode", "generate"),
+    "lengths": ("encode",),
 }  # fmt: skip
 """Field → the phases in which a value other than its default changes something."""
 
@@ -55,6 +56,8 @@ class Workload:
         cross_entropy: how a training step takes the loss of its logits: all at once, by chunks of rows, or fused with the head's product.
         kept_by: whose cache keeps keys and values in phases decode and generate.
         target_len: tokens that an encoder-decoder is trained to give; None: as many as its source has.
+        lengths: tokens of each text, `seq_len` at most, where the texts have lengths of their own: all of them are the workload, `batch_size` at
+            once. Empty: one batch, of `seq_len` tokens each.
     """
 
     phase: Phase
@@ -73,6 +76,7 @@ class Workload:
     cross_entropy: CrossEntropy = "full"
     kept_by: KeptBy = "transformers"
     target_len: int | None = None
+    lengths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         choices = (
@@ -86,6 +90,8 @@ class Workload:
                 raise WorkloadError(f"{name}={getattr(self, name)} is not positive.")
         if self.target_len is not None and (self.target_len < 1 or self.phase != "train"):
             raise WorkloadError(f"target_len={self.target_len} with phase={self.phase}: phase train alone takes a positive one.")
+        if self.lengths and not 1 <= min(self.lengths) <= max(self.lengths) <= self.seq_len:
+            raise WorkloadError(f"lengths from {min(self.lengths)} to {max(self.lengths)}: each text has 1 to seq_len={self.seq_len} tokens.")
         if self.new_tokens < 0:
             raise WorkloadError(f"new_tokens={self.new_tokens} is negative.")
         if self.dtype not in DTYPE_BITS or (self.kv_dtype or self.dtype) not in DTYPE_BITS:
@@ -129,8 +135,8 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Tokens that the whole workload processes (encode, prefill, train) or makes (decode, generate)."""
-        return self.batch_size * (self.new_tokens or self.seq_len)
+        """Tokens that the whole workload processes (encode, prefill, train) or makes (decode, generate); padding is none of them."""
+        return sum(self.lengths) if self.lengths else self.batch_size * (self.new_tokens or self.seq_len)
 
 
 def has_free_source(spec: ModelSpec) -> bool:

@@ -13,8 +13,9 @@ from typing import Any, Literal, get_args
 from lighten.cost.memory import MemoryBreakdown
 from lighten.errors import LightenError, WorkloadError
 from lighten.model.spec import ModelSpec
+from lighten.recipe.acceptance import ACCEPTED
 from lighten.recipe.case import Case, Cost, Target, cost_of, device_name
-from lighten.recipe.draft import ACCEPTED, Speculation, check_draft, speculate
+from lighten.recipe.draft import Speculation, check_draft, speculate
 from lighten.recipe.levers import LEVERS, STEP_ORDER, Lever, Unfit, compatible, propose
 from lighten.recipe.quality import SAME, UNMEASURED, Quality, together
 from lighten.recipe.recipe import parse_recipe

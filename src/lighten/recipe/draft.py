@@ -13,31 +13,15 @@ from lighten.cost.memory import MemoryBreakdown
 from lighten.cost.workload import Workload
 from lighten.device.roofline import TimePrediction
 from lighten.errors import LightenError, WorkloadError
-from lighten.model.spec import Embedding, Linear, ModelSpec
+from lighten.model.spec import ModelSpec
+from lighten.recipe.acceptance import ACCEPTED, expected_tokens
 from lighten.recipe.case import Case, Cost, Target, cost_of, priced
+from lighten.recipe.options import PHASES, vocabulary
 from lighten.recipe.predict import compute_dtype
 from lighten.recipe.recipe import Recipe
 
-ACCEPTED = (0.6, 0.7, 0.8)
-"""α, low, middle and high. Source: table 2 of the paper, T5-XXL with three drafts on two tasks: 0.53 to 0.82, most of them within 0.6 to 0.8."""
 MOST_PROPOSED = 10
 """γ at most; the paper's best are 3 to 7."""
-PHASES = ("decode", "generate")
-
-
-def expected_tokens(accepted: float, proposed: int) -> float:
-    """Tokens that a round gives on average, one of them the model's own.
-
-        (1 - α^(γ+1)) / (1 - α)
-
-    Source: equation 1 of the paper.
-
-    >>> expected_tokens(0.8, 3), expected_tokens(0.0, 5), expected_tokens(1.0, 4)
-    (2.952, 1.0, 5.0)
-    """
-    if accepted == 1:
-        return proposed + 1.0
-    return round((1 - accepted ** (proposed + 1)) / (1 - accepted), 12)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,13 +54,6 @@ def check_draft(spec: ModelSpec, draft: ModelSpec, workload: Workload) -> None:
         raise WorkloadError(f"draft {draft.name} has {mine:,} tokens, {spec.name} has {other_size:,}; a draft has to have the model's vocabulary.")
 
 
-def vocabulary(spec: ModelSpec) -> int:
-    """Tokens that a model tells apart: outputs of its head, or rows of its largest table where it has none."""
-    heads = [part.out_features for part in spec.parts if isinstance(part, Linear) and part.component == "head"]
-    tables = [part.num_embeddings for part in spec.parts if isinstance(part, Embedding) and part.rows in ("token", "source")]
-    return max(heads or tables, default=0)
-
-
 def speculate(case: Case, target: Target, draft: ModelSpec, *, plain: Cost | None = None) -> Speculation:
     """What a case takes with a draft beside it, at the best number of proposals.
 
@@ -90,6 +67,8 @@ def speculate(case: Case, target: Target, draft: ModelSpec, *, plain: Cost | Non
         LightenError: the draft does not fit, or no time is known on the target.
     """
     check_draft(case.spec, draft, case.workload)
+    if case.recipe.speculation is not None:
+        raise WorkloadError(f"draft {draft.name}: the recipe speculates already (@ {case.recipe.runtime_text}); leave one of them out.")
     beside = _beside(case, draft)
     alone = plain or cost_of(case, target)
     other = cost_of(beside, target)

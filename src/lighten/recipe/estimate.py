@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -19,12 +20,15 @@ from lighten.device.roofline import TimePrediction
 from lighten.errors import DeviceError, WorkloadError
 from lighten.model.spec import Embedding, Linear, ModelSpec
 from lighten.parallel.plan import Plan
+from lighten.recipe.batching import dense_workloads
 from lighten.recipe.notes import notes
-from lighten.recipe.on_machine import place_followed, place_on_machine
+from lighten.recipe.on_machine import Passes, place_followed, place_on_machine
+from lighten.recipe.options import check_effect
 from lighten.recipe.placement import Placed, Use
 from lighten.recipe.predict import apply_recipe, artifact_bytes
 from lighten.recipe.recipe import Recipe
 from lighten.recipe.sparse import as_run
+from lighten.recipe.speculated import place_speculating
 from lighten.trace.allocator import simulate
 from lighten.trace.cache import follow_once
 from lighten.trace.program import Facts, Followed, Program
@@ -71,6 +75,8 @@ class Estimate:
         if self.placed is None or self.placed.time is None or self.placed.peak_flops_per_s is None:
             return None
         matmul, spec = self.matmul_causal, self.spec
+        if self.workload.lengths:
+            return None  # what is padding is no work of the model's
         if isinstance(spec, ModelSpec):
             matmul = workload_flops(_once(spec), replace(self.workload, recompute="none"))["matmul_causal"]
         elif self.workload.recompute != "none" or matmul is None:
@@ -158,8 +164,12 @@ def estimate(
     changed = as_run(apply_recipe(recipe, spec), device)
     if workload.phase == "train" and any(isinstance(p, Linear | Embedding) and p.weight.bits for p in changed.parts):
         raise WorkloadError("phase train of quantized weights is not supported: codes have no gradient; train first, then quantize.")
-    flops = workload_flops(changed, workload)
-    memory = memory_of(changed, workload)
+    check_effect(dict(recipe.options), workload)
+    dense = dense_workloads(workload, recipe.batching, most=spec.max_positions)
+    flops: Counter[str] = Counter()
+    for each, count in dense.items():
+        flops.update({name: count * value for name, value in workload_flops(changed, each).items()})
+    memory = max((memory_of(changed, each) for each in dense), key=lambda found: found.peak)
     placed = _placed(changed, workload, recipe, memory, device, plan, use)
     return Estimate(
         spec=changed, workload=workload, matmul={name.partition("/")[2]: value for name, value in flops.items() if name.startswith("matmul/")},
@@ -193,6 +203,9 @@ def _placed(  # noqa: PLR0913  what is asked, and of what
     use: Use | None,
 ) -> Placed | None:
     if isinstance(device, Device):
+        if recipe.options or workload.lengths:
+            said = recipe.runtime_text if recipe.options else "lengths of texts"
+            raise DeviceError(f"{said} is timed on this machine alone (--device this); `lighten advise --draft` reads a draft on {device.name}.")
         from lighten.recipe.on_devices import place_on_devices
 
         return place_on_devices(spec, workload, recipe, memory, device, plan=plan or Plan(), use=use or Use())
@@ -200,7 +213,13 @@ def _placed(  # noqa: PLR0913  what is asked, and of what
         raise DeviceError(
             "a plan and what else is asked of it are of devices with published figures, which `lighten devices` lists; this machine is one."
         )
-    return place_on_machine(forward_passes(spec, workload), spec, workload, recipe, memory, device) if device else None
+    if device is None:
+        return None
+    if recipe.speculation is not None:
+        return place_speculating(spec, workload, recipe, memory, device)
+    dense = dense_workloads(workload, recipe.batching, most=spec.max_positions)
+    passes: Passes = [(ops, count * times) for each, count in dense.items() for ops, times in forward_passes(spec, each)]
+    return place_on_machine(passes, spec, workload, recipe, memory, device)
 
 
 def _once(spec: ModelSpec) -> ModelSpec:
@@ -272,6 +291,8 @@ def _assumptions(workload: Workload, recipe: Recipe, placed: Placed | None) -> t
         said.append("logits at every position, as model(...) computes them")
     if workload.phase == "generate":
         said.append("logits at the last prompt position alone; the prefill gives the first new token")
+    if workload.lengths:
+        said.append(f"{len(workload.lengths)} texts of {sum(workload.lengths):,} tokens, batching={recipe.batching}; memory is of the fullest batch")
     if workload.phase == "train":
         said.append("the loss is the head's, without a head the mean of the last hidden state; the optimizer's own FLOPs are left out")
     if recipe.runtime in ("torch", "torch-compile") and _has_codes(recipe) and (placed is None or placed.plan is None):

@@ -17,7 +17,7 @@ from lighten.recipe.predict import compute_dtype, loaded_weight_bytes
 from lighten.recipe.recipe import Recipe
 from lighten.units import dtype_bytes
 
-Passes = Sequence[tuple[list[Op], int]]
+Passes = Sequence[tuple[list[Op], float]]
 THIS_MACHINE = "this"
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from lighten.errors import RecipeError
 from lighten.model.read import FLOAT_DTYPES
 from lighten.model.spec import Embedding, Linear, ModelSpec, Part, part_weight_bytes
+from lighten.recipe.options import check_model
 from lighten.recipe.recipe import Recipe, Step
 from lighten.recipe.size import CONTAINER_BASE_BYTES, CONTAINER_BYTES, artifact_size
 from lighten.recipe.targets import RUNTIMES, carries, refuse_mixture
@@ -36,6 +37,7 @@ def apply_recipe(recipe: Recipe, spec: ModelSpec) -> ModelSpec:
     if spec.is_decoder and not kind.decoders:
         able = ", ".join(name for name, other in RUNTIMES.items() if other.decoders)
         raise RecipeError(f"runtime {recipe.runtime} does not run decoders here; these do: {able}.")
+    check_model(dict(recipe.options), spec, coded_cache=recipe.kv_dtype is not None)
     if recipe.kv_dtype is not None and recipe.runtime not in CACHES_CODES:
         raise RecipeError(f"runtime {recipe.runtime} has a cache of its own; quantize(kv) is for {', '.join(CACHES_CODES)}.")
     for part in spec.parts:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from lighten.errors import RecipeError
+from lighten.recipe.options import OPTIONS, Batching, Speculation, check_options, speculation_of
 from lighten.recipe.predicted import KINDS, PREDICTED, require_done
 from lighten.recipe.steps import STEPS
 from lighten.recipe.targets import RUNTIMES
@@ -64,11 +65,13 @@ class Recipe:
     Attributes:
         runtime: a name of `RUNTIMES`.
         dtype: the type that the runtime computes in; None: that of the weights.
+        options: of the runtime beside that, by the names of `OPTIONS` and in their order.
     """
 
     steps: tuple[Step, ...] = ()
     runtime: str = DEFAULT_RUNTIME
     dtype: str | None = None
+    options: tuple[tuple[str, Value], ...] = ()
 
     @property
     def steps_text(self) -> str:
@@ -97,8 +100,20 @@ class Recipe:
         return next((f"int{step['bits']}" for step in self.steps if (step.verb, step.method) == ("quantize", "kv")), None)
 
     @property
+    def batching(self) -> Batching:
+        """How texts of different lengths come into batches."""
+        found: Batching = dict(self.options).get("batching", "padded")  # type: ignore[assignment]
+        return found
+
+    @property
+    def speculation(self) -> Speculation | None:
+        """What proposes tokens while it decodes; None: nothing."""
+        return speculation_of(dict(self.options))
+
+    @property
     def runtime_text(self) -> str:
-        return self.runtime + (f"(dtype={self.dtype})" if self.dtype else "")
+        said = ([("dtype", self.dtype)] if self.dtype else []) + list(self.options)
+        return self.runtime + (f"({', '.join(f'{name}={_value_text(value)}' for name, value in said)})" if said else "")
 
     def __str__(self) -> str:
         """The text form, which parses back to the same recipe."""
@@ -179,7 +194,7 @@ def format_yaml(recipe: Recipe) -> str:
     from lighten.recipe.yaml_words import Dumper
 
     steps = [{step.verb: {"method": step.method, **dict(step.arguments)}} for step in recipe.steps]
-    runtime = {"name": recipe.runtime} | ({"dtype": recipe.dtype} if recipe.dtype else {})
+    runtime = {"name": recipe.runtime} | ({"dtype": recipe.dtype} if recipe.dtype else {}) | dict(recipe.options)
     return yaml.dump({"steps": steps, "runtime": runtime}, Dumper=Dumper, sort_keys=False)
 
 
@@ -191,12 +206,11 @@ def make_recipe(steps: tuple[Step, ...], runtime: str, options: Mapping[str, Any
     """
     if runtime not in RUNTIMES:
         raise RecipeError(f"runtime {runtime!r} does not exist; runtimes: {', '.join(RUNTIMES)}.")
-    if unknown := set(options) - {"dtype"}:
-        raise RecipeError(f"runtime {runtime}: no option {', '.join(sorted(unknown))}; options: dtype.")
-    dtype = options.get("dtype")
+    dtype, own = options.get("dtype"), {name: value for name, value in options.items() if name != "dtype"}
+    check_options(runtime, RUNTIMES[runtime].options, own)
     if dtype is not None and dtype not in RUNTIMES[runtime].dtypes:
         raise RecipeError(f"runtime {runtime} does not compute in {dtype!r}; it computes in {', '.join(RUNTIMES[runtime].dtypes)}.")
-    return Recipe(steps=steps, runtime=runtime, dtype=dtype)
+    return Recipe(steps=steps, runtime=runtime, dtype=dtype, options=tuple((name, own[name]) for name in OPTIONS if name in own))
 
 
 def make_step(verb: str, method: str, given: Mapping[str, Any]) -> Step:

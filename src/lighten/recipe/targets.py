@@ -22,6 +22,7 @@ class RuntimeKind:
         stored: the types in which its artifact can store weights that are not quantized.
         decoders: whether it generates with a KV cache here.
         formats: the quantized formats that it carries, for people.
+        options: those of `OPTIONS` that it takes beside its type.
     """
 
     extra: str
@@ -32,12 +33,15 @@ class RuntimeKind:
     stored: tuple[str, ...]
     decoders: bool
     formats: str
+    options: tuple[str, ...] = ("batching",)
 
 
+_SPECULATES = ("batching", "speculate", "draft_tokens")
 _TORCH = ("torch", "transformers", "safetensors")
 RUNTIMES: dict[str, RuntimeKind] = {
     "torch": RuntimeKind(
         extra="torch", builds=_TORCH, dtypes=("float32", "bfloat16"), exported=False, stored=("float32", "bfloat16", "float16"), decoders=True,
+        options=(*_SPECULATES, "skip"),
         formats="weights of every width and float format (expanded when loaded: smaller on disk, not faster), with 8-bit activations simulated",
     ),
     "torch-compile": RuntimeKind(
@@ -46,17 +50,17 @@ RUNTIMES: dict[str, RuntimeKind] = {
     ),
     "onnxruntime": RuntimeKind(
         extra="onnx", builds=("torch", "transformers", "onnx", "onnxscript", "onnxruntime"),
-        dtypes=("float32",), exported=True, stored=("float32",), decoders=True,
+        dtypes=("float32",), exported=True, stored=("float32",), decoders=True, options=_SPECULATES,
         formats="whole-number codes of 8 and 4 bits; for encoders quantize(dynamic), and codes of 8 bits by channel with activations=dynamic",
     ),
     "openvino": RuntimeKind(
         extra="openvino", builds=("torch", "transformers", "onnx", "onnxscript", "openvino", "nncf"),
-        dtypes=("float32", "bfloat16"), exported=True, stored=("float32", "float16"), decoders=True,
+        dtypes=("float32", "bfloat16"), exported=True, stored=("float32", "float16"), decoders=True, options=_SPECULATES,
         formats="quantize(dynamic), quantize(static) of encoders, codes with bits=8 and group_size=channel or bits=4 by channel or group",
     ),
     "llama.cpp": RuntimeKind(
         extra="llama-cpp", builds=("torch", "gguf"), runs=("llama_cpp",),
-        dtypes=("float32",), exported=False, stored=("float32", "float16", "bfloat16"), decoders=True,
+        dtypes=("float32",), exported=False, stored=("float32", "float16", "bfloat16"), decoders=True, options=(),
         formats="all types of ggml (format=q8_0 to q2_k), mxfp4, and whole-number codes in groups of a multiple of 32",
     ),
     "ctranslate2": RuntimeKind(

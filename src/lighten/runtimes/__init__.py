@@ -11,6 +11,7 @@ from lighten.model.spec import ModelSpec
 from lighten.recipe.targets import RUNTIMES
 from lighten.runtimes import ctranslate2_runtime, llama_cpp, onnx_runtime, openvino_runtime, torch_compile, torch_eager
 from lighten.runtimes.session import Checked, Runtime, Session, Setup
+from lighten.runtimes.speculate import speculating
 
 MODULES: dict[str, Runtime] = {
     "torch": torch_eager, "torch-compile": torch_compile, "onnxruntime": onnx_runtime, "openvino": openvino_runtime,
@@ -46,7 +47,11 @@ def open_session(runtime: str, folder: Path, spec: ModelSpec, setup: Setup) -> S
     Raises:
         RuntimeUnavailable: the folder holds nothing that the runtime runs.
     """
-    return Checked(MODULES[runtime].load(folder, spec, setup), spec)
+    load = MODULES[runtime].load
+    session = load(folder, spec, setup)
+    if setup.speculation is not None:
+        session = speculating(session, spec, setup.speculation, setup, load)
+    return Checked(session, spec)
 
 
 def package_versions() -> dict[str, str]:

@@ -6,11 +6,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lighten.formats.files import ONNX
 from lighten.formats.graph_inputs import cache_names, decoder_inputs, empty_cache
 from lighten.formats.settings import onnxruntime_settings
 from lighten.model.spec import ModelSpec
-from lighten.runtimes.session import Floats, Ids, Session, Setup, Stepping, model_file
+from lighten.runtimes.session import Floats, Ids, Session, Setup, model_file
+from lighten.runtimes.speculate import Croppable
 
 
 def version() -> str:
@@ -56,7 +59,7 @@ TENSOR_UINT8, TENSOR_INT8 = 2, 3
 """Numbers of types in onnx.TensorProto.DataType."""
 
 
-class _OnnxSession(Stepping):
+class _OnnxSession(Croppable):
     """See `Session`. A decoder's keys and values stay in ONNX Runtime's own memory from step to step."""
 
     def __init__(self, session: Any, path: Path, spec: ModelSpec, *, dynamic: bool) -> None:
@@ -87,6 +90,9 @@ class _OnnxSession(Stepping):
         return self.decode(input_ids)
 
     def decode(self, input_ids: Ids) -> Floats:
+        return self.verify(input_ids)[:, -1]
+
+    def verify(self, input_ids: Ids) -> Floats:
         layers = len(self._cache) // 2
         binding = self._session.io_binding()
         for name, value in decoder_inputs(input_ids, self._positions).items():
@@ -98,5 +104,12 @@ class _OnnxSession(Stepping):
         self._session.run_with_iobinding(binding)
         logits, *self._cache = binding.get_outputs()
         self._positions += input_ids.shape[1]
-        last: Floats = logits.numpy()[:, -1]
-        return last
+        found: Floats = logits.numpy()
+        return found
+
+    def crop(self, length: int) -> None:
+        import onnxruntime
+
+        if length < self._positions:
+            self._cache = [onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value.numpy()[:, :, :length])) for value in self._cache]
+            self._positions = length

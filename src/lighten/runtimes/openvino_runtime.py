@@ -12,7 +12,8 @@ from lighten.formats.files import OPENVINO
 from lighten.formats.graph_inputs import decoder_inputs
 from lighten.formats.settings import openvino_settings
 from lighten.model.spec import ModelSpec
-from lighten.runtimes.session import Floats, Ids, Session, Setup, Stepping, model_file
+from lighten.runtimes.session import Floats, Ids, Session, Setup, model_file
+from lighten.runtimes.speculate import Croppable
 
 NAMES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 CODES = {"i8": "8-bit", "u8": "8-bit", "i4": "4-bit", "u4": "4-bit"}
@@ -63,7 +64,7 @@ def _told(node: Any, key: str) -> str:
     return info[key].astype(str) if key in info else ""
 
 
-class _OpenVINOSession(Stepping):
+class _OpenVINOSession(Croppable):
     """See `Session`. A decoder's keys and values live in the request's state, set to no positions before each prompt."""
 
     def __init__(self, compiled: Any) -> None:
@@ -89,6 +90,17 @@ class _OpenVINOSession(Stepping):
 
     def decode(self, input_ids: Ids) -> Floats:
         return self._run(input_ids)[:, -1]
+
+    def verify(self, input_ids: Ids) -> Floats:
+        return self._run(input_ids)
+
+    def crop(self, length: int) -> None:
+        import openvino
+
+        if length < self._positions:
+            for state in self._request.query_state():
+                state.state = openvino.Tensor(np.ascontiguousarray(state.state.data[:, :, :length]))
+            self._positions = length
 
     def _run(self, input_ids: Ids) -> Floats:
         output: Floats = self._request.infer(decoder_inputs(input_ids, self._positions))[0]

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from lighten.errors import RuntimeUnavailable, WorkloadError
 from lighten.model.spec import ModelSpec
+from lighten.recipe.options import Batching, Speculation
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -28,11 +29,31 @@ class Setup:
     Attributes:
         dtype: the type to compute in.
         dynamic: whether int8 activations, scaled from each input, are asked for; they stay off else.
+        speculation: what proposes tokens while it decodes; None: nothing.
+        batching: how texts of different lengths come into batches.
     """
 
     dtype: str
     threads: int
     dynamic: bool = False
+    speculation: Speculation | None = None
+    batching: Batching = "padded"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accepted:
+    """How speculative decoding went.
+
+    Attributes:
+        passes: of the model, after the prompt's.
+        tokens: that each sequence got from them.
+        proposed, accepted: tokens, of all sequences; those after a token that was not accepted count as proposed alone.
+    """
+
+    passes: int
+    tokens: int
+    proposed: int
+    accepted: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +64,13 @@ class Generated:
         ids: [B, N] new tokens.
         first_s: seconds until each sequence had its first.
         rest_s: seconds that the others took.
+        accepted: of speculative decoding; None of plain.
     """
 
     ids: Ids
     first_s: float
     rest_s: float
+    accepted: Accepted | None = None
 
 
 class Session(Protocol):
@@ -73,6 +96,19 @@ class Session(Protocol):
 
 class Stepping(ABC):
     """A session whose cache is fed one token at a time."""
+
+    @property
+    @abstractmethod
+    def precision(self) -> str:
+        """See `Session`."""
+
+    @abstractmethod
+    def encode(self, input_ids: Ids, attention_mask: Ids) -> Floats:
+        """See `Session`."""
+
+    @abstractmethod
+    def logits(self, input_ids: Ids) -> Floats:
+        """See `Session`."""
 
     @abstractmethod
     def prefill(self, input_ids: Ids) -> Floats:

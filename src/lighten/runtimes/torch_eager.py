@@ -7,7 +7,8 @@ from typing import Any
 
 from lighten.model.quantized.kv import KVFormat, read_kv_format
 from lighten.model.spec import ModelSpec
-from lighten.runtimes.session import Floats, Ids, Session, Setup, Stepping, as_float32
+from lighten.runtimes.session import Floats, Ids, Session, Setup, as_float32
+from lighten.runtimes.speculate import Skipping
 
 
 def version() -> str:
@@ -26,7 +27,7 @@ def load(folder: Path, spec: ModelSpec, setup: Setup) -> Session:
     return TorchSession(load_module(folder, spec, dtype=setup.dtype, attention="sdpa"), read_kv_format(spec.config))
 
 
-class TorchSession(Stepping):
+class TorchSession(Skipping):
     """See `Session`. Where the config asks for a quantized cache, attention reads codes at every position, of a lone prompt too."""
 
     def __init__(self, module: Any, kv: KVFormat | None = None) -> None:
@@ -70,9 +71,30 @@ class TorchSession(Stepping):
         return None if self._kv is None else coded_cache(self.module.config, self._kv)
 
     def decode(self, input_ids: Ids) -> Floats:
+        return self._step(input_ids, logits_to_keep=1)[:, -1]
+
+    def verify(self, input_ids: Ids) -> Floats:
+        return self._step(input_ids)
+
+    def crop(self, length: int) -> None:
+        for layer in self._cache.layers:  # one that a draft's steps skipped has fewer positions than the others
+            layer.crop(min(length - layer.get_seq_length(), 0))
+
+    def decode_skipping(self, input_ids: Ids, kept: tuple[int, ...]) -> Floats:
+        from torch.nn import ModuleList
+
+        body = self.module.base_model
+        blocks = body.layers
+        body.layers = ModuleList([blocks[place] for place in kept])  # each knows its own place in the cache
+        try:
+            return self.decode(input_ids)
+        finally:
+            body.layers = blocks
+
+    def _step(self, input_ids: Ids, **options: int) -> Floats:
         import torch
 
         with torch.inference_mode():
-            output = self.module(input_ids=torch.from_numpy(input_ids), past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+            output = self.module(input_ids=torch.from_numpy(input_ids), past_key_values=self._cache, use_cache=True, **options)
         self._cache = output.past_key_values
-        return as_float32(output.logits[:, -1])
+        return as_float32(output.logits)
