@@ -8,7 +8,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
@@ -20,7 +20,7 @@ from lighten.errors import DeviceError, ModelError, RecipeError, TextError, Unsu
 from lighten.model import ModelSpec
 from lighten.model.runnable import read_for, read_runnable
 from lighten.parallel.plan import Plan
-from lighten.recipe import Recipe, apply_recipe, read_recipe
+from lighten.recipe import Recipe, apply_recipe, parse_recipe, read_recipe
 from lighten.recipe.estimate import Estimate
 from lighten.recipe.placement import Use, default_plan
 from lighten.recipe.predict import compute_dtype
@@ -406,10 +406,15 @@ def measure(
     runtime: str | None = None,
     text: str | Path | None = None,
     threads: int | None = None,
+    own_lengths: bool = False,
     log: Log = silent,
     **workload: Any,
 ) -> dict[str, Any]:
     """Run a model or an artifact beside the original, and hold it against its prediction: the document of `lighten measure --json`.
+
+    Args:
+        runtime: as a recipe names it, options too; of an artifact its own, with other options than its recipe has.
+        own_lengths: encode the text's passages, each as long as it is, instead of one batch of `seq_len` tokens each.
 
     Raises:
         LightenError: whatever of this cannot be read or run.
@@ -420,14 +425,17 @@ def measure(
     from lighten.formats.artifact import MANIFEST, read_artifact
     from lighten.judge.child import WorkerFailed
     from lighten.judge.measure import Judge, Limits, Target, artifact_target, model_bytes
+    from lighten.judge.measure import own_lengths as lengthen
     from lighten.judge.text import load_text
+    from lighten.recipe.options import check_effect
     from lighten.runtimes import require_runtime
 
     folder = _folder(model)
     made = read_artifact(folder) if (folder / MANIFEST).is_file() else None
-    if made and runtime and runtime != made.recipe.runtime:
-        raise WorkloadError(f"{folder} is an artifact for runtime {made.recipe.runtime}; it does not run on {runtime}.")
-    recipe = made.recipe if made else read_recipe(f"@ {runtime or 'torch'}")
+    said = parse_recipe(f"@ {runtime or 'torch'}")
+    if made and runtime and (said.runtime != made.recipe.runtime or said.dtype not in (None, made.recipe.dtype)):
+        raise WorkloadError(f"{folder} is an artifact for runtime {made.recipe.runtime}; it does not run on {said.runtime_text}.")
+    recipe = replace(made.recipe, options=said.options) if made and runtime else made.recipe if made else said
     require_runtime(recipe.runtime)
     original = made.original if made else folder
     if not original.is_dir():
@@ -436,14 +444,20 @@ def measure(
     apply_recipe(recipe, spec)
     judged_by = load_text(Path(text) if text else None)
     asked = make_workload(spec, dtype="float32", **workload)
+    if own_lengths:
+        asked = lengthen(asked, original, judged_by)
+    check_effect(dict(recipe.options), asked)
     check_finite(original)
     profile = _profile_or_none()
     cores = threads or usable_cores()
     with tempfile.TemporaryDirectory(prefix="lighten-") as work, contextlib.ExitStack() as stack:
         if made:
-            target = artifact_target(folder)
+            target = replace(artifact_target(folder), speculation=recipe.speculation, batching=recipe.batching)
         elif recipe.runtime in ("torch", "torch-compile"):
-            target = Target(folder=folder, runtime=recipe.runtime, dtype=compute_dtype(recipe, spec), size_bytes=model_bytes(folder))
+            target = Target(
+                folder=folder, runtime=recipe.runtime, dtype=compute_dtype(recipe, spec), size_bytes=model_bytes(folder),
+                speculation=recipe.speculation, batching=recipe.batching,
+            )  # fmt: skip
         else:
             log(f"writing an artifact for {recipe.runtime}")
             written = compress(folder, str(recipe), Path(work) / "artifact")
@@ -458,6 +472,18 @@ def measure(
             raise WorkloadError(f"{folder} could not be measured: {error}") from error
     predicted = predict(spec, asked, recipe, profile, Rates(tokens=asked.tokens)) if profile else predict_without_device(spec, asked, recipe)
     return measured | {"recipe": str(recipe), "predicted": predicted, "ratio": ratios(predicted, measured)}
+
+
+def with_own_lengths(workload: Workload, model: str | Path, text: str | Path | None = None) -> Workload:
+    """A workload of encoding the texts that a model is judged by, each as long as it is, `seq_len` tokens at most.
+
+    Raises:
+        LightenError: the phase is another, or the model's tokenizer or the text cannot be read.
+    """
+    from lighten.judge.measure import own_lengths
+    from lighten.judge.text import load_text
+
+    return own_lengths(workload, _folder(model), load_text(Path(text) if text else None))
 
 
 def choose(request: Request, *, log: Log = silent) -> dict[str, Any]:
@@ -496,11 +522,12 @@ def probe(*, threads: int | None = None, engines: Sequence[str] | None = None, l
 
 def predict_without_device(spec: ModelSpec, workload: Workload, recipe: Recipe) -> dict[str, Any]:
     """The predictions that need no measured machine: the size."""
-    from lighten.choose.trial import Rates, derived
+    from lighten.choose.trial import Rates, derived, predicted_per_pass
     from lighten.recipe.predict import artifact_bytes
 
     unknown = dict.fromkeys(("peak_memory_bytes", "latency_s", "latency_low_s", "latency_high_s", "time_to_first_token_s"))
-    return derived({"size_bytes": artifact_bytes(recipe, apply_recipe(recipe, spec)), **unknown}, Rates(tokens=workload.tokens))
+    known = {"size_bytes": artifact_bytes(recipe, apply_recipe(recipe, spec)), "tokens_per_pass": predicted_per_pass(recipe, workload)}
+    return derived({**known, **unknown}, Rates(tokens=workload.tokens))
 
 
 def usable_cores() -> int:

@@ -83,7 +83,7 @@ class Search:
         """What is searched, each once. Of a space those combinations that can be done; of recipes that were named all, and why not."""
         if self.request.recipes:
             return [self._candidate(recipe) for recipe in dict.fromkeys(self.request.recipes) if recipe != Recipe()]
-        space = self.request.space or default_space(self.spec)
+        space = self.request.space or default_space(self.spec, own_lengths=bool(self.request.workload.lengths))
         found, refused = [], 0
         for recipe in dict.fromkeys(space if space.combinations <= LISTED else self._drawn(space)):
             try:

@@ -152,11 +152,16 @@ ENCODER_RUNTIMES = ("torch", "torch(dtype=bfloat16)", "onnxruntime", "openvino",
 DECODER_RUNTIMES = ("torch", "torch(dtype=bfloat16)", "onnxruntime", "openvino", "openvino(dtype=bfloat16)", "ctranslate2")
 COMPILED = ("@ torch-compile", "cast(bfloat16) @ torch-compile")
 """Compiled alone: codes are expanded there, and each shape is compiled for a minute."""
+BUCKETED = ("@ torch-compile(batching=bucketed)", "cast(bfloat16) @ torch-compile(batching=bucketed)")
 GGML = "quantize(rtn, format={q8_0|q6_k|q5_k|q4_k|q4_0|q3_k}, embeddings=true) @ llama.cpp"
 
 
-def default_space(spec: ModelSpec) -> Space:
-    """What fits the model's family: eight and four bits, by layer too, on every runtime. Combinations that cannot be done are still among them."""
+def default_space(spec: ModelSpec, *, own_lengths: bool = False) -> Space:
+    """What fits the model's family: eight and four bits, by layer too, on every runtime. Combinations that cannot be done are still among them.
+
+    Args:
+        own_lengths: texts of different lengths are encoded: all recipes sort them, and what is compiled by shape meets few shapes.
+    """
     sizes = [size for size in (128, 96, 64, 32, 16) if _divides(spec, size)]
     texts = list(DECODER if spec.is_decoder else ENCODER)
     if not sizes:
@@ -168,8 +173,19 @@ def default_space(spec: ModelSpec) -> Space:
     }  # fmt: skip
     for word, value in named.items():
         texts = [text.replace(word, value) for text in texts]
-    runtimes = DECODER_RUNTIMES if spec.is_decoder else ENCODER_RUNTIMES
-    return make_space([texts], runtimes, [GGML] if spec.is_decoder else COMPILED)
+    runtimes: tuple[str, ...] = DECODER_RUNTIMES if spec.is_decoder else ENCODER_RUNTIMES
+    compiled = COMPILED
+    if own_lengths:
+        runtimes, compiled = tuple(_with_option(each, "batching=sorted") for each in runtimes), BUCKETED
+    return make_space([texts], runtimes, [GGML] if spec.is_decoder else compiled)
+
+
+def _with_option(runtime: str, option: str) -> str:
+    """
+    >>> _with_option("torch", "batching=sorted"), _with_option("torch(dtype=bfloat16)", "batching=sorted")
+    ('torch(batching=sorted)', 'torch(dtype=bfloat16, batching=sorted)')
+    """
+    return f"{runtime[:-1]}, {option})" if runtime.endswith(")") else f"{runtime}({option})"
 
 
 def _divides(spec: ModelSpec, size: int) -> bool:

@@ -26,6 +26,7 @@ from lighten.recipe import Recipe, apply_recipe
 from lighten.recipe.estimate import Estimate, estimate
 from lighten.recipe.on_machine import engine_name
 from lighten.recipe.predict import compute_dtype
+from lighten.recipe.speculated import tokens_per_pass
 from lighten.recipe.targets import RUNTIMES
 from lighten.runtimes import missing_packages
 
@@ -85,7 +86,7 @@ class Candidate:
     """A recipe, what it is predicted to give, and why it is not tried, where that is so already.
 
     Attributes:
-        engine: the measured engine that its time is predicted by, and how it rounds activations.
+        engine: the measured engine that its time is predicted by, how it rounds activations, and options that change what is computed when.
         kind: what its weights are stored in.
         weights: what it computes, whatever the runtime: the steps, with the runtime where that rounds activations in its own way.
         rounds: whether it does.
@@ -132,7 +133,7 @@ def make_candidate(spec: ModelSpec, workload: Workload, recipe: Recipe, profile:
     rounding = next((weight.activations for weight in linears if weight.activations), None)
     return Candidate(
         id=identity, recipe=recipe, predicted=predicted, rates=rates, refused=refused, context=said,
-        engine=f"{engine_name(recipe, changed)} {rounding or ''}".strip(),
+        engine=" ".join(filter(None, [engine_name(recipe, changed), rounding, *(f"{name}={value}" for name, value in recipe.options)])),
         kind=" ".join(sorted({str(weight.bits or weight.dtype) for weight in linears})),
         weights=f"{recipe.steps_text} @ {recipe.runtime}" if rounding else recipe.steps_text, rounds=rounding is not None,
     )  # fmt: skip
@@ -145,7 +146,8 @@ def predict(spec: ModelSpec, workload: Workload, recipe: Recipe, profile: Profil
     try:
         found: Estimate = estimate(spec, asked, recipe=recipe, device=profile)
         if workload.phase == "generate":  # the first of the new tokens comes from the prompt's pass
-            first = estimate(spec, replace(asked, new_tokens=1), recipe=recipe, device=profile).time
+            plain = replace(recipe, options=())  # nothing is proposed before there is a token
+            first = estimate(spec, replace(asked, new_tokens=1), recipe=plain, device=profile).time
             first_s = first.seconds if first else None
     except DeviceError:
         found = estimate(spec, asked, recipe=recipe)
@@ -153,7 +155,14 @@ def predict(spec: ModelSpec, workload: Workload, recipe: Recipe, profile: Profil
     return derived({
         "size_bytes": found.size_bytes, "peak_memory_bytes": found.process_bytes, "latency_s": time_.seconds if time_ else None,
         "latency_low_s": time_.low if time_ else None, "latency_high_s": time_.high if time_ else None, "time_to_first_token_s": first_s,
+        "tokens_per_pass": predicted_per_pass(recipe, workload),
     }, rates)  # fmt: skip
+
+
+def predicted_per_pass(recipe: Recipe, workload: Workload) -> float | None:
+    """Tokens that a sequence gets from a pass of the model, where it speculates; None: it does not."""
+    said = recipe.speculation
+    return None if said is None else tokens_per_pass(said, workload.batch_size)[1]
 
 
 class Bench:
@@ -232,7 +241,9 @@ class Bench:
             self.judge.load(own, targets[1])
             own.pause()
             other.resume()
-            ratio = time_beside(other, own, self.judge.workload, timeout_s=self.judge.limits.timeout_s, warm=False).speedup
+            ratio = time_beside(
+                other, own, self.judge.workload, timeout_s=self.judge.limits.timeout_s, warm=False, prompts=self.judge.prompts(*targets)
+            ).speedup
         return {"id": f"final-{candidate.id}-{beside.id}", "status": "final", "seconds_over": ratio}
 
     def build(self, candidate: Candidate) -> Target:

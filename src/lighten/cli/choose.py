@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from lighten import verbs
-from lighten.cli.options import add_json, add_workload, positive, print_json, progress, workload_of
+from lighten.cli.options import add_json, add_lengths, add_workload, positive, print_json, progress, workload_of
 from lighten.model.runnable import read_runnable
 from lighten.recipe import read_recipe
 
@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=positive, metavar="N", help="of every trial (default: all cores that this process may use)")
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="a folder; run again with the same one to go on")
     add_workload(parser, phases=("encode", "prefill", "decode", "generate"))
+    add_lengths(parser)
     add_json(parser)
 
 
@@ -45,8 +46,11 @@ def run(arguments: argparse.Namespace) -> int:
     from lighten.report import choice_table, prediction_table
 
     spec = read_runnable(arguments.model)
+    workload = verbs.make_workload(spec, dtype="float32", **workload_of(arguments))
+    if arguments.lengths == "text":
+        workload = verbs.with_own_lengths(workload, arguments.model, arguments.text)
     request = Request(
-        model=Path(arguments.model), out=Path(arguments.output), workload=verbs.make_workload(spec, dtype="float32", **workload_of(arguments)),
+        model=Path(arguments.model), out=Path(arguments.output), workload=workload,
         require=tuple(arguments.require), minimize=arguments.minimize, maximize=arguments.maximize,
         budget_s=parse_budget(arguments.budget) if arguments.budget else None,
         text=Path(arguments.text) if arguments.text else None, recipes=tuple(read_recipe(text) for text in arguments.recipe),

@@ -6,8 +6,7 @@ import argparse
 from typing import Any
 
 from lighten import verbs
-from lighten.cli.options import add_json, add_workload, positive, print_json, progress, workload_of
-from lighten.recipe import RUNTIMES
+from lighten.cli.options import add_json, add_lengths, add_workload, positive, print_json, progress, workload_of
 from lighten.units import format_bytes, format_seconds
 
 EXAMPLE = "lighten measure minilm-int8 --batch-size 32 --seq-len 128"
@@ -15,17 +14,23 @@ EXAMPLE = "lighten measure minilm-int8 --batch-size 32 --seq-len 128"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL|ARTIFACT", help="a model folder, or a folder that `lighten compress` wrote")
-    parser.add_argument("--runtime", choices=RUNTIMES, help="for a model folder (default torch); an artifact has its own")
+    parser.add_argument(
+        "--runtime", metavar="NAME",
+        help="for a model folder (default torch), also with options, such as 'torch(speculate=prompt-lookup)'; an artifact has its own, and takes "
+        "other options with it",
+    )  # fmt: skip
     parser.add_argument("--text", metavar="FILE", help="text to judge by: .txt or .jsonl (default: the embedded text)")
     parser.add_argument("--threads", type=positive, metavar="N", help="default: all cores that this process may use")
     add_workload(parser, phases=("encode", "prefill", "decode", "generate"))
+    add_lengths(parser)
     add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     found = verbs.measure(
-        arguments.model, runtime=arguments.runtime, text=arguments.text, threads=arguments.threads, log=progress, **workload_of(arguments)
-    )
+        arguments.model, runtime=arguments.runtime, text=arguments.text, threads=arguments.threads, own_lengths=arguments.lengths == "text",
+        log=progress, **workload_of(arguments),
+    )  # fmt: skip
     print_json(found) if arguments.json else print(measurement_text(found))
     return 0
 
@@ -43,6 +48,12 @@ def measurement_text(found: dict[str, Any]) -> str:
     lines.append(
         f"latency quartiles {first} to {third}, {found['throughput']:,.0f} tokens/s, {found['speedup']:.2f}x as fast as the original beside it"
     )
+    if found["texts_per_second"] is not None:
+        lines.append(f"{found['texts_per_second']:,.1f} texts/s, each of its own length")
+    if found["tokens_per_pass"] is not None:
+        share = f"{found['accepted']:.0%} of proposals accepted, {found['tokens_per_pass']:.2f} tokens a pass"
+        said = predicted["tokens_per_pass"]
+        lines.append(f"{share}, on prompts of the text" + (f"; {said:.2f} were predicted" if said is not None else ""))
     lines.append(f"ran in {found['precision']}, ready after {format_seconds(found['cold_start_s'])}")
     for name, score in found["quality"].items():
         error = f" ± {score['standard_error']:.4f}" if score["standard_error"] is not None else ""

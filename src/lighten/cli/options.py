@@ -24,6 +24,14 @@ def add_workload(parser: argparse.ArgumentParser, *, phases: tuple[str, ...] = P
     parser.add_argument("--new-tokens", type=int, default=0, metavar="N", help="tokens to generate")
 
 
+def add_lengths(parser: argparse.ArgumentParser) -> None:
+    """--lengths."""
+    parser.add_argument(
+        "--lengths", choices=("equal", "text"), default="equal",
+        help="of texts that are encoded: all of --seq-len tokens (default), or each its own, of the texts of --text, --seq-len at most",
+    )  # fmt: skip
+
+
 def add_sizes(parser: argparse.ArgumentParser) -> None:
     """--phase, and the sizes of `add_workload`, each of which may be several."""
     _add_phase(parser, PHASES)

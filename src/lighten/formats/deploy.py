@@ -149,10 +149,16 @@ def write_card(
     if measured:
         asked = measured["workload"]
         more = f", {asked['new_tokens']} new tokens" if asked["new_tokens"] else ""
-        said = f"Latency: {asked['phase']}, {asked['batch_size']} × {asked['seq_len']} tokens{more}."
+        each = f"{asked['batch_size']} × {asked['seq_len']} tokens"
+        if asked.get("lengths"):
+            each = f"{len(asked['lengths'])} texts of their own lengths, {asked['batch_size']} at once, {asked['seq_len']} tokens at most"
+        said = f"Latency: {asked['phase']}, {each}{more}."
         lines += [f"{said} `lighten measure` on this folder measures it again beside the original.", ""]
     if (folder / SCRIPT).is_file():
         lines += [f"Run it: `python {SCRIPT}`; the file's first line says what it needs.", ""]
+    if (folder / SCRIPT).is_file() and recipe.options:
+        said = ", ".join(f"{name}={value}" for name, value in recipe.options)
+        lines += [f"`{SCRIPT}` gives the same without {said}: figures that were measured with it are of lighten's own loop.", ""]
     if license_:
         said = f", and its card is in [{ORIGINAL_CARD}]({ORIGINAL_CARD})" if (folder / ORIGINAL_CARD).is_file() else ""
         lines += [f"The original's license is {license_}; it holds for what was made from it{said}.", ""]

@@ -7,15 +7,15 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lighten.cost import Workload
-from lighten.errors import ModelError
+from lighten.errors import ModelError, WorkloadError
 from lighten.formats.artifact import fingerprint, folder_bytes, read_artifact
 from lighten.judge.child import Child, WorkerFailed
 from lighten.judge.latency import Latency, time_beside
@@ -24,10 +24,15 @@ from lighten.judge.text import Text
 from lighten.judge.tokens import Tokenizer
 from lighten.model import ModelSpec
 from lighten.model.read import SIDE_FILES, read_config, weight_files
+from lighten.recipe.options import Batching, Speculation
 
 MOST_TEXTS = 1000
 WINDOW_TOKENS = 512
 MOST_WINDOWS = 16
+TIMED_TEXTS = 256
+"""Texts of one run at most where texts have lengths of their own: some batches, in some seconds of a small encoder on two cores. Choice."""
+PROMPTS = 64
+"""Prompts of the text at most, for each sequence of a batch: more than the runs of one measurement."""
 PROXY_TEXTS = 128
 PROXY_WINDOWS = 3
 """What a proxy of quality is measured on, of the calibration text: some seconds, with standard errors of one or two per cent."""
@@ -37,13 +42,15 @@ REFERENCE_BYTES = 1_000_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What runs: a folder, by a runtime, in a type, with int8 activations or without."""
+    """What runs: a folder, by a runtime, in a type, with int8 activations or without, and how its recipe batches or speculates."""
 
     folder: Path
     runtime: str
     dtype: str
     size_bytes: int
     dynamic: bool = False
+    speculation: Speculation | None = None
+    batching: Batching = "padded"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +60,8 @@ class Measurement:
     Attributes:
         precision: what it really ran in, as the runtime tells.
         cold_start_s: from the start of loading to ready, imports included.
+        texts_per_s: where texts have lengths of their own; None else.
+        prompts: what was gone on with, or encoded: tokens at random, or of a text.
     """
 
     size_bytes: int
@@ -63,15 +72,21 @@ class Measurement:
     runtime_version: str
     cold_start_s: float
     quality: dict[str, Score]
+    texts_per_s: float | None = None
+    prompts: Literal["random", "text"] = "random"
 
     def as_json(self) -> dict[str, Any]:
         """The form of `choice.json` and `lighten measure --json`."""
         first, median, third = self.latency.quartiles
+        accepted = self.latency.accepted
         return {
             "size_bytes": self.size_bytes, "peak_memory_bytes": self.peak_memory_bytes, "latency_s": median, "latency_q1_s": first,
             "latency_q3_s": third, "time_to_first_token_s": self.latency.first_s, "throughput": self.throughput, "speedup": self.latency.speedup,
             "original_latency_s": self.latency.baseline_s, "cold_start_s": self.cold_start_s,
             "precision": self.precision, "runtime_version": self.runtime_version,
+            "texts_per_second": self.texts_per_s, "prompts": self.prompts,
+            "accepted": accepted and (accepted.accepted / accepted.proposed if accepted.proposed else 0.0),
+            "tokens_per_pass": accepted and accepted.tokens / max(accepted.passes, 1),
             "quality": {name: asdict(score) for name, score in self.quality.items()},
         }  # fmt: skip
 
@@ -126,7 +141,10 @@ class Judge:
             loaded = self.load(child, target)
             before, baseline = self._baseline, self._original()
             try:
-                latency = time_beside(child, baseline, self.workload, timeout_s=self.limits.timeout_s, warm=baseline is before)
+                prompts = self.prompts(target)
+                latency = time_beside(
+                    child, baseline, self.workload, timeout_s=self.limits.timeout_s, warm=baseline is before, prompts=prompts
+                )  # fmt: skip
                 told = child.ask("describe", timeout_s=self.limits.timeout_s)
                 quality = self.quality(child, target)
             except WorkerFailed as error:
@@ -137,6 +155,7 @@ class Judge:
         return Measurement(
             size_bytes=target.size_bytes, peak_memory_bytes=told["peak_memory_bytes"], latency=latency, throughput=self.workload.tokens / median,
             precision=told["precision"], runtime_version=told["version"], cold_start_s=loaded["seconds"], quality=quality,
+            texts_per_s=len(self.workload.lengths) / median if self.workload.lengths else None, prompts="text" if prompts else "random",
         )  # fmt: skip
 
     def measure_original(self) -> Measurement:
@@ -154,8 +173,26 @@ class Judge:
         """Load a target in its process."""
         return child.ask(
             "load", timeout_s=self.limits.timeout_s, folder=str(target.folder), original=str(self.original), runtime=target.runtime,
-            setup={"dtype": target.dtype, "threads": self.limits.threads, "dynamic": target.dynamic},
+            setup={
+                "dtype": target.dtype, "threads": self.limits.threads, "dynamic": target.dynamic, "batching": target.batching,
+                "speculation": target.speculation and asdict(target.speculation),
+            },
         )  # fmt: skip
+
+    def prompts(self, *targets: Target) -> Path | None:
+        """Tokens of the text's test part as prompts, where one of the targets speculates: what a text repeats decides on what is accepted. None:
+        random tokens do.
+
+        Raises:
+            TextError: the text has fewer tokens than one run takes.
+        """
+        if all(target.speculation is None for target in targets):
+            return None
+        path = self._reference("prompts.npy", self.test)
+        if not path.is_file():
+            wanted = PROMPTS * self.workload.batch_size
+            np.save(path, Tokenizer(self.original).windows(self.test.texts, count=wanted, length=self.workload.seq_len))
+        return path
 
     def _original(self) -> Child:
         """The original's process, a new one where the last died."""
@@ -197,7 +234,7 @@ class Judge:
         beside = out.with_suffix(".part.npy")
         child.ask(
             "embed", timeout_s=self.limits.timeout_s, texts=part.texts[: part.passages], tokenizer=str(tokenizer),
-            batch_size=self.workload.batch_size, seq_len=self.workload.seq_len, out=str(beside),
+            batch_size=self.workload.batch_size, seq_len=self.workload.seq_len, out=str(beside), own_lengths=bool(self.workload.lengths),
         )  # fmt: skip
         beside.replace(out)
 
@@ -233,6 +270,18 @@ class Judge:
         return self.work / f"original-{hashlib.sha256(key.encode()).hexdigest()[:12]}-{name}"
 
 
+def own_lengths(workload: Workload, model: Path, text: Text) -> Workload:
+    """The workload of encoding the text's first test passages, each as long as the model's tokenizer makes it, `seq_len` tokens at most.
+
+    Raises:
+        WorkloadError: the phase is another.
+    """
+    if workload.phase != "encode":
+        raise WorkloadError(f"--lengths text has no effect in phase {workload.phase}: a batch of prompts has one length; it has one in: encode.")
+    lengths = Tokenizer(model).lengths(text.test[:TIMED_TEXTS], length=workload.seq_len)
+    return replace(workload, lengths=lengths)
+
+
 def model_bytes(folder: Path) -> int:
     """Bytes of a model folder's weights and of the side files that an artifact would carry."""
     side = sum((folder / name).stat().st_size for name in SIDE_FILES if (folder / name).is_file())
@@ -242,7 +291,10 @@ def model_bytes(folder: Path) -> int:
 def artifact_target(folder: Path) -> Target:
     """The target that an artifact folder is."""
     made = read_artifact(folder)
-    return Target(folder=folder, runtime=made.recipe.runtime, dtype=made.dtype, size_bytes=folder_bytes(folder), dynamic=made.recipe.dynamic)
+    return Target(
+        folder=folder, runtime=made.recipe.runtime, dtype=made.dtype, size_bytes=folder_bytes(folder), dynamic=made.recipe.dynamic,
+        speculation=made.recipe.speculation, batching=made.recipe.batching,
+    )  # fmt: skip
 
 
 def _token_scores(windows: Sequence[dict[str, Any]]) -> list[TokenScores]:

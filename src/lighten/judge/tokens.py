@@ -69,6 +69,13 @@ class Tokenizer:
             yield ids, mask
         self._tokenizer.no_truncation()
 
+    def lengths(self, texts: Sequence[str], *, length: int) -> tuple[int, ...]:
+        """Tokens of each text, with those that the tokenizer puts around it, cut to `length`."""
+        self._tokenizer.enable_truncation(length)
+        found = tuple(len(encoding.ids) for encoding in self._tokenizer.encode_batch(list(texts)))
+        self._tokenizer.no_truncation()
+        return found
+
     def pieces(self, text: str, length: int) -> list[list[int]]:
         """The text cut into as many tokens as there is room for, each piece between the marks of a text; what is left over is dropped."""
         self._tokenizer.enable_truncation(length)

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from lighten.model import ModelSpec, read_spec
 from lighten.model.pooling import pools_first_token
 from lighten.model.read import read_config
 from lighten.recipe import parse_recipe
+from lighten.recipe.options import Batching, Speculation
 from lighten.runtimes import MODULES, Runtime, Session, Setup, open_session
+from lighten.runtimes.batching import encode_texts
 
 CALIBRATION_TEXTS = 128
 """Calibration passages of `quantize(static)`. NNCF's own default is 300; 300 was no better on MiniLM (benchmarks/static_int8.py)."""
@@ -35,6 +38,7 @@ class Worker:
         self.session: Session | None = None
         self.spec: ModelSpec | None = None
         self.runtime: Runtime | None = None
+        self.batching: Batching = "padded"
 
     def build(self, source: str, recipe: str, folder: str, text: str | None, exports: str) -> dict[str, Any]:
         """Write an artifact."""
@@ -56,7 +60,9 @@ class Worker:
         start = time.perf_counter()
         self.spec = _spec_of(Path(folder), Path(original))
         self.runtime = MODULES[runtime]
-        self.session = open_session(runtime, Path(folder), self.spec, Setup(**setup))
+        said = setup | {"speculation": Speculation(**setup["speculation"]) if setup.get("speculation") else None}
+        self.session = open_session(runtime, Path(folder), self.spec, Setup(**said))
+        self.batching = setup.get("batching", "padded")
         return {"seconds": time.perf_counter() - start}
 
     def describe(self) -> dict[str, Any]:
@@ -65,14 +71,34 @@ class Worker:
         assert self.runtime is not None, "the parent loads before it asks"
         return {"peak_memory_bytes": peak_memory_bytes(), "precision": session.precision, "version": self.runtime.version()}
 
-    def time(self, phase: str, batch_size: int, seq_len: int, new_tokens: int, seeds: Sequence[int]) -> dict[str, Any]:
-        """Run the workload once for each seed, on other tokens each time; seconds of each, and of a generation until its first token."""
+    def time(  # noqa: PLR0913 - a workload
+        self, phase: str, batch_size: int, seq_len: int, new_tokens: int, seeds: Sequence[int], lengths: Sequence[int] = (),
+        prompts: str | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Run the workload once for each seed, on other tokens each time; seconds of each, of a generation until its first token, and how proposals
+        went.
+
+        Args:
+            lengths: of texts that are encoded in batches, where they have their own.
+            prompts: an .npy of tokens of real text; None: random ones.
+        """
         session, spec = self._loaded()
-        found, first = [], []
+        vocabulary, found, first, accepted = int(spec.config["vocab_size"]), [], [], []
+        windows = None if prompts is None else np.load(prompts, mmap_mode="r")
         for seed in seeds:
-            ids = np.random.default_rng(seed).integers(10, int(spec.config["vocab_size"]), (batch_size, seq_len))
-            mask = np.ones_like(ids)
+            random = np.random.default_rng(seed)
+            if lengths:
+                texts = [random.integers(10, vocabulary, length) for length in lengths]
+                start = time.perf_counter()
+                encode_texts(session, texts, batch_size=batch_size, batching=self.batching, most=spec.max_positions)
+                found.append(time.perf_counter() - start)
+                continue
+            if windows is None:
+                ids = random.integers(10, vocabulary, (batch_size, seq_len))
+            else:
+                ids = np.array(windows[np.arange(seed * batch_size, (seed + 1) * batch_size) % len(windows)])
             if phase in ("encode", "prefill"):
+                mask = np.ones_like(ids)
                 start = time.perf_counter()
                 session.encode(ids, mask) if phase == "encode" else session.logits(ids)
                 found.append(time.perf_counter() - start)
@@ -80,16 +106,26 @@ class Worker:
                 made = session.generate(ids, new_tokens + (phase == "decode"))
                 found.append(made.rest_s + (made.first_s if phase == "generate" else 0.0))
                 first.append(made.first_s)
-        return {"seconds": found, "first_seconds": first if phase == "generate" else []}
+                accepted += [] if made.accepted is None else [asdict(made.accepted)]
+        return {"seconds": found, "first_seconds": first if phase == "generate" else [], "accepted": accepted}
 
-    def embed(self, texts: Sequence[str], tokenizer: str, batch_size: int, seq_len: int, out: str) -> dict[str, Any]:
-        """Sentence embeddings of the texts, pooled as the model's `1_Pooling/config.json` says (mean where there is none), to an .npy file."""
+    def embed(self, texts: Sequence[str], tokenizer: str, batch_size: int, seq_len: int, out: str, own_lengths: bool = False) -> dict[str, Any]:
+        """Sentence embeddings of the texts, pooled as the model's `1_Pooling/config.json` says (mean where there is none), to an .npy file.
+
+        Args:
+            own_lengths: in the batches of the recipe, each no wider than it says; else all of `seq_len` positions.
+        """
         from lighten.judge.tokens import Tokenizer
 
-        session, _ = self._loaded()
-        first_token = pools_first_token(Path(tokenizer))
+        session, spec = self._loaded()
+        first_token, read = pools_first_token(Path(tokenizer)), Tokenizer(Path(tokenizer))
+        if own_lengths:
+            tokens = [np.array(read.encode(text, length=seq_len).ids, np.int64) for text in texts]
+            states = encode_texts(session, tokens, batch_size=batch_size, batching=self.batching, most=spec.max_positions)
+            np.save(out, np.stack([hidden[0] if first_token else hidden.mean(0) for hidden in states]).astype(np.float32))
+            return {}
         rows = []
-        for ids, mask in Tokenizer(Path(tokenizer)).batches(texts, batch_size=batch_size, length=seq_len):
+        for ids, mask in read.batches(texts, batch_size=batch_size, length=seq_len):
             hidden = session.encode(ids, mask)
             weights = mask[..., None].astype(np.float32)
             rows.append(hidden[:, 0] if first_token else (hidden * weights).sum(1) / weights.sum(1))

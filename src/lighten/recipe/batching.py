@@ -1,8 +1,8 @@
 """Texts of different lengths in batches: in the order in which they come, or sorted by length, so that little is padding.
 
-    padded     batches in the order of the texts, each as wide as its longest
-    sorted     the same after sorting by length, the longest first, so that memory is taken once
-    bucketed   sorted, each batch as wide as the next multiple of `BUCKET`, and of one number of rows: few shapes, for what is compiled by shape
+padded     batches in the order of the texts, each as wide as its longest
+sorted     the same after sorting by length, the longest first, so that memory is taken once
+bucketed   sorted, each batch as wide as the next multiple of `BUCKET`, and of one number of rows: few shapes, for what is compiled by shape
 """
 
 from __future__ import annotations

@@ -16,17 +16,15 @@ from lighten.cost.workload import Workload
 from lighten.errors import LightenError, RecipeError
 from lighten.model import read_spec
 from lighten.model.spec import Attention, Embedding, Linear, ModelSpec, Scan
-from lighten.recipe.words import Parameter, is_number, is_positive, one_of
+from lighten.recipe.words import Parameter, is_positive, one_of
 
 Batching = Literal["padded", "sorted", "bucketed"]
 BATCHINGS: tuple[Batching, ...] = ("padded", "sorted", "bucketed")
-PROMPT_LOOKUP, SELF = "prompt-lookup", "self"
+PROMPT_LOOKUP = "prompt-lookup"
 MOST_PROPOSED = 16
 """Tokens a round at most; the paper's best are 3 to 7."""
 DRAFT_TOKENS = 4
 """Where nothing is said: in the middle of the paper's best (Leviathan et al. 2022, figure 3: 3 to 7)."""
-SKIP = 0.5
-"""Share of blocks that a draft of the model itself goes without: Zhang et al. 2023 (arXiv:2309.08168) leave out about half of the sublayers."""
 PHASES = ("decode", "generate")
 
 
@@ -36,15 +34,12 @@ def _is_draft(value: Any) -> bool:
 
 OPTIONS: dict[str, Parameter] = {
     "batching": one_of(*BATCHINGS),
-    "speculate": Parameter(accepts=_is_draft, says=f"{PROMPT_LOOKUP}, {SELF}, or the folder of a draft model"),
+    "speculate": Parameter(accepts=_is_draft, says=f"{PROMPT_LOOKUP}, or the folder of a draft model"),
     "draft_tokens": Parameter(
         accepts=lambda value: is_positive(value) and value <= MOST_PROPOSED, says=f"a number of tokens from 1 to {MOST_PROPOSED}",
     ),
-    "skip": Parameter(accepts=lambda value: is_number(value) and 0 < value < 1, says="the share of blocks that the draft skips, between 0 and 1"),
 }  # fmt: skip
 """Option → its values; which runtime takes which is said in `RUNTIMES`."""
-NEEDS = {"draft_tokens": "speculate", "skip": f"speculate={SELF}"}
-"""Option → what it has no effect without."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,20 +47,17 @@ class Speculation:
     """Greedy decoding with proposals: several are checked in one pass, and those that the model would have said itself stay.
 
     Attributes:
-        draft: what proposes: `prompt-lookup` (what followed the newest tokens when they stood in the text before), `self` (the model without some of
-            its blocks), or the folder of a smaller model.
+        draft: what proposes: `prompt-lookup` (what followed the newest tokens when they stood in the text before), or the folder of a smaller model.
         tokens: proposals a round at most.
-        skip: of `self`: the share of blocks that it goes without; None else.
     """
 
     draft: str
     tokens: int
-    skip: float | None = None
 
     @property
     def is_model(self) -> bool:
         """Whether a second model proposes."""
-        return self.draft not in (PROMPT_LOOKUP, SELF)
+        return self.draft != PROMPT_LOOKUP
 
 
 def check_options(runtime: str, known: tuple[str, ...], given: Mapping[str, Any]) -> None:
@@ -77,12 +69,8 @@ def check_options(runtime: str, known: tuple[str, ...], given: Mapping[str, Any]
     for name, value in given.items():
         if not OPTIONS[name].accepts(value):
             raise RecipeError(f"runtime {runtime}: {name}={value!r} is not possible; {name} is {OPTIONS[name].says}.")
-    if given.get("speculate") == SELF and "skip" not in known:
-        raise RecipeError(f"runtime {runtime}: speculate={SELF} is for torch, where blocks of a loaded model can be skipped.")
-    for name, other in NEEDS.items():
-        key, _, value = other.partition("=")
-        if name in given and (key not in given or (value and given[key] != value)):
-            raise RecipeError(f"runtime {runtime}: {name}={given[name]} has no effect without {other}.")
+    if "draft_tokens" in given and "speculate" not in given:
+        raise RecipeError(f"runtime {runtime}: draft_tokens={given['draft_tokens']} has no effect without speculate.")
 
 
 def speculation_of(options: Mapping[str, Any]) -> Speculation | None:
@@ -90,8 +78,7 @@ def speculation_of(options: Mapping[str, Any]) -> Speculation | None:
     draft = options.get("speculate")
     if draft is None:
         return None
-    skip = options.get("skip", SKIP) if draft == SELF else None
-    return Speculation(draft=str(draft), tokens=int(options.get("draft_tokens", DRAFT_TOKENS)), skip=skip)
+    return Speculation(draft=str(draft), tokens=int(options.get("draft_tokens", DRAFT_TOKENS)))
 
 
 def check_model(options: Mapping[str, Any], spec: ModelSpec, *, coded_cache: bool) -> None:
@@ -110,19 +97,8 @@ def check_model(options: Mapping[str, Any], spec: ModelSpec, *, coded_cache: boo
         raise RecipeError(f"{what} cuts the cache back, which quantize(kv)'s cannot be; leave one of them out.")
     if any(isinstance(part, Scan) or (isinstance(part, Attention) and part.window is not None) for part in spec.parts):
         raise RecipeError(f"{what} cuts the cache back, which that of {spec.name} cannot be: it has sliding windows or states.")
-    if said.skip is not None and not 0 < kept_blocks(spec.layers, said.skip) < spec.layers:
-        raise RecipeError(f"{what}: skip={said.skip} of {spec.name}'s {spec.layers} blocks leaves no draft that is smaller.")
     if said.is_model:
         _check_draft(Path(said.draft), spec)
-
-
-def kept_blocks(layers: int, skip: float) -> int:
-    """Blocks that a draft of the model itself has.
-
-    >>> kept_blocks(30, 0.5), kept_blocks(2, 0.9)
-    (15, 1)
-    """
-    return max(1, round(layers * (1 - skip)))
 
 
 def _check_draft(folder: Path, spec: ModelSpec) -> None:

@@ -5,7 +5,7 @@ Legend: α share of proposals that are accepted, γ proposals a round, B sequenc
     rounds  = new tokens / expected tokens(α^B, γ)        all B sequences go on by as many tokens as the shortest of them accepts
     seconds = rounds · (pass over γ + 1 tokens + γ · draft's step) + prefills
 
-Copied proposals cost nothing; a draft of the model itself shares its cache and has no prefill. Every pass is taken for one over γ + 1 tokens at the
+Copied proposals cost nothing. Every pass is taken for one over γ + 1 tokens at the
 middle of the new tokens' context. Source of the expectation: Leviathan et al. 2022 (arXiv:2211.17192), equation 1.
 """
 
@@ -23,16 +23,15 @@ from lighten.device.roofline import TimePrediction
 from lighten.model.spec import ModelSpec
 from lighten.recipe.acceptance import ACCEPTED, LOOKUP_ACCEPTED, expected_tokens
 from lighten.recipe.on_machine import Passes, place_on_machine
-from lighten.recipe.options import SELF, Speculation, draft_spec, kept_blocks
+from lighten.recipe.options import Speculation, draft_spec
 from lighten.recipe.placement import Placed
 from lighten.recipe.predict import loaded_weight_bytes
 from lighten.recipe.recipe import Recipe
-from lighten.recipe.shrink import keep_blocks, spread_evenly, stacks_of
 
 
 def accepted_of(said: Speculation) -> tuple[float, float, float]:
-    """α, low, middle and high, before it is measured. Of a draft of the model itself the paper's on drafts, which is of trained ones."""
-    return ACCEPTED if said.is_model or said.draft == SELF else LOOKUP_ACCEPTED
+    """α, low, middle and high, before it is measured."""
+    return ACCEPTED if said.is_model else LOOKUP_ACCEPTED
 
 
 def tokens_per_pass(said: Speculation, batch_size: int) -> tuple[float, float, float]:
@@ -51,30 +50,18 @@ def place_speculating(spec: ModelSpec, workload: Workload, recipe: Recipe, memor
     said = recipe.speculation
     assert said is not None, "asked for where a recipe speculates"
     plain = replace(recipe, options=())
-    draft = _draft_of(said, spec)
+    draft = draft_spec(Path(said.draft)) if said.is_model else None
     ends = tokens_per_pass(said, workload.batch_size)
     slow, placed, fast = (_placed(spec, draft, workload, plain, memory, profile, said, tokens) for tokens in ends)
-    assert placed.time and slow.time and fast.time, "a measured engine tells a time"
-    time = replace(placed.time, low=fast.time.low, high=slow.time.high)
+    time = replace(_time(placed), low=_time(fast).low, high=_time(slow).high)
     process = placed.process_bytes
-    if process is not None and draft is not None and said.is_model:
+    if process is not None and draft is not None:
         process += loaded_weight_bytes(plain, draft)
     low, middle, high = accepted_of(said)
-    why = "no source tells it of copied tokens" if said.draft != SELF and not said.is_model else "as the paper's drafts have it"
+    why = "as the paper's drafts have it" if said.is_model else "what a text repeats is known when it is measured"
     assumed = f"speculate={said.draft}: {middle:.0%} of proposals are taken to be accepted, {low:.0%} to {high:.0%} for the range ({why})"
     more = "FLOPs and memory are those of decoding without proposals" + (", but for the draft's weights in the process" if said.is_model else "")
     return replace(placed, time=time, process_bytes=process, assumptions=(*placed.assumptions, assumed, more))
-
-
-def _draft_of(said: Speculation, spec: ModelSpec) -> ModelSpec | None:
-    """The model that proposes; None: none does."""
-    if said.is_model:
-        return draft_spec(Path(said.draft))
-    if said.skip is None:
-        return None
-    return keep_blocks(spec, {
-        stack: spread_evenly(len(blocks), kept_blocks(len(blocks), said.skip)) for stack, blocks in stacks_of(spec.parts).items()
-    })  # fmt: skip
 
 
 def _placed(  # noqa: PLR0913  what is asked, and of what
@@ -85,10 +72,13 @@ def _placed(  # noqa: PLR0913  what is asked, and of what
     found = place_on_machine(_passes(spec, workload, said.tokens + 1, rounds), spec, workload, recipe, memory, profile)
     if draft is None:
         return found
-    asked = replace(workload, phase="decode") if said.draft == SELF and workload.phase == "generate" else workload
-    beside = place_on_machine(_passes(draft, asked, 1, said.tokens * rounds), draft, workload, recipe, memory, profile)
-    assert found.time and beside.time, "a measured engine tells a time"
-    return replace(found, time=_sum(found.time, beside.time))
+    beside = place_on_machine(_passes(draft, workload, 1, said.tokens * rounds), draft, workload, recipe, memory, profile)
+    return replace(found, time=_sum(_time(found), _time(beside)))
+
+
+def _time(placed: Placed) -> TimePrediction:
+    assert placed.time is not None, "a measured engine tells a time"
+    return placed.time
 
 
 def _passes(spec: ModelSpec, workload: Workload, tokens: int, count: float) -> Passes:

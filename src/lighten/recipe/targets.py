@@ -41,7 +41,7 @@ _TORCH = ("torch", "transformers", "safetensors")
 RUNTIMES: dict[str, RuntimeKind] = {
     "torch": RuntimeKind(
         extra="torch", builds=_TORCH, dtypes=("float32", "bfloat16"), exported=False, stored=("float32", "bfloat16", "float16"), decoders=True,
-        options=(*_SPECULATES, "skip"),
+        options=_SPECULATES,
         formats="weights of every width and float format (expanded when loaded: smaller on disk, not faster), with 8-bit activations simulated",
     ),
     "torch-compile": RuntimeKind(

@@ -324,6 +324,8 @@ def say_workload(workload: Record | None) -> str:
     """
     workload = workload or {}
     sizes = f"{known(workload.get('batch_size'))} × {known(workload.get('seq_len'))} tokens"
+    if workload.get("lengths"):
+        sizes = f"{len(workload['lengths'])} texts of {known(workload.get('seq_len'))} tokens at most, {known(workload.get('batch_size'))} at once"
     if workload.get("new_tokens"):
         sizes = f"{workload['new_tokens']} new tokens after {sizes.removesuffix(' tokens')}"
     return f"{known(workload.get('phase'))} {sizes}, {known(workload.get('dtype'))}"

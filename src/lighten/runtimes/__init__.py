@@ -50,7 +50,7 @@ def open_session(runtime: str, folder: Path, spec: ModelSpec, setup: Setup) -> S
     load = MODULES[runtime].load
     session = load(folder, spec, setup)
     if setup.speculation is not None:
-        session = speculating(session, spec, setup.speculation, setup, load)
+        session = speculating(session, setup.speculation, setup, load)
     return Checked(session, spec)
 
 

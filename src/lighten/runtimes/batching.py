@@ -18,9 +18,7 @@ def encode_texts(session: Session, texts: Sequence[Ids], *, batch_size: int, bat
         texts: the tokens of each, [S].
         most: positions that the model has.
     """
-    found: dict[int, Floats] = {}
-    for place, hidden in encoded(session, texts, batch_size=batch_size, batching=batching, most=most):
-        found[place] = hidden
+    found = dict(encoded(session, texts, batch_size=batch_size, batching=batching, most=most))
     return [found[place] for place in range(len(texts))]
 
 

@@ -1,5 +1,5 @@
-"""Speculative decoding, for every session whose cache can be cut back: something proposes tokens, the model checks them in one pass, and those that it
-would have said itself stay, with one more of its own.
+"""Speculative decoding, for every session whose cache can be cut back: something proposes tokens, the model checks them in one pass, and those
+that it would have said itself stay, with one more of its own.
 
 What comes out is what `generate` gives without it, token for token; where two tokens are as likely as each other but for the rounding of floats,
 either may come, for a pass over several tokens may round otherwise than a pass over one.
@@ -22,12 +22,11 @@ import numpy as np
 
 from lighten.errors import RuntimeUnavailable
 from lighten.model.spec import ModelSpec
-from lighten.recipe.options import PROMPT_LOOKUP, SELF, Speculation, draft_spec, kept_blocks
-from lighten.recipe.shrink import spread_evenly
+from lighten.recipe.options import PROMPT_LOOKUP, Speculation, draft_spec
 from lighten.runtimes.session import Accepted, Floats, Generated, Ids, Session, Setup, Stepping
 
 LONGEST_MATCH = 3
-"""Newest tokens that are looked up, and fewer where they do not stand in the text: prompt-lookup-decoding's default (`max_ngram_size`, Saxena 2023)."""
+"""Newest tokens that are looked up, and fewer where they do not stand in the text: the default of prompt-lookup-decoding (Saxena 2023)."""
 
 
 class Croppable(Stepping):
@@ -40,14 +39,6 @@ class Croppable(Stepping):
     @abstractmethod
     def crop(self, length: int) -> None:
         """Keep the first `length` positions of the cache."""
-
-
-class Skipping(Croppable):
-    """A session that also steps without some of its blocks, on the same cache."""
-
-    @abstractmethod
-    def decode_skipping(self, input_ids: Ids, kept: tuple[int, ...]) -> Floats:
-        """One more step by the blocks of these places alone; the last position's logits, [B, V]. `crop` takes back what it has cached."""
 
 
 class Proposer(Protocol):
@@ -123,27 +114,6 @@ class DraftModel:
         return np.concatenate(found, 1)
 
 
-class SkippedBlocks:
-    """The model itself, without some of its blocks, on its own cache: no weights beside it.
-
-    Source: Zhang et al. 2023 (arXiv:2309.08168). Deviations: whole blocks are skipped, spread evenly; which ones is not searched for.
-    """
-
-    def __init__(self, session: Skipping, kept: tuple[int, ...]) -> None:
-        self._session, self._kept = session, kept
-
-    def start(self) -> None:
-        """See `Proposer`."""
-
-    def propose(self, known: Ids, count: int) -> Ids:
-        """See `Proposer`."""
-        found = [known[:, -1:]]
-        for _ in range(count):
-            found.append(self._session.decode_skipping(found[-1], self._kept).argmax(-1)[:, None])
-        self._session.crop(known.shape[1] - 1)
-        return np.concatenate(found[1:], 1)
-
-
 class Speculating:
     """A session that generates with proposals, and does all else as the one that it holds."""
 
@@ -182,7 +152,7 @@ class Speculating:
         return Generated(ids=known[:, length:], first_s=first - start, rest_s=time.perf_counter() - first, accepted=found)
 
 
-def speculating(session: Session, spec: ModelSpec, said: Speculation, setup: Setup, load: Callable[[Path, ModelSpec, Setup], Session]) -> Speculating:
+def speculating(session: Session, said: Speculation, setup: Setup, load: Callable[[Path, ModelSpec, Setup], Session]) -> Speculating:
     """A session that speculates as a recipe says.
 
     Args:
@@ -195,11 +165,6 @@ def speculating(session: Session, spec: ModelSpec, said: Speculation, setup: Set
         raise RuntimeUnavailable(f"speculate={said.draft}: this runtime's cache cannot be cut back.")
     if said.draft == PROMPT_LOOKUP:
         return Speculating(session, PromptLookup(), said.tokens)
-    if said.draft == SELF:
-        assert said.skip is not None, "complete where a recipe says it"
-        if not isinstance(session, Skipping):
-            raise RuntimeUnavailable(f"speculate={SELF}: this runtime cannot skip blocks of a loaded model.")
-        return Speculating(session, SkippedBlocks(session, spread_evenly(spec.layers, kept_blocks(spec.layers, said.skip))), said.tokens)
     draft = load(Path(said.draft), draft_spec(Path(said.draft)), setup)
     assert isinstance(draft, Croppable), "the same runtime loads alike"
     return Speculating(session, DraftModel(draft), said.tokens)

@@ -8,7 +8,7 @@ from typing import Any
 from lighten.model.quantized.kv import KVFormat, read_kv_format
 from lighten.model.spec import ModelSpec
 from lighten.runtimes.session import Floats, Ids, Session, Setup, as_float32
-from lighten.runtimes.speculate import Skipping
+from lighten.runtimes.speculate import Croppable
 
 
 def version() -> str:
@@ -27,7 +27,7 @@ def load(folder: Path, spec: ModelSpec, setup: Setup) -> Session:
     return TorchSession(load_module(folder, spec, dtype=setup.dtype, attention="sdpa"), read_kv_format(spec.config))
 
 
-class TorchSession(Skipping):
+class TorchSession(Croppable):
     """See `Session`. Where the config asks for a quantized cache, attention reads codes at every position, of a lone prompt too."""
 
     def __init__(self, module: Any, kv: KVFormat | None = None) -> None:
@@ -77,19 +77,7 @@ class TorchSession(Skipping):
         return self._step(input_ids)
 
     def crop(self, length: int) -> None:
-        for layer in self._cache.layers:  # one that a draft's steps skipped has fewer positions than the others
-            layer.crop(min(length - layer.get_seq_length(), 0))
-
-    def decode_skipping(self, input_ids: Ids, kept: tuple[int, ...]) -> Floats:
-        from torch.nn import ModuleList
-
-        body = self.module.base_model
-        blocks = body.layers
-        body.layers = ModuleList([blocks[place] for place in kept])  # each knows its own place in the cache
-        try:
-            return self.decode(input_ids)
-        finally:
-            body.layers = blocks
+        self._cache.crop(min(length - self._cache.get_seq_length(), 0))
 
     def _step(self, input_ids: Ids, **options: int) -> Floats:
         import torch
