@@ -68,7 +68,7 @@ class Lever:
     @property
     def done(self) -> bool:
         """Whether lighten carries it out; False: it is predicted alone."""
-        return self.draft is None and all((step.verb, step.method) in STEPS for step in parse_recipe(self.steps).steps)
+        return all((step.verb, step.method) in STEPS for step in parse_recipe(self.steps).steps)
 
     @property
     def spreads(self) -> bool:
