@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
-from tiny_models import bert_config, save
+from tiny_models import bert_config, llama_config, save
 
 import lighten.device
 from lighten import runtimes, verbs
@@ -202,7 +202,28 @@ def test_a_recipe_file_that_is_not_there(refused, model, tmp_path):
 
 
 def test_an_unknown_runtime(refused, model):
-    assert "invalid choice: 'tpu'" in refused("measure", model, "--runtime", "tpu")
+    assert "runtime 'tpu' does not exist; runtimes: torch," in refused("measure", model, "--runtime", "tpu")
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        (("--runtime", "torch(batching=sorted)"), "batching=sorted has no effect where all texts have one length; measure with --lengths text."),
+        (("--runtime", "torch(batching=any)", "--lengths", "text"), "batching='any' is not possible; batching is one of padded, sorted, bucketed."),
+        (("--runtime", "torch(speculate=prompt-lookup)"), "speculate=prompt-lookup is of decoders; bert is none."),
+        (("--runtime", "torch(draft_tokens=2)"), "draft_tokens=2 has no effect without speculate."),
+        (("--lengths", "long"), "argument --lengths: invalid choice: 'long'"),
+    ],
+)
+def test_options_of_a_runtime_that_cannot_be(refused, model, asked, says):
+    assert says in refused("measure", model, *asked)
+
+
+def test_lengths_of_prompts(refused, tmp_path):
+    decoder = save(llama_config(), tmp_path / "llama")
+    said = "--lengths text has no effect in phase prefill: a batch of prompts has one length; it has one in: encode."
+    assert said in refused("measure", decoder, "--lengths", "text")
+    assert said in refused("choose", decoder, "--lengths", "text", "-o", tmp_path / "out")
 
 
 @pytest.mark.parametrize(("runtime", "extra"), [("openvino", "openvino"), ("onnxruntime", "onnx"), ("torch", "torch")])

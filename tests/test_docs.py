@@ -200,8 +200,15 @@ def steps_table() -> str:
 
 def runtimes_table() -> str:
     rows = [
-        (f"`{name}`", f"`lighten[{kind.extra}]`", ", ".join(kind.dtypes), ", ".join(kind.stored), kind.formats, "yes" if kind.decoders else "no",
-         ", ".join(f"`{option}`" for option in kind.options) or "none")
+        (
+            f"`{name}`",
+            f"`lighten[{kind.extra}]`",
+            ", ".join(kind.dtypes),
+            ", ".join(kind.stored),
+            kind.formats,
+            "yes" if kind.decoders else "no",
+            ", ".join(f"`{option}`" for option in kind.options) or "none",
+        )
         for name, kind in RUNTIMES.items()
     ]
     return table(("runtime", "installed by", "computes in", "stores", "quantized weights", "decoders", "options"), rows)

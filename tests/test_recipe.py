@@ -213,7 +213,7 @@ REFUSED = {
     "distill(scales, steps=0)": "distill(scales): steps=0 is not possible; steps is a number of steps.",
     "quantize(rtn) @ tpu": "runtime 'tpu' does not exist; runtimes: torch, torch-compile, onnxruntime, openvino, llama.cpp, ctranslate2.",
     "quantize(rtn) @": "runtime '' is not of the form name(argument, key=value).",
-    "@ torch(threads=2)": "runtime torch: no option threads; options: dtype.",
+    "@ torch(threads=2)": "runtime torch: no option threads; options: dtype, batching, speculate, draft_tokens.",
     "@ torch(bfloat16)": "runtime 'torch(bfloat16)': options are written name=value.",
     "@ torch(dtype=float32, dtype=bfloat16)": "runtime 'torch(dtype=float32, dtype=bfloat16)' says an option twice.",
     "@ torch(dtype=float16)": "runtime torch does not compute in 'float16'; it computes in float32, bfloat16.",
@@ -249,7 +249,7 @@ def test_a_recipe_that_cannot_be_is_refused_in_words(text):
         ("steps: [{prune: {method: magnitude, sparsity: 0.5, sparsity: 0.6}}]", "recipe: not YAML (sparsity is said twice)."),
         ("steps: [{quantize: {method: rtn, group_size: [1]}}]", "quantize(rtn): group_size=[1] is not possible; group_size is a number of columns,"),
         ("steps: [{quantize: {method: rtn, bits: '4'}}]", "quantize(rtn): bits='4' is not possible; bits is one of 8, 6, 4, 3, 2."),
-        ("runtime: {name: torch, threads: 2}", "runtime torch: no option threads; options: dtype."),
+        ("runtime: {name: torch, threads: 2}", "runtime torch: no option threads; options: dtype, batching, speculate, draft_tokens."),
         ("steps: [", "recipe: not YAML (while parsing a flow node)."),
     ],
 )

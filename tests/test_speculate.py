@@ -118,6 +118,22 @@ def test_a_draft_that_is_the_model_has_everything_accepted(seed, tokens, batch):
     assert made.accepted.passes == -(-30 // (tokens + 1))
 
 
+def test_beyond_its_positions_a_draft_proposes_nothing():
+    """It holds 12 positions, the text 34."""
+
+    class Short(Chain):
+        def verify(self, input_ids: Ids) -> Floats:
+            found = super().verify(input_ids)
+            assert self.held.shape[1] <= 12
+            return found
+
+    ids = prompts(1, 4)
+    made = Speculating(Chain(2, 0), DraftModel(Short(2, 0), 12), 3).generate(ids, 30)
+    np.testing.assert_array_equal(made.ids, Chain(2, 0).generate(ids, 30).ids)
+    assert made.accepted is not None
+    assert 0 < made.accepted.proposed == made.accepted.accepted < 12
+
+
 def test_a_proposal_that_is_always_wrong_costs_no_more_passes_than_plain():
     """The model never says 11."""
 
@@ -129,7 +145,7 @@ def test_a_proposal_that_is_always_wrong_costs_no_more_passes_than_plain():
 
     session = Never(2, 0)
     made = Speculating(session, Fixed([11, 11, 11]), 3).generate(prompts(1, 4), 20)
-    assert made.accepted == Accepted(passes=19, tokens=19, proposed=3 * 17 + 2 + 1, accepted=0)
+    assert made.accepted == Accepted(passes=19, tokens=19, proposed=3 * 16 + 2 + 1, accepted=0)
 
 
 def test_copies_are_what_followed_the_newest_tokens_at_their_latest_place():

@@ -87,10 +87,14 @@ def followed(tokens: Ids, count: int, longest: int = LONGEST_MATCH) -> Ids:
 
 
 class DraftModel:
-    """A smaller model, with a cache of its own, which is cut back to what became known."""
+    """A smaller model, with a cache of its own, which is cut back to what became known; beyond its positions it proposes nothing.
 
-    def __init__(self, session: Croppable) -> None:
-        self._session = session
+    Args:
+        positions: that it has; None: any number.
+    """
+
+    def __init__(self, session: Croppable, positions: int | None = None) -> None:
+        self._session, self._positions = session, positions
         self._cached = 0
 
     def start(self) -> None:
@@ -100,6 +104,8 @@ class DraftModel:
     def propose(self, known: Ids, count: int) -> Ids:
         """See `Proposer`."""
         length = known.shape[1]
+        if self._positions is not None and length + count - 1 > self._positions:
+            return known[:, :0]
         if self._cached == 0:
             logits = self._session.prefill(known)
         else:
@@ -165,6 +171,7 @@ def speculating(session: Session, said: Speculation, setup: Setup, load: Callabl
         raise RuntimeUnavailable(f"speculate={said.draft}: this runtime's cache cannot be cut back.")
     if said.draft == PROMPT_LOOKUP:
         return Speculating(session, PromptLookup(), said.tokens)
-    draft = load(Path(said.draft), draft_spec(Path(said.draft)), setup)
+    spec = draft_spec(Path(said.draft))
+    draft = load(Path(said.draft), spec, setup)
     assert isinstance(draft, Croppable), "the same runtime loads alike"
-    return Speculating(session, DraftModel(draft), said.tokens)
+    return Speculating(session, DraftModel(draft, spec.max_positions), said.tokens)
