@@ -210,7 +210,7 @@ def test_an_unknown_runtime(refused, model):
     [
         (("--runtime", "torch(batching=sorted)"), "batching=sorted has no effect where all texts have one length; measure with --lengths text."),
         (("--runtime", "torch(batching=any)", "--lengths", "text"), "batching='any' is not possible; batching is one of padded, sorted, bucketed."),
-        (("--runtime", "torch(speculate=prompt-lookup)"), "speculate=prompt-lookup is of decoders; bert is none."),
+        (("--runtime", "torch(speculate=prompt-lookup)"), "speculate=prompt-lookup is of decoders; model is none."),
         (("--runtime", "torch(draft_tokens=2)"), "draft_tokens=2 has no effect without speculate."),
         (("--lengths", "long"), "argument --lengths: invalid choice: 'long'"),
     ],

@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     spec = read_runnable(arguments.model)
     workload = verbs.make_workload(spec, dtype="float32", **workload_of(arguments))
-    if arguments.lengths == "text":
+    if arguments.lengths_of == "text":
         workload = verbs.with_own_lengths(workload, arguments.model, arguments.text)
     request = Request(
         model=Path(arguments.model), out=Path(arguments.output), workload=workload,

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     found = verbs.measure(
-        arguments.model, runtime=arguments.runtime, text=arguments.text, threads=arguments.threads, own_lengths=arguments.lengths == "text",
+        arguments.model, runtime=arguments.runtime, text=arguments.text, threads=arguments.threads, own_lengths=arguments.lengths_of == "text",
         log=progress, **workload_of(arguments),
     )  # fmt: skip
     print_json(found) if arguments.json else print(measurement_text(found))

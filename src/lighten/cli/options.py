@@ -27,7 +27,7 @@ def add_workload(parser: argparse.ArgumentParser, *, phases: tuple[str, ...] = P
 def add_lengths(parser: argparse.ArgumentParser) -> None:
     """--lengths."""
     parser.add_argument(
-        "--lengths", choices=("equal", "text"), default="equal",
+        "--lengths", dest="lengths_of", choices=("equal", "text"), default="equal",
         help="of texts that are encoded: all of --seq-len tokens (default), or each its own, of the texts of --text, --seq-len at most",
     )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Texts of different lengths in batches: in the order in which they come, or sorted by length, so that little is padding.
 
 padded     batches in the order of the texts, each as wide as its longest
-sorted     the same after sorting by length, the longest first, so that memory is taken once
+sorted     the same after sorting by length, the longest first; a batch that is not full is the first, which computes the fewest positions
 bucketed   sorted, each batch as wide as the next multiple of `BUCKET`, and of one number of rows: few shapes, for what is compiled by shape
 """
 
@@ -39,15 +39,16 @@ def make_batches(lengths: Sequence[int], batch_size: int, batching: Batching = "
     Args:
         most: positions that the model has; a bucket is no wider.
 
-    >>> [batch.places for batch in make_batches([3, 9, 4, 8], 2, "sorted")]
-    [(1, 3), (2, 0)]
+    >>> [batch.places for batch in make_batches([3, 9, 4, 8], 2, "sorted")], [batch.places for batch in make_batches([1, 1, 2], 2, "sorted")]
+    ([(1, 3), (2, 0)], [(2,), (0, 1)])
     """
     order = list(range(len(lengths)))
     if batching != "padded":
         order.sort(key=lambda place: -lengths[place])  # a stable sort: texts of one length stay in order
+    first = len(order) % batch_size if batching == "sorted" else 0
     found = []
-    for start in range(0, len(order), batch_size):
-        places = tuple(order[start : start + batch_size])
+    for start in range(first - batch_size if first else 0, len(order), batch_size):
+        places = tuple(order[max(start, 0) : start + batch_size])
         width, rows = max(lengths[place] for place in places), len(places)
         if batching == "bucketed":
             width, rows = -(-width // BUCKET) * BUCKET, batch_size
