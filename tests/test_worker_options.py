@@ -54,7 +54,7 @@ def test_texts_of_their_own_lengths_are_timed_in_the_recipes_batches(models, mon
     monkeypatch.setattr(type(session), "encode", lambda self, ids, mask: shapes.append((ids.shape, mask.sum())) or encode(self, ids, mask))
     answer = child.time("encode", 2, 32, 0, [1, 2], lengths=[3, 20, 4])
     assert len(answer["seconds"]) == 2
-    assert shapes == [((2, 20), 24), ((1, 3), 3)] * 2
+    assert shapes == [((1, 20), 20), ((2, 4), 7)] * 2
 
 
 def test_prompts_of_a_text_are_gone_on_with_and_what_was_accepted_is_told(models, tmp_path, monkeypatch):
