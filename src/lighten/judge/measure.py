@@ -44,6 +44,7 @@ class Target:
     dtype: str
     size_bytes: int
     dynamic: bool = False
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +155,7 @@ class Judge:
         """Load a target in its process."""
         return child.ask(
             "load", timeout_s=self.limits.timeout_s, folder=str(target.folder), original=str(self.original), runtime=target.runtime,
-            setup={"dtype": target.dtype, "threads": self.limits.threads, "dynamic": target.dynamic},
+            setup={"dtype": target.dtype, "threads": self.limits.threads, "dynamic": target.dynamic, "device": target.device},
         )  # fmt: skip
 
     def _original(self) -> Child:
@@ -242,7 +243,10 @@ def model_bytes(folder: Path) -> int:
 def artifact_target(folder: Path) -> Target:
     """The target that an artifact folder is."""
     made = read_artifact(folder)
-    return Target(folder=folder, runtime=made.recipe.runtime, dtype=made.dtype, size_bytes=folder_bytes(folder), dynamic=made.recipe.dynamic)
+    return Target(
+        folder=folder, runtime=made.recipe.runtime, dtype=made.dtype, size_bytes=folder_bytes(folder), dynamic=made.recipe.dynamic,
+        device=made.recipe.device or "cpu",
+    )  # fmt: skip
 
 
 def _token_scores(windows: Sequence[dict[str, Any]]) -> list[TokenScores]:

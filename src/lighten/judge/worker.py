@@ -35,6 +35,7 @@ class Worker:
         self.session: Session | None = None
         self.spec: ModelSpec | None = None
         self.runtime: Runtime | None = None
+        self.device = "cpu"
 
     def build(self, source: str, recipe: str, folder: str, text: str | None, exports: str) -> dict[str, Any]:
         """Write an artifact."""
@@ -56,14 +57,17 @@ class Worker:
         start = time.perf_counter()
         self.spec = _spec_of(Path(folder), Path(original))
         self.runtime = MODULES[runtime]
-        self.session = open_session(runtime, Path(folder), self.spec, Setup(**setup))
+        asked = Setup(**setup)
+        self.device = asked.device
+        self.session = open_session(runtime, Path(folder), self.spec, asked)
         return {"seconds": time.perf_counter() - start}
 
     def describe(self) -> dict[str, Any]:
-        """The peak memory so far, and then what the session runs in, which may take memory to find out."""
+        """The peak memory so far, of the device where the session runs on one, and then what the session runs in, which may take memory to find out."""
         session, _ = self._loaded()
         assert self.runtime is not None, "the parent loads before it asks"
-        return {"peak_memory_bytes": peak_memory_bytes(), "precision": session.precision, "version": self.runtime.version()}
+        peak = peak_memory_bytes() if self.device == "cpu" else device_peak_bytes()
+        return {"peak_memory_bytes": peak, "precision": session.precision, "version": self.runtime.version()}
 
     def time(self, phase: str, batch_size: int, seq_len: int, new_tokens: int, seeds: Sequence[int]) -> dict[str, Any]:
         """Run the workload once for each seed, on other tokens each time; seconds of each, and of a generation until its first token."""
@@ -142,6 +146,13 @@ def calibration_batches(source: Path, text: Path | None) -> list[dict[str, Any]]
     longest = min(128, read_spec(source).max_positions or 128)
     batches = Tokenizer(source).batches(texts, batch_size=1, length=longest)
     return [{"input_ids": ids[:, : mask.sum()], "attention_mask": mask[:, : mask.sum()]} for ids, mask in batches]
+
+
+def device_peak_bytes() -> int:
+    """Most bytes that tensors took on the CUDA device so far."""
+    import torch
+
+    return int(torch.cuda.max_memory_allocated())
 
 
 def peak_memory_bytes() -> int | None:

@@ -19,11 +19,13 @@ from typing import Any, TypeAlias
 from lighten.errors import RecipeError
 from lighten.recipe.predicted import KINDS, PREDICTED, require_done
 from lighten.recipe.steps import STEPS
-from lighten.recipe.targets import RUNTIMES
+from lighten.recipe.targets import CUDA, DEVICES, RUNTIMES
 from lighten.recipe.words import Parameter, StepKind
 
 Value: TypeAlias = str | int | float | bool
 DEFAULT_RUNTIME = "torch"
+OPTIONS = ("dtype", "device")
+"""What may be said of a runtime: fields of `Recipe`."""
 
 _CALL = re.compile(r"^\s*([A-Za-z_][\w.-]*)\s*(?:\((.*)\))?\s*$", re.DOTALL)
 _PLAIN = re.compile(r"^[\w.:+-]+\Z")
@@ -64,11 +66,13 @@ class Recipe:
     Attributes:
         runtime: a name of `RUNTIMES`.
         dtype: the type that the runtime computes in; None: that of the weights.
+        device: what it runs on: cuda; None: the CPU.
     """
 
     steps: tuple[Step, ...] = ()
     runtime: str = DEFAULT_RUNTIME
     dtype: str | None = None
+    device: str | None = None
 
     @property
     def steps_text(self) -> str:
@@ -98,7 +102,13 @@ class Recipe:
 
     @property
     def runtime_text(self) -> str:
-        return self.runtime + (f"(dtype={self.dtype})" if self.dtype else "")
+        said = ", ".join(f"{name}={value}" for name, value in self.options.items())
+        return self.runtime + (f"({said})" if said else "")
+
+    @property
+    def options(self) -> dict[str, str]:
+        """What is said of the runtime."""
+        return {name: value for name in OPTIONS if (value := getattr(self, name)) is not None}
 
     def __str__(self) -> str:
         """The text form, which parses back to the same recipe."""
@@ -179,7 +189,7 @@ def format_yaml(recipe: Recipe) -> str:
     from lighten.recipe.yaml_words import Dumper
 
     steps = [{step.verb: {"method": step.method, **dict(step.arguments)}} for step in recipe.steps]
-    runtime = {"name": recipe.runtime} | ({"dtype": recipe.dtype} if recipe.dtype else {})
+    runtime = {"name": recipe.runtime} | recipe.options
     return yaml.dump({"steps": steps, "runtime": runtime}, Dumper=Dumper, sort_keys=False)
 
 
@@ -191,12 +201,20 @@ def make_recipe(steps: tuple[Step, ...], runtime: str, options: Mapping[str, Any
     """
     if runtime not in RUNTIMES:
         raise RecipeError(f"runtime {runtime!r} does not exist; runtimes: {', '.join(RUNTIMES)}.")
-    if unknown := set(options) - {"dtype"}:
-        raise RecipeError(f"runtime {runtime}: no option {', '.join(sorted(unknown))}; options: dtype.")
-    dtype = options.get("dtype")
-    if dtype is not None and dtype not in RUNTIMES[runtime].dtypes:
-        raise RecipeError(f"runtime {runtime} does not compute in {dtype!r}; it computes in {', '.join(RUNTIMES[runtime].dtypes)}.")
-    return Recipe(steps=steps, runtime=runtime, dtype=dtype)
+    if unknown := set(options) - set(OPTIONS):
+        raise RecipeError(f"runtime {runtime}: no option {', '.join(sorted(unknown))}; options: {', '.join(OPTIONS)}.")
+    dtype, device = options.get("dtype"), options.get("device")
+    if device is not None and device not in DEVICES:
+        raise RecipeError(f"runtime {runtime}: device={device!r} is not possible; devices: {', '.join(DEVICES)}.")
+    if device == CUDA and not RUNTIMES[runtime].cuda:
+        able = ", ".join(name for name, kind in RUNTIMES.items() if kind.cuda)
+        raise RecipeError(f"runtime {runtime} does not run on device=cuda here; these do: {able}.")
+    device = device if device == CUDA else None
+    types = RUNTIMES[runtime].types_on(device)
+    if dtype is not None and dtype not in types:
+        where = " on device=cuda" if device else ""
+        raise RecipeError(f"runtime {runtime} does not compute in {dtype!r}{where}; it computes in {', '.join(types)}.")
+    return Recipe(steps=steps, runtime=runtime, dtype=dtype, device=device)
 
 
 def make_step(verb: str, method: str, given: Mapping[str, Any]) -> Step:

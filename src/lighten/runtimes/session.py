@@ -28,11 +28,13 @@ class Setup:
     Attributes:
         dtype: the type to compute in.
         dynamic: whether int8 activations, scaled from each input, are asked for; they stay off else.
+        device: cpu, or cuda for the runtimes that run there.
     """
 
     dtype: str
     threads: int
     dynamic: bool = False
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,5 +165,5 @@ def model_file(folder: Path, name: str, runtime: str) -> Path:
 
 def as_float32(value: Any) -> Floats:
     """A torch tensor of any float type as float32 numpy."""
-    result: Floats = value.float().numpy()
+    result: Floats = value.float().cpu().numpy()
     return result
