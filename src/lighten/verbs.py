@@ -428,7 +428,7 @@ def measure(
     if made and runtime and runtime != made.recipe.runtime:
         raise WorkloadError(f"{folder} is an artifact for runtime {made.recipe.runtime}; it does not run on {runtime}.")
     recipe = made.recipe if made else read_recipe(f"@ {runtime or 'torch'}")
-    require_runtime(recipe.runtime)
+    require_runtime(recipe.runtime, device=recipe.device)
     original = made.original if made else folder
     if not original.is_dir():
         raise ModelError(f"{folder} was made from {original}, which is not there any more; quality is measured against it.")

@@ -63,7 +63,7 @@ class Worker:
         return {"seconds": time.perf_counter() - start}
 
     def describe(self) -> dict[str, Any]:
-        """The peak memory so far, of the device where the session runs on one, and then what the session runs in, which may take memory to find out."""
+        """The peak memory so far, of the device where there is one, and then what the session runs in, which may take memory to find out."""
         session, _ = self._loaded()
         assert self.runtime is not None, "the parent loads before it asks"
         peak = peak_memory_bytes() if self.device == "cpu" else device_peak_bytes()

@@ -183,7 +183,8 @@ def _compiled(module: Any) -> tuple[Callable[..., Any], Callable[[Any], Any]]:
 class _Recorded:
     """A function of one tensor as a CUDA graph.
 
-    Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#whole-network-capture; three runs before, on a stream of their own, compile and warm up.
+    Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#whole-network-capture; three runs before it, on a stream of their own,
+    compile and warm up.
     """
 
     def __init__(self, compute: Callable[[Any], Any], value: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lighten.errors import RuntimeUnavailable
 from lighten.model.quantized.kv import KVFormat, read_kv_format
 from lighten.model.spec import ModelSpec
 from lighten.runtimes.session import Floats, Ids, Session, Setup, Stepping, as_float32
