@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -118,12 +119,12 @@ class _Step:
         import torch
 
         self.batch, self.room, self.position = len(like), room, 0
-        self._body = module.model
+        self._module, self._body = module, module.model
         self._blocks = [_first_of_its_cache(block) for block in self._body.layers]
         self._at = torch.zeros(1, dtype=torch.int64, device=like.device)
         self._positions = torch.arange(room, device=like.device)
         self._places = [_Place(like, room, self._at) for _ in self._blocks]
-        self._block, self._head = _compiled(module)
+        self._block, self._head = _compiled()
         self._limits = {"fail_on_recompile_limit_hit": True, "recompile_limit": KINDS_OF_BLOCKS}
         self._graph: _Recorded | None = None
 
@@ -156,7 +157,7 @@ class _Step:
         seen = (self._positions <= self._at).expand(len(ids), 1, 1, self.room)
         for block, place in zip(self._blocks, self._places, strict=True):
             hidden = self._block(block, hidden, seen, turns, place)
-        return self._head(hidden)
+        return self._head(self._module, hidden)
 
 
 def _first_of_its_cache(block: Any) -> Any:
@@ -167,17 +168,22 @@ def _first_of_its_cache(block: Any) -> Any:
     return found
 
 
-def _compiled(module: Any) -> tuple[Callable[..., Any], Callable[[Any], Any]]:
-    """A block, which takes the block that it is, and norm with head; a graph that breaks is an error, and a block that differs from the first."""
+@cache
+def _compiled() -> tuple[Callable[..., Any], Callable[[Any, Any], Any]]:
+    """`_block` and `_head`, compiled: once in a process, for all sessions; a graph that breaks is an error."""
     import torch
 
-    def block(layer: Any, hidden: Any, seen: Any, turns: Any, place: _Place) -> Any:
-        return layer(hidden, attention_mask=seen, position_embeddings=turns, past_key_values=place, use_cache=True)
+    return torch.compile(_block, dynamic=False, fullgraph=True), torch.compile(_head, dynamic=False, fullgraph=True)
 
-    def head(hidden: Any) -> Any:
-        return module.lm_head(module.model.norm(hidden))[:, -1]
 
-    return torch.compile(block, dynamic=False, fullgraph=True), torch.compile(head, dynamic=False, fullgraph=True)
+def _block(block: Any, hidden: Any, seen: Any, turns: Any, place: _Place) -> Any:
+    """[B, 1, D] after a block."""
+    return block(hidden, attention_mask=seen, position_embeddings=turns, past_key_values=place, use_cache=True)
+
+
+def _head(module: Any, hidden: Any) -> Any:
+    """[B, V] after the last norm and the head."""
+    return module.lm_head(module.model.norm(hidden))[:, -1]
 
 
 class _Recorded:
