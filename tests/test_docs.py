@@ -200,10 +200,10 @@ def steps_table() -> str:
 
 def runtimes_table() -> str:
     rows = [
-        (f"`{name}`", f"`lighten[{kind.extra}]`", ", ".join(kind.dtypes), ", ".join(kind.stored), kind.formats, "yes" if kind.decoders else "no")
+        (f"`{name}`", f"`lighten[{kind.extra}]`", ", ".join(kind.dtypes), ", ".join(kind.stored), kind.formats, ", ".join(kind.cuda) or "no")
         for name, kind in RUNTIMES.items()
     ]
-    return table(("runtime", "installed by", "computes in", "stores", "quantized weights", "decoders"), rows)
+    return table(("runtime", "installed by", "computes in", "stores", "quantized weights", "on a CUDA device"), rows)
 
 
 def families_table() -> str:
