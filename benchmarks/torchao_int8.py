@@ -1,4 +1,4 @@
-"""Do torchao's int8 products beat torch's own in float32 and bfloat16 on this CPU? In turn, by the thread's CPU seconds; above 1 is faster than float32.
+"""Do torchao's int8 products beat torch's own on this CPU? In turn, by the thread's CPU seconds; above 1 is faster than float32.
 
 python benchmarks/torchao_int8.py --compile     # needs torchao, which lighten does not use
 """
