@@ -3,7 +3,7 @@
 A decoder's prompt is computed by the eager module; its keys and values are copied into a cache of fixed size, where every further token costs one
 call of the same compiled block for each block, and one of the head. One block is compiled, not all: seconds, where the whole step takes minutes.
 
-On a CUDA device the whole step is recorded once and replayed as one CUDA graph.
+On a CUDA device the whole step is recorded once and replayed as one CUDA graph; an encoder's is recorded by torch.compile.
 
 Legend: B batch_size, H key/value heads, R positions that the cache has room for, E head_dim, D hidden size, V vocabulary.
 """
@@ -53,7 +53,7 @@ def load(folder: Path, spec: ModelSpec, setup: Setup) -> Session:
             raise RuntimeUnavailable(f"{folder} has a quantized cache, which runtime torch runs; torch-compile keeps floats.")
         return CompiledDecoder(session)
     module = session.module
-    session.module = torch.compile(module, dynamic=False)
+    session.module = torch.compile(module, dynamic=False, mode="reduce-overhead" if setup.device == "cuda" else "default")
     return session
 
 
