@@ -129,7 +129,7 @@ def test_a_server_holds_as_many_requests_as_fit(model):
         ("--device h100-sxm --recipe '@ openvino'", "runtime openvino is timed on this machine alone"),
         (
             "--device h100-sxm --recipe '@ torch(device=cuda)'",
-            "device=cuda runs a recipe on this machine; of h100-sxm the prediction needs no option",
+            "device=cuda runs a recipe on this machine; of h100-sxm the prediction needs",
         ),
         ("--device v100-sxm-16gb --dtype bf16", "no known rate of bfloat16"),
         ("--tp 2", "--tp=2 has no effect without a --device of published figures"),

@@ -69,6 +69,9 @@ class CompiledDecoder(Stepping):
     def precision(self) -> str:
         return self._eager.precision
 
+    def encode(self, input_ids: Ids, attention_mask: Ids) -> Floats:
+        return self._eager.encode(input_ids, attention_mask)
+
     def logits(self, input_ids: Ids) -> Floats:
         return self._eager.logits(input_ids)
 
@@ -197,7 +200,7 @@ class _Recorded:
         import torch
 
         self._given = value.clone()
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
