@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
@@ -509,7 +510,7 @@ def test_a_text_that_no_step_looks_at(refused, model, tmp_path):
     ("arguments", "says"),
     [
         (("nowhere",), "nowhere: no such folder; this command needs the model's weights"),
-        (("llama", "--runtime", "torch-compile"), "runtime torch-compile does not run decoders here"),
+        (("on-cuda",), f"device=cuda: torch {torch.__version__} finds no CUDA device; leave device out to run on the CPU."),
         (("llama", "--phase", "encode"), "phase encode needs an encoder"),
         (("bert", "--phase", "generate"), "phase generate needs a decoder"),
         (("bert", "--seq-len", "1000"), "1000 positions asked for"),
@@ -522,12 +523,14 @@ def test_a_text_that_no_step_looks_at(refused, model, tmp_path):
 )
 def test_what_cannot_be_measured(refused, arguments, says, tiny_bert, tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setattr(Judge, "measure", lambda *_: pytest.fail("it was run"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "llama").symlink_to(tiny_llama)
     (tmp_path / "bert").symlink_to(tiny_bert)
     for name in ("torn", "bare"):
         (tmp_path / name).mkdir()
     (tmp_path / "torn" / "lighten.json").write_text("{")
     write_artifact(tiny_bert, parse_recipe("cast(bfloat16)"), tmp_path / "made", calibration=list)
+    write_artifact(tiny_bert, parse_recipe("@ torch(device=cuda, dtype=float16)"), tmp_path / "on-cuda", calibration=list)
     manifest = json.loads((tmp_path / "made" / "lighten.json").read_text())
     shutil.copytree(tmp_path / "made", tmp_path / "orphan")
     (tmp_path / "orphan" / "lighten.json").write_text(json.dumps(manifest | {"original": str(tmp_path / "gone")}))

@@ -105,7 +105,7 @@ def test_what_cannot_be_is_said_in_one_line(bert):
         estimate(spec, plain, recipe=parse_recipe("@ torch(batching=sorted)"))
     with pytest.raises(RecipeError, match=r"^runtime torch: batching='longest' is not possible; batching is one of padded, sorted, bucketed\.$"):
         parse_recipe("@ torch(batching=longest)")
-    with pytest.raises(RecipeError, match=r"^runtime llama\.cpp: no option batching; options: dtype\.$"):
+    with pytest.raises(RecipeError, match=r"^runtime llama\.cpp: no option batching; options: dtype, device\.$"):
         parse_recipe("@ llama.cpp(batching=sorted)")
     with pytest.raises(WorkloadError, match=r"^lengths from 3 to 65: each text has 1 to seq_len=64 tokens\.$"):
         Workload(phase="encode", seq_len=64, lengths=(3, 65))

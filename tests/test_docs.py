@@ -206,12 +206,12 @@ def runtimes_table() -> str:
             ", ".join(kind.dtypes),
             ", ".join(kind.stored),
             kind.formats,
-            "yes" if kind.decoders else "no",
+            ", ".join(kind.cuda) or "no",
             ", ".join(f"`{option}`" for option in kind.options) or "none",
         )
         for name, kind in RUNTIMES.items()
     ]
-    return table(("runtime", "installed by", "computes in", "stores", "quantized weights", "decoders", "options"), rows)
+    return table(("runtime", "installed by", "computes in", "stores", "quantized weights", "on a CUDA device", "options"), rows)
 
 
 def families_table() -> str:

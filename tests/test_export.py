@@ -13,6 +13,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 import transformers
@@ -25,12 +26,16 @@ from lighten.compress.rtn import quantize_rtn
 from lighten.compress.walk import Checkpoint
 from lighten.errors import LightenError
 from lighten.formats import export as module
+from lighten.formats import ort_file
+from lighten.formats.artifact import write_artifact
 from lighten.formats.export import DENSE, GGUF, PACKED, SPARSE, TARGETS, Exported, export
 from lighten.formats.gguf_file import write_gguf
 from lighten.formats.safetensors_folder import expanded_weights, write_folder
+from lighten.formats.settings import onnxruntime_settings
 from lighten.model import read_spec
 from lighten.model.ggml_types import ggml_format
 from lighten.model.spec import Embedding, Linear, WeightFormat
+from lighten.recipe import parse_recipe
 
 IDS = torch.arange(3, 40)[None]
 
@@ -183,7 +188,7 @@ def test_a_model_goes_to_graphs(target, codes, config, tmp_path):
     [
         (DENSE, "is dense safetensors already"),
         (PACKED, "is not quantized, and rounding loses; lighten compress"),
-        ("pickle", "format 'pickle' is not written; these are: safetensors, compressed-tensors, gguf, onnx, openvino"),
+        ("pickle", "format 'pickle' is not written; these are: safetensors, compressed-tensors, gguf, onnx, openvino, ort"),
     ],
 )
 def test_a_dense_folder_is_refused_what_would_not_be_lossless(target, says, llama, tmp_path):
@@ -197,6 +202,7 @@ def test_other_sources_are_refused_in_one_line(llama, tmp_path):
     assert "is compressed-tensors already" in refused(lambda: export(source, PACKED, tmp_path / "out"))
     export(llama, GGUF, tmp_path / "b.gguf")
     assert "becomes a graph by way of safetensors" in refused(lambda: export(tmp_path / "b.gguf", "onnx", tmp_path / "out"))
+    assert "becomes a graph by way of safetensors" in refused(lambda: export(tmp_path / "b.gguf", "ort", tmp_path / "out"))
     assert "is a GGUF file already" in refused(lambda: export(tmp_path / "b.gguf", GGUF, tmp_path / "c.gguf"))
     assert "exists and is not empty" in refused(lambda: export(llama, GGUF, tmp_path / "b.gguf"))
     assert "no such folder" in refused(lambda: export(tmp_path / "nothing", GGUF, tmp_path / "d.gguf"))
@@ -204,6 +210,38 @@ def test_other_sources_are_refused_in_one_line(llama, tmp_path):
     (tmp_path / "config" / "config.json").write_text((llama / "config.json").read_text())
     assert "no weights; a source is a folder of safetensors" in refused(lambda: export(tmp_path / "config", GGUF, tmp_path / "d.gguf"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b.gguf", "config", "packed"]
+
+
+@pytest.mark.parametrize("recipe", ["", "quantize(rtn, bits=4, group_size=16, embeddings=true)"])
+def test_an_ort_file_computes_what_the_graph_computes(recipe, llama, tmp_path):
+    """Held to the artifact's own graph; activations stay in float32 beside codes, which the file says itself and a graph's session must be told."""
+    made = write_artifact(llama, parse_recipe(f"{recipe} @ onnxruntime"), tmp_path / "made", calibration=list).folder
+    found = export(made, "ort", tmp_path / "phone")
+    assert found.output_error < 1e-6
+    assert found.target == "ort"
+    assert {path.name for path in found.path.iterdir()} >= {"model.ort", "tokenizer.json"}
+    assert (found.path / "model.ort").read_bytes()[4:8] == b"ORTM"
+    options = onnxruntime.SessionOptions()
+    for name, value in onnxruntime_settings(dynamic=False).items():
+        options.add_session_config_entry(name, value)
+    before, after = onnxruntime.InferenceSession(made / "model.onnx", options), onnxruntime.InferenceSession(found.path / "model.ort")
+    ids = np.array([[5, 6, 7]])
+    inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.array([[0, 1, 2]])}
+    inputs |= {each.name: np.zeros((1, each.shape[1], 0, each.shape[3]), np.float32) for each in before.get_inputs()[3:]}
+    assert np.allclose(before.run(None, inputs)[0], after.run(None, inputs)[0], atol=1e-5)
+
+
+def test_a_model_becomes_an_ort_file_at_once(tmp_path):
+    made = export(save(bert_config(), tmp_path / "bert"), "ort", tmp_path / "phone")
+    assert made.output_error < 1e-5
+    assert (tmp_path / "phone" / "model.ort").is_file()
+
+
+def test_a_graph_that_is_too_large_for_an_ort_file_is_refused(llama, tmp_path, monkeypatch):
+    made = write_artifact(llama, parse_recipe("@ onnxruntime"), tmp_path / "made", calibration=list).folder
+    monkeypatch.setattr(ort_file, "LARGEST_BYTES", 1000)
+    assert "bytes, and a .ort file has at most 1,000; quantize it, or take it to onnx." in refused(lambda: export(made, "ort", tmp_path / "phone"))
+    assert not (tmp_path / "phone").exists()
 
 
 def test_files_whose_metadata_is_not_translated_whole_are_not_turned_back(tmp_path):

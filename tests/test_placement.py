@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -15,9 +16,12 @@ from lighten.cli.main import main
 from lighten.cost.flops import workload_flops
 from lighten.cost.workload import Workload
 from lighten.errors import DeviceError, WorkloadError
+from lighten.model import read_spec
 from lighten.model.read import config_spec
 from lighten.parallel.memory import rank_memory
 from lighten.parallel.plan import Plan
+from lighten.recipe import on_machine, parse_recipe
+from lighten.recipe.on_machine import engine_name
 from lighten.recipe.placement import default_plan
 
 TRAIN = Workload(phase="train", batch_size=16, seq_len=64, dtype="bfloat16", optimizer="adamw")
@@ -123,6 +127,10 @@ def test_a_server_holds_as_many_requests_as_fit(model):
         ("--device h100-sxm --tokens 2T", "--tokens has no effect in phase prefill"),
         ("--device h100-sxm --concurrency 8", "--concurrency has no effect in phase prefill"),
         ("--device h100-sxm --recipe '@ openvino'", "runtime openvino is timed on this machine alone"),
+        (
+            "--device h100-sxm --recipe '@ torch(device=cuda)'",
+            "device=cuda runs a recipe on this machine; of h100-sxm the prediction needs",
+        ),
         ("--device v100-sxm-16gb --dtype bf16", "no known rate of bfloat16"),
         ("--tp 2", "--tp=2 has no effect without a --device of published figures"),
         ("--price 2/h", "--price=2/h has no effect without a --device of published figures"),
@@ -137,6 +145,13 @@ def test_what_does_not_fit_together_is_one_line(model, capsys, options, says):
     assert out == ""
     assert err.count("\n") == 1
     assert says in err
+
+
+def test_what_runs_on_a_cuda_device_is_not_timed_by_this_machines_processor(model):
+    name = engine_name(parse_recipe("@ torch-compile(device=cuda, dtype=float16)"), read_spec(model))
+    assert name == "torch-compile-cuda/float16"
+    with pytest.raises(DeviceError, match=r"^engine torch-compile-cuda/float16: a CUDA device is not probed; --device NAME predicts one of "):
+        on_machine._engine(name, SimpleNamespace(failures={}, engines={}))
 
 
 def test_one_stream_on_a_device_without_known_products_is_timed_by_its_memory(model):

@@ -69,8 +69,9 @@ def steps(draw: st.DrawFn) -> Step:
 @st.composite
 def recipes(draw: st.DrawFn) -> Recipe:
     runtime = draw(st.sampled_from(sorted(RUNTIMES)))
-    dtype = draw(st.none() | st.sampled_from(RUNTIMES[runtime].dtypes))
-    return Recipe(steps=tuple(draw(st.lists(steps(), max_size=3))), runtime=runtime, dtype=dtype)
+    device = draw(st.sampled_from([None, "cuda"] if RUNTIMES[runtime].cuda else [None]))
+    dtype = draw(st.none() | st.sampled_from(RUNTIMES[runtime].types_on(device)))
+    return Recipe(steps=tuple(draw(st.lists(steps(), max_size=3))), runtime=runtime, dtype=dtype, device=device)
 
 
 def refusal(make: Callable[[], Any]) -> str | None:
@@ -213,7 +214,11 @@ REFUSED = {
     "distill(scales, steps=0)": "distill(scales): steps=0 is not possible; steps is a number of steps.",
     "quantize(rtn) @ tpu": "runtime 'tpu' does not exist; runtimes: torch, torch-compile, onnxruntime, openvino, llama.cpp, ctranslate2.",
     "quantize(rtn) @": "runtime '' is not of the form name(argument, key=value).",
-    "@ torch(threads=2)": "runtime torch: no option threads; options: dtype, batching, speculate, draft_tokens.",
+    "@ onnxruntime(device=cuda)": "runtime onnxruntime does not run on device=cuda here; these do: torch, torch-compile.",
+    "@ torch(device=tpu)": "runtime torch: device='tpu' is not possible; devices: cpu, cuda.",
+    "@ torch(device=cuda, dtype=int8)":
+        "runtime torch does not compute in 'int8' on device=cuda; it computes in float32, bfloat16, float16.",
+    "@ torch(threads=2)": "runtime torch: no option threads; options: dtype, device, batching, speculate, draft_tokens.",
     "@ torch(bfloat16)": "runtime 'torch(bfloat16)': options are written name=value.",
     "@ torch(dtype=float32, dtype=bfloat16)": "runtime 'torch(dtype=float32, dtype=bfloat16)' says an option twice.",
     "@ torch(dtype=float16)": "runtime torch does not compute in 'float16'; it computes in float32, bfloat16.",
@@ -249,7 +254,7 @@ def test_a_recipe_that_cannot_be_is_refused_in_words(text):
         ("steps: [{prune: {method: magnitude, sparsity: 0.5, sparsity: 0.6}}]", "recipe: not YAML (sparsity is said twice)."),
         ("steps: [{quantize: {method: rtn, group_size: [1]}}]", "quantize(rtn): group_size=[1] is not possible; group_size is a number of columns,"),
         ("steps: [{quantize: {method: rtn, bits: '4'}}]", "quantize(rtn): bits='4' is not possible; bits is one of 8, 6, 4, 3, 2."),
-        ("runtime: {name: torch, threads: 2}", "runtime torch: no option threads; options: dtype, batching, speculate, draft_tokens."),
+        ("runtime: {name: torch, threads: 2}", "runtime torch: no option threads; options: dtype, device, batching, speculate, draft_tokens."),
         ("steps: [", "recipe: not YAML (while parsing a flow node)."),
     ],
 )
@@ -329,14 +334,6 @@ def test_what_the_model_or_the_runtime_cannot_take_is_refused_in_words(text):
         apply_recipe(parse_recipe(text), spec_of("BertModel"))
 
 
-@pytest.mark.parametrize("runtime", [name for name, kind in RUNTIMES.items() if not kind.decoders])
-def test_a_runtime_without_decoders_refuses_one(runtime):
-    with pytest.raises(
-        RecipeError, match=rf"^runtime {runtime} does not run decoders here; these do: torch, onnxruntime, openvino, llama.cpp, ctranslate2\.$"
-    ):
-        apply_recipe(parse_recipe(f"@ {runtime}"), spec_of("LlamaForCausalLM"))
-
-
 @pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize("architecture", ["BertModel", "LlamaForCausalLM"])
 def test_every_step_on_every_runtime_is_carried_or_refused(runtime, architecture):
@@ -344,9 +341,7 @@ def test_every_step_on_every_runtime_is_carried_or_refused(runtime, architecture
     for (verb, method), kind in STEPS.items():
         for options in variants(kind):
             said = refusal(lambda: apply_recipe(Recipe(steps=(make_step(verb, method, options),), runtime=runtime), spec))  # noqa: B023 - called now
-            by_runtime = (
-                rf"runtime {runtime} (cannot carry \S+ as .*; it carries .*|does not run decoders here; these do: .*|has a cache of its own; .*"
-            )
+            by_runtime = rf"runtime {runtime} (cannot carry \S+ as .*; it carries .*|has a cache of its own; .*"
             by_runtime += r"|has all weights in 8 bits or none, .*|rounds the activations of 8-bit weights, .*)\.$"
             own = f"cannot be made so small|put it after quantize|no causal attention|not divide heads|{NO_ANSWERS}"
             own += "|cannot go alone|leaves all|would stay|no experts|is more than the"

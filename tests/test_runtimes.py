@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from tiny_models import bert_config, llama_config, save
 from lighten.errors import RuntimeUnavailable, WorkloadError
 from lighten.formats.artifact import write_artifact
 from lighten.formats.torch_model import load_module
+from lighten.judge.worker import device_peak_bytes
 from lighten.model import read_spec
 from lighten.recipe import parse_recipe
 from lighten.recipe.targets import RUNTIMES
-from lighten.runtimes import MODULES, Session, missing_packages, open_session
+from lighten.runtimes import MODULES, Session, missing_packages, open_session, torch_compile, torch_eager
 from lighten.runtimes.session import Setup
 
 INSTALLED = [name for name in RUNTIMES if not missing_packages(name)]
@@ -32,8 +34,9 @@ ENCODERS = [f"@ {name}" for name in INSTALLED] + [
     "quantize(dynamic, embeddings=true) @ ctranslate2",
     "quantize(rtn, symmetric=true, embeddings=true, activations=dynamic, symmetric_activations=true) @ ctranslate2",
 ]  # fmt: skip
-DECODERS = [f"@ {name}" for name in INSTALLED if RUNTIMES[name].decoders] + [
-    "@ openvino(dtype=bfloat16)", "quantize(rtn, bits=4, group_size=16, embeddings=true) @ onnxruntime",
+DECODERS = [f"@ {name}" for name in INSTALLED] + [
+    "@ openvino(dtype=bfloat16)", "@ torch(dtype=bfloat16)", "@ torch-compile(dtype=bfloat16)",
+    "quantize(rtn, bits=4, group_size=16, embeddings=true) @ onnxruntime",
     "quantize(rtn, symmetric=true, embeddings=true) @ openvino", "quantize(dynamic, embeddings=true) @ ctranslate2",
 ]  # fmt: skip
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.05, "int8": 0.35}
@@ -89,7 +92,7 @@ def error(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def tolerance(session: Session) -> float:
-    return TOLERANCES[session.precision.split(" with ")[0]]
+    return TOLERANCES[session.precision.split(" with ")[0].split(",")[0]]
 
 
 @pytest.mark.parametrize("recipe", ENCODERS)
@@ -120,7 +123,7 @@ def test_padding_changes_nothing_of_the_tokens_beside_it(recipe, opened):
 def test_a_decoder_gives_torchs_logits_and_goes_on_with_what_is_likeliest(recipe, opened):
     """Batches of other sizes on one session: each prompt starts from an empty cache. A token must be among those that torch finds as likely."""
     session, same = opened("llama", recipe)
-    for batch in (2, 3, 1):
+    for batch in (2, 1) if "compile" in recipe else (2, 3, 1):  # each is compiled anew
         ids = tokens(batch, 7, seed=batch)
         with torch.no_grad():
             expected = same(torch.from_numpy(ids)).logits.numpy()
@@ -153,18 +156,109 @@ def test_no_sequences_give_none_and_what_cannot_be_is_said(family, recipe, opene
     assert session.generate(tokens(1, most - 1), 1).ids.shape == (1, 1)
 
 
+@pytest.mark.parametrize("recipe", [each for each in ENCODERS if "compile" not in each])
+def test_an_encoder_takes_as_many_tokens_as_it_has_positions(recipe, opened, models):
+    session, same = opened("bert", recipe)
+    ids = tokens(1, read_spec(models["bert"]).max_positions)
+    with torch.no_grad():
+        expected = same(input_ids=torch.from_numpy(ids)).last_hidden_state.numpy()
+    assert error(session.encode(ids, np.ones_like(ids)), expected) < tolerance(session)
+
+
+@pytest.mark.parametrize("recipe", DECODERS)
+def test_a_row_of_a_batch_is_what_it_is_alone(recipe, opened):
+    """And a prompt after another is not told of it."""
+    session, _ = opened("llama", recipe)
+    ids = tokens(2, 9, seed=4)
+    assert error(session.logits(ids)[1:], session.logits(ids[1:])) < tolerance(session) / 2
+    first = session.generate(ids, 4).ids
+    session.generate(tokens(2, 9, seed=5), 4)
+    assert np.array_equal(session.generate(ids, 4).ids, first)
+
+
 @pytest.mark.parametrize(("family", "recipe", "precision"), [
     ("bert", "@ torch", "float32"), ("bert", "@ torch(dtype=bfloat16)", "bfloat16"), ("bert", "@ onnxruntime", "float32"),
     ("bert", "quantize(dynamic, embeddings=true) @ onnxruntime", "int8"), ("bert", "@ openvino", "float32"),
     ("bert", "quantize(static) @ openvino", "int8"), ("bert", "@ ctranslate2", "float32"),
     ("bert", "quantize(dynamic, embeddings=true) @ ctranslate2", "int8"),
     ("llama", "quantize(rtn, bits=4, group_size=16, embeddings=true) @ onnxruntime", "float32 with 4-bit weights"),
+    ("llama", "@ torch-compile", "float32"), ("bert", "quantize(rtn) @ torch", "float32"),
     ("llama", "quantize(dynamic, embeddings=true) @ ctranslate2", "int8"),
 ])  # fmt: skip
 def test_precision_and_version_are_read_back(family, recipe, precision, opened):
     session, _ = opened(family, recipe)
     assert session.precision == precision
     assert MODULES[parse_recipe(recipe).runtime].version()[0].isdigit()
+
+
+def test_bfloat16_without_instructions_for_it_is_not_called_bfloat16(models, monkeypatch):
+    """Nor is it refused: it is right, and slow."""
+    session = open_session("torch", models["bert"], read_spec(models["bert"]), Setup(dtype="bfloat16", threads=1))
+    for able, said in ((True, "bfloat16"), (False, "bfloat16, emulated")):
+        monkeypatch.setattr(torch_eager, "multiplies_bfloat16", lambda able=able: able)
+        assert session.precision == said
+
+
+def test_a_compiled_decoder_goes_on_where_its_cache_ends(models):
+    """The cache has room for a multiple of 128 positions; a step beyond gives what eager torch gives, to the last digits of float32."""
+    folder, spec = models["llama"], read_spec(models["llama"])
+    eager, compiled = (MODULES[name].load(folder, spec, Setup(dtype="float32", threads=1)) for name in ("torch", "torch-compile"))
+    ids = tokens(1, torch_compile.ROOM - 2, seed=7)
+    assert error(compiled.prefill(ids), eager.prefill(ids)) < 1e-5
+    for token in range(5):
+        one = np.array([[20 + token]])
+        assert error(compiled.decode(one), eager.decode(one)) < 1e-5
+
+
+def test_a_compiled_decoder_compiles_one_block_and_the_head(models):
+    """However many blocks there are: their code is the same."""
+    folder, spec = models["llama"], read_spec(models["llama"])
+    session = open_session("torch-compile", folder, spec, Setup(dtype="float32", threads=1))
+    torch._dynamo.utils.counters.clear()
+    session.generate(tokens(4, 6), 4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_what_torch_compile_does_not_decode_is_said(models, tmp_path):
+    config = json.loads((models["llama"] / "config.json").read_text())
+    spec = replace(read_spec(models["llama"]), family="mistral")
+    with pytest.raises(RuntimeUnavailable, match=r"is a mistral; runtime torch-compile runs decoders of llama\.$"):
+        open_session("torch-compile", models["llama"], spec, Setup(dtype="float32", threads=1))
+    coded = write_artifact(models["llama"], parse_recipe("quantize(kv, bits=8)"), tmp_path / "coded", calibration=list).folder
+    assert json.loads((coded / "config.json").read_text()) != config
+    with pytest.raises(RuntimeUnavailable, match=r"has a quantized cache, which runtime torch runs; torch-compile keeps floats\.$"):
+        open_session("torch-compile", coded, read_spec(coded), Setup(dtype="float32", threads=1))
+
+
+@pytest.mark.parametrize("runtime", ["torch", "torch-compile"])
+def test_a_device_that_is_not_there_is_said(runtime, models, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeUnavailable, match=r"^device=cuda: torch \S+ finds no CUDA device; leave device out to run on the CPU\.$"):
+        open_session(runtime, models["bert"], read_spec(models["bert"]), Setup(dtype="float32", threads=1, device="cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("runtime", ["torch", "torch-compile"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_cuda_device_gives_what_the_cpu_gives(runtime, family, dtype, models):
+    folder, spec = models[family], read_spec(models[family])
+    cpu = open_session("torch", folder, spec, Setup(dtype="float32", threads=1))
+    found = open_session(runtime, folder, spec, Setup(dtype=dtype, threads=1, device="cuda"))
+    assert found.precision == dtype
+    allowed = {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.01}[dtype]
+    ids, mask = padded(2, 17)
+    if family == "bert":
+        assert error(found.encode(ids, mask)[mask > 0], cpu.encode(ids, mask)[mask > 0]) < allowed
+    else:
+        assert error(found.logits(ids), cpu.logits(ids)) < allowed
+        made = found.generate(ids, 6).ids
+        after = cpu.logits(np.concatenate([ids, made], 1))[:, 16:-1]
+        chosen = np.take_along_axis(after, made[..., None], -1)[..., 0]
+        assert (after.max(-1) - chosen).max() <= 2 * allowed * np.abs(after).max()
+    assert device_peak_bytes() > 2 * spec.total_parameters
 
 
 @pytest.mark.parametrize("runtime", INSTALLED)

@@ -220,8 +220,8 @@ MISTAKES = {
     "@ torch(speculate=prompt-lookup, draft_tokens=0)":
         "runtime torch: draft_tokens=0 is not possible; draft_tokens is a number of tokens from 1 to 16.",
     "@ torch(speculate=2)": "runtime torch: speculate=2 is not possible; speculate is prompt-lookup, or the folder of a draft model.",
-    "@ ctranslate2(speculate=prompt-lookup)": "runtime ctranslate2: no option speculate; options: dtype, batching.",
-    "@ llama.cpp(speculate=prompt-lookup)": "runtime llama.cpp: no option speculate; options: dtype.",
+    "@ ctranslate2(speculate=prompt-lookup)": "runtime ctranslate2: no option speculate; options: dtype, device, batching.",
+    "@ llama.cpp(speculate=prompt-lookup)": "runtime llama.cpp: no option speculate; options: dtype, device.",
     '@ torch(speculate="no/such")': "speculate=no/such: no such folder; it is prompt-lookup, or the folder of a draft model.",
     "quantize(kv, bits=8) @ torch(speculate=prompt-lookup)":
         "speculate=prompt-lookup cuts the cache back, which quantize(kv)'s cannot be; leave one of them out.",

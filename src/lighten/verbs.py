@@ -433,10 +433,14 @@ def measure(
     folder = _folder(model)
     made = read_artifact(folder) if (folder / MANIFEST).is_file() else None
     said = parse_recipe(f"@ {runtime or 'torch'}")
-    if made and runtime and (said.runtime != made.recipe.runtime or said.dtype not in (None, made.recipe.dtype)):
-        raise WorkloadError(f"{folder} is an artifact for runtime {made.recipe.runtime}; it does not run on {said.runtime_text}.")
-    recipe = replace(made.recipe, options=said.options) if made and runtime else made.recipe if made else said
-    require_runtime(recipe.runtime)
+    if (
+        made
+        and runtime
+        and (said.runtime != made.recipe.runtime or said.dtype not in (None, made.recipe.dtype) or said.device not in (None, made.recipe.device))
+    ):
+        raise WorkloadError(f"{folder} is an artifact for runtime {own.runtime}; it does not run on {said.runtime_text}.")
+    recipe = replace(own, options=said.options) if runtime else own
+    require_runtime(recipe.runtime, device=recipe.device)
     original = made.original if made else folder
     if not original.is_dir():
         raise ModelError(f"{folder} was made from {original}, which is not there any more; quality is measured against it.")

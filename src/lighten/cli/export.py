@@ -9,11 +9,11 @@ from lighten.cli.options import add_json, print_json, progress
 from lighten.units import format_bytes
 
 EXAMPLE = "lighten export .models/smollm2-135m --to gguf -o smollm2.gguf"
-TARGETS = ("safetensors", "compressed-tensors", "gguf", "onnx", "openvino")
+TARGETS = ("safetensors", "compressed-tensors", "gguf", "onnx", "openvino", "ort")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="MODEL|ARTIFACT", help="a folder of safetensors, or a .gguf file")
+    parser.add_argument("source", metavar="MODEL|ARTIFACT", help="a folder of safetensors, or a .gguf file; for ort an artifact for onnxruntime too")
     parser.add_argument("--to", required=True, choices=TARGETS, help="the format to write")
     parser.add_argument("-o", "--output", required=True, metavar="OUT", help="a new folder, or with --to gguf a new .gguf file")
     add_json(parser)

@@ -43,7 +43,7 @@ def write_script(folder: Path, recipe: Recipe, spec: ModelSpec, source: Path) ->
     dtype = compute_dtype(recipe, spec)
     words = {
         "LENGTH": str(min(WRITTEN, spec.max_positions or WRITTEN) if spec.is_decoder else _longest(source, spec)),
-        "DTYPE": dtype, "ENDS": str(set(_ends(source)) or "()"),
+        "DTYPE": dtype, "DEVICE": recipe.device or "cpu", "ENDS": str(set(_ends(source)) or "()"),
         "POOLED": "hidden[:, 0]" if first else "(hidden * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)",
         "OPTIONS": str(_options(recipe, dtype, decoder=spec.is_decoder)),
     }  # fmt: skip

@@ -7,6 +7,9 @@
 | compressed-tensors | dequantized, float32 | is one | the type that holds the codes | the same codes, or float32 where the runtime has none such |
 | factors, corrections | multiplied out, float32 | refused: other linears | refused: by way of safetensors | two products, as above |
 | gguf | the narrowest float that holds all | Q4_0 and Q8_0 | is one | refused: by way of safetensors |
+| onnxruntime's artifact | refused: no weights come back | refused | refused | refused, but ort |
+
+`ort`, ONNX Runtime's own file for phones and small boards, is made of what `onnx` would be, or of an artifact for onnxruntime.
 
 Every output is loaded back and compared before it is called done.
 """
@@ -32,11 +35,12 @@ from lighten.compress.grid import Quantized
 from lighten.compress.skeleton import main_input
 from lighten.errors import ModelError, OutputError, RecipeError
 from lighten.formats import files
-from lighten.formats.artifact import MANIFEST, folder_bytes
+from lighten.formats.artifact import MANIFEST, folder_bytes, read_artifact
 from lighten.formats.gguf_file import Layout, Slot, gguf_notes, lay_out, refuse_gguf, verify_gguf, write_gguf
 from lighten.formats.onnx_artifact import write_onnx_artifact
 from lighten.formats.onnx_export import dense_weights, export_onnx
 from lighten.formats.openvino_ir import write_openvino
+from lighten.formats.ort_file import stored_types, write_ort
 from lighten.formats.safetensors_file import SafetensorsWriter
 from lighten.formats.safetensors_folder import StoredWeights, copy_side_files, expanded_weights, read_weights, write_folder
 from lighten.formats.verify import Witness, verify_folder, verify_graph
@@ -57,7 +61,8 @@ SPARSE = "sparse safetensors"
 """A source alone, as FACTORED is: `lighten compress` writes them."""
 GRAPHS = {"onnx": "onnxruntime", "openvino": "openvino"}
 """Format → the runtime whose artifact it is."""
-TARGETS = (DENSE, PACKED, GGUF, *GRAPHS)
+ORT = "ort"
+TARGETS = (DENSE, PACKED, GGUF, *GRAPHS, ORT)
 COMPARED_PARAMETERS = 2_000_000_000
 """Models up to this size are also run, loaded back and from the source; larger ones are compared tensor by tensor alone. Choice."""
 
@@ -105,16 +110,23 @@ def export(source: str | Path, target: str, out: str | Path) -> Exported:
         raise RecipeError(f"format {target!r} is not written; these are: {', '.join(TARGETS)}.")
     if path.exists() and (path.is_file() or any(path.iterdir())):
         raise OutputError(f"{path} exists and is not empty; name a new file or folder, or remove it.")
+    if target == ORT and (Path(source) / files.ONNX).is_file():
+        return _written(path, lambda folder: _graph_to_ort(Path(source), folder))
     opened = open_source(Path(source))
     writer = _WAYS.get((opened.kind, target))
     if writer is None:
         raise RecipeError(f"{source} {_REFUSED[opened.kind, target].format(source=source)}")
     if path.suffix == ".gguf" and target == GGUF:
         return _to_file(opened, path)
+    return _written(path, lambda folder: writer(opened, folder))
+
+
+def _written(path: Path, write: Callable[[Path], Exported]) -> Exported:
+    """What was written into a folder that then got its name."""
     with _beside(path) as beside:
         folder = beside / path.name
         folder.mkdir()
-        found = writer(opened, folder)
+        found = write(folder)
         if path.is_dir():
             path.rmdir()
         folder.replace(path)
@@ -419,6 +431,25 @@ def _to_graph(format_name: str) -> Callable[[Source, Path], Exported]:
     return write
 
 
+def _to_ort(source: Source, folder: Path) -> Exported:
+    with _beside(folder) as work:
+        graph = work / "graph"
+        graph.mkdir()
+        made = _WAYS[source.kind, "onnx"](source, graph)
+        write_ort(graph / files.ONNX, folder, dynamic=False)
+    copy_side_files(source.path, folder)
+    return replace(made, target=ORT)
+
+
+def _graph_to_ort(source: Path, folder: Path) -> Exported:
+    """Of an artifact's own graph, codes and all."""
+    dynamic = read_artifact(source).recipe.dynamic if (source / MANIFEST).is_file() else False
+    graph = source / files.ONNX
+    difference = write_ort(graph, folder, dynamic=dynamic)
+    copy_side_files(source, folder)
+    return Exported(path=folder, source="onnx", target=ORT, size_bytes=0, types=stored_types(graph), tensors=0, output_error=difference)
+
+
 # ---- from GGUF ----
 
 
@@ -508,6 +539,7 @@ _WAYS: dict[tuple[str, str], _Way] = {
     (PACKED, DENSE): _dequantized_folder, (SPARSE, DENSE): _dense_folder, (GGUF, DENSE): _from_gguf, (GGUF, PACKED): _packed_from_gguf,
     **dict.fromkeys(((DENSE, GGUF), (SPARSE, GGUF), (PACKED, GGUF)), _to_gguf),
     **{(kind, graph): _to_graph(graph) for kind in (DENSE, SPARSE, PACKED, FACTORED) for graph in GRAPHS},
+    **{(kind, ORT): _to_ort for kind in (DENSE, SPARSE, PACKED, FACTORED)},
 }  # fmt: skip
 _ROUNDS = "is not quantized, and rounding loses; lighten compress {source} --recipe 'quantize(gptq, bits=4, group_size=64)' chooses codes."
 _REFUSED = {
@@ -519,6 +551,7 @@ _REFUSED = {
     (FACTORED, PACKED): "has linears of two factors, which compressed-tensors has not; lighten export {source} --to safetensors multiplies them out.",
     (FACTORED, GGUF): "becomes a GGUF file by way of safetensors: lighten export {source} --to safetensors first.",
     (GGUF, "onnx"): "becomes a graph by way of safetensors: lighten export {source} --to safetensors first.",
+    (GGUF, ORT): "becomes a graph by way of safetensors: lighten export {source} --to safetensors first.",
     (GGUF, "openvino"): "becomes a graph by way of safetensors: lighten export {source} --to safetensors first.",
 }
 """(source, target) → how it is done, or why it is not; the two tables name all pairs."""

@@ -51,6 +51,7 @@ class Target:
     dynamic: bool = False
     speculation: Speculation | None = None
     batching: Batching = "padded"
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +175,7 @@ class Judge:
         return child.ask(
             "load", timeout_s=self.limits.timeout_s, folder=str(target.folder), original=str(self.original), runtime=target.runtime,
             setup={
-                "dtype": target.dtype, "threads": self.limits.threads, "dynamic": target.dynamic, "batching": target.batching,
+                "dtype": target.dtype, "threads": self.limits.threads, "dynamic": target.dynamic, "device": target.device, "batching": target.batching,
                 "speculation": target.speculation and asdict(target.speculation),
             },
         )  # fmt: skip
@@ -294,6 +295,7 @@ def artifact_target(folder: Path) -> Target:
     return Target(
         folder=folder, runtime=made.recipe.runtime, dtype=made.dtype, size_bytes=folder_bytes(folder), dynamic=made.recipe.dynamic,
         speculation=made.recipe.speculation, batching=made.recipe.batching,
+        device=made.recipe.device or "cpu",
     )  # fmt: skip
 
 

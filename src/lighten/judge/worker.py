@@ -39,6 +39,7 @@ class Worker:
         self.spec: ModelSpec | None = None
         self.runtime: Runtime | None = None
         self.batching: Batching = "padded"
+        self.device = "cpu"
 
     def build(self, source: str, recipe: str, folder: str, text: str | None, exports: str) -> dict[str, Any]:
         """Write an artifact."""
@@ -60,16 +61,17 @@ class Worker:
         start = time.perf_counter()
         self.spec = _spec_of(Path(folder), Path(original))
         self.runtime = MODULES[runtime]
-        said = setup | {"speculation": Speculation(**setup["speculation"]) if setup.get("speculation") else None}
-        self.session = open_session(runtime, Path(folder), self.spec, Setup(**said))
-        self.batching = setup.get("batching", "padded")
+        asked = Setup(**(setup | {"speculation": Speculation(**setup["speculation"]) if setup.get("speculation") else None}))
+        self.device, self.batching = asked.device, asked.batching
+        self.session = open_session(runtime, Path(folder), self.spec, asked)
         return {"seconds": time.perf_counter() - start}
 
     def describe(self) -> dict[str, Any]:
-        """The peak memory so far, and then what the session runs in, which may take memory to find out."""
+        """The peak memory so far, of the device where there is one, and then what the session runs in, which may take memory to find out."""
         session, _ = self._loaded()
         assert self.runtime is not None, "the parent loads before it asks"
-        return {"peak_memory_bytes": peak_memory_bytes(), "precision": session.precision, "version": self.runtime.version()}
+        peak = peak_memory_bytes() if self.device == "cpu" else device_peak_bytes()
+        return {"peak_memory_bytes": peak, "precision": session.precision, "version": self.runtime.version()}
 
     def time(  # noqa: PLR0913 - a workload
         self, phase: str, batch_size: int, seq_len: int, new_tokens: int, seeds: Sequence[int], lengths: Sequence[int] = (),
@@ -178,6 +180,13 @@ def calibration_batches(source: Path, text: Path | None) -> list[dict[str, Any]]
     longest = min(128, read_spec(source).max_positions or 128)
     batches = Tokenizer(source).batches(texts, batch_size=1, length=longest)
     return [{"input_ids": ids[:, : mask.sum()], "attention_mask": mask[:, : mask.sum()]} for ids, mask in batches]
+
+
+def device_peak_bytes() -> int:
+    """Most bytes that tensors took on the CUDA device so far."""
+    import torch
+
+    return int(torch.cuda.max_memory_allocated())
 
 
 def peak_memory_bytes() -> int | None:

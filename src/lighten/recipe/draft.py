@@ -92,7 +92,7 @@ def speculate(case: Case, target: Target, draft: ModelSpec, *, plain: Cost | Non
 
 
 def _beside(case: Case, draft: ModelSpec) -> Case:
-    recipe = Recipe(runtime=case.recipe.runtime, dtype=case.recipe.dtype)
+    recipe = Recipe(runtime=case.recipe.runtime, dtype=case.recipe.dtype, device=case.recipe.device)
     return replace(case, spec=draft, recipe=recipe, workload=replace(case.workload, dtype=compute_dtype(recipe, draft)))
 
 

@@ -107,7 +107,7 @@ class Lever:
         if self.recipe:
             own = parse_recipe(self.recipe)
             kept = own if self.runtime else recipe
-            recipe = Recipe(steps=(*recipe.steps, *own.steps), runtime=kept.runtime, dtype=kept.dtype, options=kept.options)
+            recipe = Recipe(steps=(*recipe.steps, *own.steps), runtime=kept.runtime, dtype=kept.dtype, device=kept.device, options=kept.options)
         return replace(case, recipe=recipe, workload=replace(case.workload, **self._workload(case, recipe)), plan=self._plan(case))
 
     def _workload(self, case: Case, recipe: Recipe) -> dict[str, Any]:

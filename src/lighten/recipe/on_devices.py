@@ -37,6 +37,8 @@ def place_on_devices(  # noqa: PLR0913  what is asked, of what, and where
         DeviceError: a figure that the time needs is not known, or the recipe's runtime is of this machine alone.
         WorkloadError: a plan that does not fit the workload or the model.
     """
+    if recipe.device is not None:
+        raise DeviceError(f"device=cuda runs a recipe on this machine; of {device.name} the prediction needs no option of the runtime.")
     if recipe.runtime != Recipe().runtime:
         raise DeviceError(f"runtime {recipe.runtime} is timed on this machine alone; on {device.name} --stack says the kind of software.")
     timed, peak = (_trained if workload.phase == "train" else _inferred)(spec, workload, device, plan, use)

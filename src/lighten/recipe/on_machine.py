@@ -59,9 +59,13 @@ def _placed(  # noqa: PLR0913  one place where both ways meet
 
 
 def engine_name(recipe: Recipe, spec: ModelSpec) -> str:
-    """The measured engine that stands for a recipe's runtime: `runtime/int8` where activations are int8, else by the computing type."""
+    """The measured engine that stands for a recipe's runtime: `runtime/int8` where activations are int8, else by the computing type.
+
+    One on a device has a name of its own, which no probe measures: its time is not known.
+    """
     quantized = any(isinstance(part, Linear) and part.weight.activations for part in spec.parts)
-    return f"{recipe.runtime}/{'int8' if quantized else compute_dtype(recipe, spec)}"
+    place = f"-{recipe.device}" if recipe.device else ""
+    return f"{recipe.runtime}{place}/{'int8' if quantized else compute_dtype(recipe, spec)}"
 
 
 def peak_flops_per_s(engine: EngineProfile) -> float:
@@ -73,6 +77,8 @@ def _engine(name: str, profile: Profile) -> EngineProfile:
     if name in profile.failures:
         raise DeviceError(f"engine {name} could not be measured: {profile.failures[name]}")
     if name not in profile.engines:
+        if "-cuda/" in name:
+            raise DeviceError(f"engine {name}: a CUDA device is not probed; --device NAME predicts one of published figures.")
         raise DeviceError(f"engine {name} was not measured; measured: {', '.join(profile.engines)}. Run `lighten probe --engine {name}`.")
     return profile.engines[name]
 

@@ -65,7 +65,7 @@ def check_options(runtime: str, known: tuple[str, ...], given: Mapping[str, Any]
     RecipeError: an option that the runtime has not, a value that is not possible, or one that nothing comes of.
     """
     if unknown := set(given) - set(known):
-        raise RecipeError(f"runtime {runtime}: no option {', '.join(sorted(unknown))}; options: {', '.join(['dtype', *known])}.")
+        raise RecipeError(f"runtime {runtime}: no option {', '.join(sorted(unknown))}; options: {', '.join(['dtype', 'device', *known])}.")
     for name, value in given.items():
         if not OPTIONS[name].accepts(value):
             raise RecipeError(f"runtime {runtime}: {name}={value!r} is not possible; {name} is {OPTIONS[name].says}.")

@@ -34,9 +34,6 @@ def apply_recipe(recipe: Recipe, spec: ModelSpec) -> ModelSpec:
     before, *after = specs_of(recipe, spec)
     spec = after[-1] if after else before
     given = {part.name: part.weight for part in before.parts if isinstance(part, Linear | Embedding)} if not kind.exported else {}
-    if spec.is_decoder and not kind.decoders:
-        able = ", ".join(name for name, other in RUNTIMES.items() if other.decoders)
-        raise RecipeError(f"runtime {recipe.runtime} does not run decoders here; these do: {able}.")
     check_model(dict(recipe.options), spec, coded_cache=recipe.kv_dtype is not None)
     if recipe.kv_dtype is not None and recipe.runtime not in CACHES_CODES:
         raise RecipeError(f"runtime {recipe.runtime} has a cache of its own; quantize(kv) is for {', '.join(CACHES_CODES)}.")
@@ -111,7 +108,8 @@ def format_text(part: Linear | Embedding) -> str:
 def compute_dtype(recipe: Recipe, spec: ModelSpec) -> str:
     """The type that the runtime computes in: the recipe's word, else that of the weights where the runtime computes in it, else its default."""
     kind = RUNTIMES[recipe.runtime]
-    return recipe.dtype or (spec.dtype if spec.dtype in kind.dtypes else kind.dtypes[0])
+    types = kind.types_on(recipe.device)
+    return recipe.dtype or (spec.dtype if spec.dtype in types else types[0])
 
 
 def artifact_bytes(recipe: Recipe, spec: ModelSpec) -> int:

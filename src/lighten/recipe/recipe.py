@@ -20,7 +20,7 @@ from lighten.errors import RecipeError
 from lighten.recipe.options import OPTIONS, Batching, Speculation, check_options, speculation_of
 from lighten.recipe.predicted import KINDS, PREDICTED, require_done
 from lighten.recipe.steps import STEPS
-from lighten.recipe.targets import RUNTIMES
+from lighten.recipe.targets import CUDA, DEVICES, RUNTIMES
 from lighten.recipe.words import Parameter, StepKind
 
 Value: TypeAlias = str | int | float | bool
@@ -65,12 +65,14 @@ class Recipe:
     Attributes:
         runtime: a name of `RUNTIMES`.
         dtype: the type that the runtime computes in; None: that of the weights.
+        device: what it runs on: cuda; None: the CPU.
         options: of the runtime beside that, by the names of `OPTIONS` and in their order.
     """
 
     steps: tuple[Step, ...] = ()
     runtime: str = DEFAULT_RUNTIME
     dtype: str | None = None
+    device: str | None = None
     options: tuple[tuple[str, Value], ...] = ()
 
     @property
@@ -112,7 +114,7 @@ class Recipe:
 
     @property
     def runtime_text(self) -> str:
-        said = ([("dtype", self.dtype)] if self.dtype else []) + list(self.options)
+        said = [(name, value) for name, value in (("dtype", self.dtype), ("device", self.device)) if value] + list(self.options)
         return self.runtime + (f"({', '.join(f'{name}={_value_text(value)}' for name, value in said)})" if said else "")
 
     def __str__(self) -> str:
@@ -194,7 +196,8 @@ def format_yaml(recipe: Recipe) -> str:
     from lighten.recipe.yaml_words import Dumper
 
     steps = [{step.verb: {"method": step.method, **dict(step.arguments)}} for step in recipe.steps]
-    runtime = {"name": recipe.runtime} | ({"dtype": recipe.dtype} if recipe.dtype else {}) | dict(recipe.options)
+    placed = {name: value for name, value in (("dtype", recipe.dtype), ("device", recipe.device)) if value}
+    runtime = {"name": recipe.runtime} | placed | dict(recipe.options)
     return yaml.dump({"steps": steps, "runtime": runtime}, Dumper=Dumper, sort_keys=False)
 
 
@@ -206,11 +209,21 @@ def make_recipe(steps: tuple[Step, ...], runtime: str, options: Mapping[str, Any
     """
     if runtime not in RUNTIMES:
         raise RecipeError(f"runtime {runtime!r} does not exist; runtimes: {', '.join(RUNTIMES)}.")
-    dtype, own = options.get("dtype"), {name: value for name, value in options.items() if name != "dtype"}
+    dtype, device = options.get("dtype"), options.get("device")
+    own = {name: value for name, value in options.items() if name not in ("dtype", "device")}
     check_options(runtime, RUNTIMES[runtime].options, own)
-    if dtype is not None and dtype not in RUNTIMES[runtime].dtypes:
-        raise RecipeError(f"runtime {runtime} does not compute in {dtype!r}; it computes in {', '.join(RUNTIMES[runtime].dtypes)}.")
-    return Recipe(steps=steps, runtime=runtime, dtype=dtype, options=tuple((name, own[name]) for name in OPTIONS if name in own))
+    if device is not None and device not in DEVICES:
+        raise RecipeError(f"runtime {runtime}: device={device!r} is not possible; devices: {', '.join(DEVICES)}.")
+    if device == CUDA and not RUNTIMES[runtime].cuda:
+        able = ", ".join(name for name, kind in RUNTIMES.items() if kind.cuda)
+        raise RecipeError(f"runtime {runtime} does not run on device=cuda here; these do: {able}.")
+    device = device if device == CUDA else None
+    types = RUNTIMES[runtime].types_on(device)
+    if dtype is not None and dtype not in types:
+        where = " on device=cuda" if device else ""
+        raise RecipeError(f"runtime {runtime} does not compute in {dtype!r}{where}; it computes in {', '.join(types)}.")
+    chosen = tuple((name, own[name]) for name in OPTIONS if name in own)
+    return Recipe(steps=steps, runtime=runtime, dtype=dtype, device=device, options=chosen)
 
 
 def make_step(verb: str, method: str, given: Mapping[str, Any]) -> Step:

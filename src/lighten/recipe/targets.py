@@ -17,10 +17,10 @@ class RuntimeKind:
         extra: what `pip install lighten[extra]` installs it.
         builds: the packages that building its artifacts takes.
         runs: what running them takes beside that.
-        dtypes: the types that it computes in; the first is its default.
+        dtypes: the types that it computes in on the CPU; the first is its default.
+        cuda: the types that it computes in on a CUDA device; none: it does not run there.
         exported: its artifact is made from the checkpoint for this runtime, in float32 where `stored` lacks the checkpoint's type.
         stored: the types in which its artifact can store weights that are not quantized.
-        decoders: whether it generates with a KV cache here.
         formats: the quantized formats that it carries, for people.
         options: those of `OPTIONS` that it takes beside its type.
     """
@@ -31,41 +31,49 @@ class RuntimeKind:
     dtypes: tuple[str, ...]
     exported: bool
     stored: tuple[str, ...]
-    decoders: bool
     formats: str
     options: tuple[str, ...] = ("batching",)
+    cuda: tuple[str, ...] = ()
+
+    def types_on(self, device: str | None) -> tuple[str, ...]:
+        """The types that it computes in on a device; None: the CPU."""
+        return self.cuda if device == CUDA else self.dtypes
 
 
+CUDA = "cuda"
+DEVICES = ("cpu", CUDA)
 _SPECULATES = ("batching", "speculate", "draft_tokens")
+_ON_CUDA = ("float32", "bfloat16", "float16")
 _TORCH = ("torch", "transformers", "safetensors")
 RUNTIMES: dict[str, RuntimeKind] = {
     "torch": RuntimeKind(
-        extra="torch", builds=_TORCH, dtypes=("float32", "bfloat16"), exported=False, stored=("float32", "bfloat16", "float16"), decoders=True,
-        options=_SPECULATES,
+        extra="torch", builds=_TORCH, dtypes=("float32", "bfloat16"), exported=False, stored=("float32", "bfloat16", "float16"), options=_SPECULATES,
         formats="weights of every width and float format (expanded when loaded: smaller on disk, not faster), with 8-bit activations simulated",
+        cuda=_ON_CUDA,
     ),
     "torch-compile": RuntimeKind(
-        extra="torch", builds=_TORCH, dtypes=("float32", "bfloat16"), exported=False, stored=("float32", "bfloat16", "float16"), decoders=False,
+        extra="torch", builds=_TORCH, dtypes=("float32", "bfloat16"), exported=False, stored=("float32", "bfloat16", "float16"),
         formats="weights of every width and float format (expanded when loaded: smaller on disk, not faster), with 8-bit activations simulated",
+        cuda=_ON_CUDA,
     ),
     "onnxruntime": RuntimeKind(
         extra="onnx", builds=("torch", "transformers", "onnx", "onnxscript", "onnxruntime"),
-        dtypes=("float32",), exported=True, stored=("float32",), decoders=True, options=_SPECULATES,
+        dtypes=("float32",), exported=True, stored=("float32",), options=_SPECULATES,
         formats="whole-number codes of 8 and 4 bits; for encoders quantize(dynamic), and codes of 8 bits by channel with activations=dynamic",
     ),
     "openvino": RuntimeKind(
         extra="openvino", builds=("torch", "transformers", "onnx", "onnxscript", "openvino", "nncf"),
-        dtypes=("float32", "bfloat16"), exported=True, stored=("float32", "float16"), decoders=True, options=_SPECULATES,
+        dtypes=("float32", "bfloat16"), exported=True, stored=("float32", "float16"), options=_SPECULATES,
         formats="quantize(dynamic), quantize(static) of encoders, codes with bits=8 and group_size=channel or bits=4 by channel or group",
     ),
     "llama.cpp": RuntimeKind(
         extra="llama-cpp", builds=("torch", "gguf"), runs=("llama_cpp",),
-        dtypes=("float32",), exported=False, stored=("float32", "float16", "bfloat16"), decoders=True, options=(),
+        dtypes=("float32",), exported=False, stored=("float32", "float16", "bfloat16"), options=(),
         formats="all types of ggml (format=q8_0 to q2_k), mxfp4, and whole-number codes in groups of a multiple of 32",
     ),
     "ctranslate2": RuntimeKind(
         extra="ctranslate2", builds=("torch", "transformers", "ctranslate2"),
-        dtypes=("float32",), exported=True, stored=("float32",), decoders=True,
+        dtypes=("float32",), exported=True, stored=("float32",),
         formats="quantize(dynamic, embeddings=true), or symmetric codes of 8 bits by channel with activations=dynamic and symmetric_activations=true",
     ),
 }  # fmt: skip

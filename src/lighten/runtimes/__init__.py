@@ -30,15 +30,17 @@ def missing_packages(runtime: str, *, running: bool = True) -> list[str]:
     return [name for name in wanted if find_spec(name) is None]
 
 
-def require_runtime(runtime: str, *, running: bool = True) -> None:
+def require_runtime(runtime: str, *, running: bool = True, device: str | None = None) -> None:
     """Raises:
-    RuntimeUnavailable: no such runtime, or not installed, with the extra that installs it.
+    RuntimeUnavailable: no such runtime, or not installed, with the extra that installs it; no such device here.
     """
     if runtime not in MODULES:
         raise RuntimeUnavailable(f"runtime {runtime!r} does not exist; runtimes: {', '.join(MODULES)}.")
     if missing := missing_packages(runtime, running=running):
         extra = RUNTIMES[runtime].extra
         raise RuntimeUnavailable(f"runtime {runtime} is not installed (no {', '.join(missing)}); pip install 'lighten[{extra}]'.")
+    if device is not None:
+        torch_eager.require_device(device)
 
 
 def open_session(runtime: str, folder: Path, spec: ModelSpec, setup: Setup) -> Session:

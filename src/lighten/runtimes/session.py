@@ -31,6 +31,7 @@ class Setup:
         dynamic: whether int8 activations, scaled from each input, are asked for; they stay off else.
         speculation: what proposes tokens while it decodes; None: nothing.
         batching: how texts of different lengths come into batches.
+        device: cpu, or cuda for the runtimes that run there.
     """
 
     dtype: str
@@ -38,6 +39,7 @@ class Setup:
     dynamic: bool = False
     speculation: Speculation | None = None
     batching: Batching = "padded"
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,5 +201,5 @@ def model_file(folder: Path, name: str, runtime: str) -> Path:
 
 def as_float32(value: Any) -> Floats:
     """A torch tensor of any float type as float32 numpy."""
-    result: Floats = value.float().numpy()
+    result: Floats = value.float().cpu().numpy()
     return result
