@@ -433,11 +433,8 @@ def measure(
     folder = _folder(model)
     made = read_artifact(folder) if (folder / MANIFEST).is_file() else None
     said = parse_recipe(f"@ {runtime or 'torch'}")
-    if (
-        made
-        and runtime
-        and (said.runtime != made.recipe.runtime or said.dtype not in (None, made.recipe.dtype) or said.device not in (None, made.recipe.device))
-    ):
+    own = made.recipe if made else said
+    if runtime and (said.runtime != own.runtime or said.dtype not in (None, own.dtype) or said.device not in (None, own.device)):
         raise WorkloadError(f"{folder} is an artifact for runtime {own.runtime}; it does not run on {said.runtime_text}.")
     recipe = replace(own, options=said.options) if runtime else own
     require_runtime(recipe.runtime, device=recipe.device)

@@ -175,8 +175,8 @@ class Judge:
         return child.ask(
             "load", timeout_s=self.limits.timeout_s, folder=str(target.folder), original=str(self.original), runtime=target.runtime,
             setup={
-                "dtype": target.dtype, "threads": self.limits.threads, "dynamic": target.dynamic, "device": target.device, "batching": target.batching,
-                "speculation": target.speculation and asdict(target.speculation),
+                "dtype": target.dtype, "threads": self.limits.threads, "dynamic": target.dynamic, "device": target.device,
+                "batching": target.batching, "speculation": target.speculation and asdict(target.speculation),
             },
         )  # fmt: skip
 
