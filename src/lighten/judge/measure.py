@@ -143,6 +143,17 @@ class Judge:
         """The original itself, by torch in float32: its own yardstick."""
         return self.measure(self.original_target())
 
+    def profile(self, target: Target) -> dict[str, Any]:
+        """What the operators of one run of a target take, in a process of its own: an `OperatorProfile` as JSON.
+
+        Raises:
+            WorkerFailed: it crashed, hung or grew too large.
+            LightenError: its runtime has no profiler, or it cannot be run.
+        """
+        workload = {key: getattr(self.workload, key) for key in ("phase", "batch_size", "seq_len", "new_tokens")}
+        with self.child(target) as child:
+            return child.ask("profile", timeout_s=self.limits.timeout_s, **self._loading(target), **workload)
+
     def original_target(self) -> Target:
         return Target(folder=self.original, runtime="torch", dtype="float32", size_bytes=model_bytes(self.original))
 
@@ -152,10 +163,13 @@ class Judge:
 
     def load(self, child: Child, target: Target) -> dict[str, Any]:
         """Load a target in its process."""
-        return child.ask(
-            "load", timeout_s=self.limits.timeout_s, folder=str(target.folder), original=str(self.original), runtime=target.runtime,
-            setup={"dtype": target.dtype, "threads": self.limits.threads, "dynamic": target.dynamic},
-        )  # fmt: skip
+        return child.ask("load", timeout_s=self.limits.timeout_s, **self._loading(target))
+
+    def _loading(self, target: Target) -> dict[str, Any]:
+        return {
+            "folder": str(target.folder), "original": str(self.original), "runtime": target.runtime,
+            "setup": {"dtype": target.dtype, "threads": self.limits.threads, "dynamic": target.dynamic},
+        }  # fmt: skip
 
     def _original(self) -> Child:
         """The original's process, a new one where the last died."""

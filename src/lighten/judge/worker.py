@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from lighten.model.pooling import pools_first_token
 from lighten.model.read import read_config
 from lighten.recipe import parse_recipe
 from lighten.runtimes import MODULES, Runtime, Session, Setup, open_session
+from lighten.runtimes.profiling import RUNS, WARM_UP_RUNS, open_recorder, profile_runs
+from lighten.runtimes.session import Ids
 
 CALIBRATION_TEXTS = 128
 """Calibration passages of `quantize(static)`. NNCF's own default is 300; 300 was no better on MiniLM (benchmarks/static_int8.py)."""
@@ -70,7 +73,7 @@ class Worker:
         session, spec = self._loaded()
         found, first = [], []
         for seed in seeds:
-            ids = np.random.default_rng(seed).integers(10, int(spec.config["vocab_size"]), (batch_size, seq_len))
+            ids = _tokens(seed, spec, batch_size, seq_len)
             mask = np.ones_like(ids)
             if phase in ("encode", "prefill"):
                 start = time.perf_counter()
@@ -81,6 +84,15 @@ class Worker:
                 found.append(made.rest_s + (made.first_s if phase == "generate" else 0.0))
                 first.append(made.first_s)
         return {"seconds": found, "first_seconds": first if phase == "generate" else []}
+
+    def profile(
+        self, folder: str, original: str, runtime: str, setup: dict[str, Any], phase: str, batch_size: int, seq_len: int, new_tokens: int
+    ) -> dict[str, Any]:
+        """Load a folder with its runtime's profiler on, run the workload, and tell what its operators take."""
+        spec = _spec_of(Path(folder), Path(original))
+        recorder = open_recorder(runtime, Path(folder), spec, Setup(**setup))
+        tokens = [_tokens(seed, spec, batch_size, seq_len) for seed in range(WARM_UP_RUNS + RUNS)]
+        return asdict(profile_runs(recorder, phase, new_tokens, tokens))
 
     def embed(self, texts: Sequence[str], tokenizer: str, batch_size: int, seq_len: int, out: str) -> dict[str, Any]:
         """Sentence embeddings of the texts, pooled as the model's `1_Pooling/config.json` says (mean where there is none), to an .npy file."""
@@ -123,6 +135,10 @@ class Worker:
         assert self.session is not None, "the parent loads before it runs"
         assert self.spec is not None, "the parent loads before it runs"
         return self.session, self.spec
+
+
+def _tokens(seed: int, spec: ModelSpec, batch_size: int, seq_len: int) -> Ids:
+    return np.random.default_rng(seed).integers(10, int(spec.config["vocab_size"]), (batch_size, seq_len))
 
 
 def _spec_of(folder: Path, original: Path) -> ModelSpec:
