@@ -152,7 +152,7 @@ class Judge:
         """
         workload = {key: getattr(self.workload, key) for key in ("phase", "batch_size", "seq_len", "new_tokens")}
         with self.child(target) as child:
-            return child.ask("profile", timeout_s=self.limits.timeout_s, **self._loading(target), **workload)
+            return child.ask("profile", timeout_s=self.limits.timeout_s, **self._loading(target), workload=workload)
 
     def original_target(self) -> Target:
         return Target(folder=self.original, runtime="torch", dtype="float32", size_bytes=model_bytes(self.original))

@@ -85,14 +85,12 @@ class Worker:
                 first.append(made.first_s)
         return {"seconds": found, "first_seconds": first if phase == "generate" else []}
 
-    def profile(
-        self, folder: str, original: str, runtime: str, setup: dict[str, Any], phase: str, batch_size: int, seq_len: int, new_tokens: int
-    ) -> dict[str, Any]:
+    def profile(self, folder: str, original: str, runtime: str, setup: dict[str, Any], workload: dict[str, Any]) -> dict[str, Any]:
         """Load a folder with its runtime's profiler on, run the workload, and tell what its operators take."""
         spec = _spec_of(Path(folder), Path(original))
         recorder = open_recorder(runtime, Path(folder), spec, Setup(**setup))
-        tokens = [_tokens(seed, spec, batch_size, seq_len) for seed in range(WARM_UP_RUNS + RUNS)]
-        return asdict(profile_runs(recorder, phase, new_tokens, tokens))
+        tokens = [_tokens(seed, spec, workload["batch_size"], workload["seq_len"]) for seed in range(WARM_UP_RUNS + RUNS)]
+        return asdict(profile_runs(recorder, workload["phase"], workload["new_tokens"], tokens))
 
     def embed(self, texts: Sequence[str], tokenizer: str, batch_size: int, seq_len: int, out: str) -> dict[str, Any]:
         """Sentence embeddings of the texts, pooled as the model's `1_Pooling/config.json` says (mean where there is none), to an .npy file."""

@@ -44,7 +44,7 @@ COMPONENTS = ("embedding", "attention", "mlp", "head", "norm")
 
 
 def component_sizes(spec: ModelSpec, runtime: str) -> dict[str, int]:
-    """`artifact_size` by component, with what describes each; `files` is what no weight takes: tokenizer, config, and what the container says once."""
+    """`artifact_size` by component, with what describes each; `files` is what no weight takes: tokenizer, config, what the container says."""
     found = dict.fromkeys((*COMPONENTS, "other", "files"), 0)
     for part in spec.parts:
         if not left_out(part, spec, runtime):

@@ -8,7 +8,7 @@ from typing import Any
 
 from lighten.model.spec import ModelSpec
 from lighten.runtimes import torch_eager
-from lighten.runtimes.session import Setup, Stepping
+from lighten.runtimes.session import Setup
 
 _MARK = "lighten:"
 _NAMES = {
@@ -25,8 +25,7 @@ class TorchRecorder:
     def __init__(self, folder: Path, spec: ModelSpec, setup: Setup) -> None:
         session = torch_eager.load(folder, spec, setup)
         assert isinstance(session, torch_eager.TorchSession), "torch_eager loads nothing else"
-        self.session: Stepping = session
-        self.spent_s = 0.0
+        self.session = session
         self._profiler: Any = None
         self._stretches: list[dict[str, float]] = []
         for module in session.module.modules():
@@ -78,7 +77,9 @@ def _mark(module: Any, kind: str) -> None:
     open_ranges: list[Any] = []
 
     def begin(*_: Any) -> None:
-        open_ranges.append(torch.profiler.record_function(_MARK + kind).__enter__())
+        span: Any = torch.profiler.record_function(_MARK + kind)
+        span.__enter__()
+        open_ranges.append(span)
 
     def end(*_: Any) -> None:
         open_ranges.pop().__exit__(None, None, None)
