@@ -196,7 +196,53 @@ def unmet_choice() -> dict[str, Any]:
     return choice | {"require": ["neighbour_agreement>=0.995", "size<=30MB"], "chosen": None, "closest": closest, "looser": []}
 
 
-CHOICES = {"encoder": encoder_choice, "decoder": decoder_choice, "unmet": unmet_choice}
+KINDS = ("linear", "attention", "norm", "activation", "embedding", "other", "between")
+
+
+def explained_choice() -> dict[str, Any]:
+    """The encoder's choice with what explains it: the chosen has a step, and one of its variants was not measured."""
+    choice = encoder_choice()
+    chosen = choice["candidates"][8]  # quantize(rtn, bits=8) @ openvino(dtype=bfloat16)
+    plain, bfloat16 = choice["candidates"][5], choice["candidates"][6]
+    untried = unmeasured("quantize(rtn, bits=8)", "openvino", "skipped", "not tried: the budget of 12 min is used up") | {"id": "untried"}
+    choice |= {"chosen": chosen["id"], "looser": []}
+    rows = [
+        (choice["baseline"], "original", ""), (plain, "with", "@ openvino"), (bfloat16, "with", "dtype=bfloat16"),
+        (chosen, "with", "quantize(rtn, bits=8)"), (untried, "without", "dtype=bfloat16"),
+    ]  # fmt: skip
+    choice["ablation"] = [row | {"role": role, "step": step} for row, role, step in rows]
+
+    def side(trial: dict[str, Any], seconds: float, sizes: tuple[int, ...], failure: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+        shares = (0.6, 0.16, 0.05, 0.06, 0.002, 0.05, 0.078)
+        named = {key: trial[key] for key in ("id", "recipe", "runtime")}
+        predicted = {kind: trial["predicted"]["latency_s"] * share for kind, share in zip(KINDS, shares, strict=True)}
+        measured = None if failure else {kind: seconds * share for kind, share in zip(KINDS, reversed(shares), strict=True)}
+        parts = dict(zip(("embedding", "attention", "mlp", "head", "norm", "other", "files"), sizes, strict=True))
+        profile = {"predicted": predicted, "measured": measured, "measured_s": None if failure else seconds, "runs": 5, "failure": failure}
+        size = {"predicted": parts, "predicted_bytes": sum(parts.values()), "measured_bytes": trial["measured"]["size_bytes"]}
+        return named | profile, named | size
+
+    first = side(choice["baseline"], 0.35, (47_683_584, 14_195_712, 28_329_984, 0, 39_936, 590_000, 711_000), None)
+    second = side(chosen, 0.15, (12_100_000, 3_600_000, 7_200_000, 0, 39_936, 150_000, 720_000), None)
+    choice["profile"] = {"original": first[0], "chosen": second[0]}
+    choice["components"] = {"original": first[1], "chosen": second[1]}
+    for one in choice["candidates"][:5]:
+        value = one["measured"]["quality"]["neighbour_agreement"]["value"]
+        one["predicted"]["quality"] = {"neighbour_agreement": {"value": value - 0.004, "low": value - 0.016, "high": value + 0.008}}
+    for key, within in (("size_bytes", 9), ("peak_memory_bytes", 0), ("latency_s", 10)):
+        choice["accuracy"][key] |= {"median_error": 0.123, "ranged": 11 if within else 0, "within": within}
+    choice["accuracy"]["quality"] = {
+        "metric": "neighbour_agreement",
+        "count": 5,
+        "median_error": 0.004,
+        "worst_error": 0.004,
+        "ranged": 5,
+        "within": 5,
+    }
+    return choice
+
+
+CHOICES = {"encoder": encoder_choice, "decoder": decoder_choice, "unmet": unmet_choice, "explained": explained_choice}
 
 
 class Node:

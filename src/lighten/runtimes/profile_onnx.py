@@ -19,8 +19,8 @@ _KINDS = {
     "QAttention": "attention", "LayerNormalization": "norm", "SkipLayerNormalization": "norm", "SimplifiedLayerNormalization": "norm",
     "SkipSimplifiedLayerNormalization": "norm", "RMSNormalization": "norm", "Gelu": "activation", "BiasGelu": "activation",
     "FastGelu": "activation", "QuickGelu": "activation", "Erf": "activation", "Tanh": "activation", "Sigmoid": "activation",
-    "Relu": "activation",
-    "Pow": "norm", "ReduceMean": "norm", "Sqrt": "norm", "Reciprocal": "norm", "Silu": "activation", "Swish": "activation", "GatherBlockQuantized": "embedding",
+    "Relu": "activation", "Pow": "norm", "ReduceMean": "norm", "Sqrt": "norm", "Reciprocal": "norm", "Silu": "activation",
+    "Swish": "activation", "GatherBlockQuantized": "embedding",
 }  # fmt: skip
 """Operator of the optimized graph → its kind, where that says all. Roots and means are of an RMSNorm in pieces, whose products are `other`."""
 
