@@ -406,22 +406,27 @@ def measure(
     runtime: str | None = None,
     text: str | Path | None = None,
     threads: int | None = None,
+    profile: bool = False,
     log: Log = silent,
     **workload: Any,
 ) -> dict[str, Any]:
     """Run a model or an artifact beside the original, and hold it against its prediction: the document of `lighten measure --json`.
 
+    Args:
+        profile: tell too what its operators take.
+
     Raises:
         LightenError: whatever of this cannot be read or run.
     """
     from lighten.choose.outcome import ratios
-    from lighten.choose.trial import Rates, predict
+    from lighten.choose.trial import Rates, predict, predict_operators
     from lighten.compress.walk import check_finite
     from lighten.formats.artifact import MANIFEST, read_artifact
     from lighten.judge.child import WorkerFailed
     from lighten.judge.measure import Judge, Limits, Target, artifact_target, model_bytes
     from lighten.judge.text import load_text
     from lighten.runtimes import require_runtime
+    from lighten.runtimes.profiling import require_profiler
 
     folder = _folder(model)
     made = read_artifact(folder) if (folder / MANIFEST).is_file() else None
@@ -429,6 +434,8 @@ def measure(
         raise WorkloadError(f"{folder} is an artifact for runtime {made.recipe.runtime}; it does not run on {runtime}.")
     recipe = made.recipe if made else read_recipe(f"@ {runtime or 'torch'}")
     require_runtime(recipe.runtime)
+    if profile:
+        require_profiler(recipe.runtime)
     original = made.original if made else folder
     if not original.is_dir():
         raise ModelError(f"{folder} was made from {original}, which is not there any more; quality is measured against it.")
@@ -437,8 +444,9 @@ def measure(
     judged_by = load_text(Path(text) if text else None)
     asked = make_workload(spec, dtype="float32", **workload)
     check_finite(original)
-    profile = _profile_or_none()
+    machine = _profile_or_none()
     cores = threads or usable_cores()
+    told = None
     with tempfile.TemporaryDirectory(prefix="lighten-") as work, contextlib.ExitStack() as stack:
         if made:
             target = artifact_target(folder)
@@ -454,10 +462,17 @@ def measure(
         log(f"measuring {folder} by {recipe.runtime_text} beside the original")
         try:
             measured = judge.measure(target).as_json()
+            if profile:
+                log("once more, with the runtime's profiler")
+                told = judge.profile(target)
         except WorkerFailed as error:
             raise WorkloadError(f"{folder} could not be measured: {error}") from error
-    predicted = predict(spec, asked, recipe, profile, Rates(tokens=asked.tokens)) if profile else predict_without_device(spec, asked, recipe)
-    return measured | {"recipe": str(recipe), "predicted": predicted, "ratio": ratios(predicted, measured)}
+    predicted = predict(spec, asked, recipe, machine, Rates(tokens=asked.tokens)) if machine else predict_without_device(spec, asked, recipe)
+    operators = told and {
+        "predicted": predict_operators(spec, asked, recipe, machine) if machine else None, "measured": told["kinds"], "measured_s": told["seconds"],
+        "runs": told["runs"],
+    }  # fmt: skip
+    return measured | {"recipe": str(recipe), "predicted": predicted, "ratio": ratios(predicted, measured), "profile": operators}
 
 
 def choose(request: Request, *, log: Log = silent) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from lighten.report.figures import (
 from lighten.report.step_plots import Bar, bar_plot, colours_of
 from lighten.units import format_bytes, format_seconds
 
-WIDE, NARROW = 560.0, 350.0
+WIDE, BESIDE, NARROW = 560.0, 400.0, 350.0
 """Natural widths of the bars: letters drawn for a screen would be specks on a phone, so there is one plot for each."""
 _KINDS = {"norm": "norms", "activation": "activations", "between": "between operators"}
 _COMPONENTS = {"norm": "norms", "files": "other files", "other": "other weights"}
@@ -54,13 +54,13 @@ def _ablation(choice: Record) -> str:
     note = "One thing more in each row, from the original to the chosen; below, the chosen without one thing. Small: what was predicted."
     note += f" {untried} not measured: predicted figures stand in for them, in italics." if untried else ""
     bars = _ablation_bars(choice, rows, wanted)
-    plots = _plots(bars, f"{wanted.title} step by step") if bars else ""
+    plots = _plots(bars, f"{wanted.title} step by step", wide=BESIDE) if bars else ""
     return (
-        '<section>\n<h2>What each step contributed</h2>\n<div class="beside wide-table">\n'
+        '<section>\n<h2>What each step contributed</h2>\n<div class="beside">\n'
         f'<div><div class="scroll"><table class="steps right"><thead><tr><th scope="col">recipe</th>{head}'
         f'<th scope="col">{_text(choice["quality_metric"])}</th></tr></thead><tbody>{body}</tbody></table></div>'
         f'<p class="note">{_text(note)}</p></div>\n'
-        f"<figure><figcaption><b>{_text(wanted.title)}</b></figcaption>{plots}</figure>\n</div>\n</section>\n"
+        f"<figure><figcaption><b>{_text(wanted.title)}</b>, the upright line as predicted</figcaption>{plots}</figure>\n</div>\n</section>\n"
     )
 
 
@@ -80,7 +80,8 @@ def _ablation_row(choice: Record, row: Record, shown: Sequence[Quantity]) -> str
     value, error = quality_of(choice, row, choice["quality_metric"])
     said = f"<b>{_text(format_quality(value, error))}</b>" if is_measured(row) else _foreseen_quality(choice, row)
     reason = "" if is_measured(row) else f'<p class="small">{_text(known(row.get("failure")))}</p>'
-    name = f'<code>{_text(_row_name(choice, row))}</code>{reason}<p class="small">{_text(trial_name(choice, row))}</p>'
+    name = f"<code>{_text(_row_name(choice, row))}</code>{reason}"
+    name += "" if row.get("role") == "original" else f'<p class="small">{_text(trial_name(choice, row))}</p>'
     return f'<tr class="{style}"><th scope="row" class="step">{name}</th>{cells}<td>{said}</td></tr>\n'
 
 
@@ -195,6 +196,6 @@ def _figure(title: str, bars: Sequence[Bar], notes: Sequence[str], table: str) -
     return f'<figure><h2>{_text(title)}</h2><ul class="legend">{keys}</ul>{_plots(bars, title)}{table}{said}</figure>\n'
 
 
-def _plots(bars: Sequence[Bar], title: str) -> str:
+def _plots(bars: Sequence[Bar], title: str, *, wide: float = WIDE) -> str:
     label = clean(f"{title}: {'; '.join(f'{bar.name}: {bar.said}' for bar in bars)}")
-    return "".join(f'<div class="{kind}">{bar_plot(bars, width=width, label=label)}</div>' for kind, width in (("wide", WIDE), ("narrow", NARROW)))
+    return "".join(f'<div class="{kind}">{bar_plot(bars, width=width, label=label)}</div>' for kind, width in (("wide", wide), ("narrow", NARROW)))
