@@ -117,6 +117,11 @@ def _pieces(choice: Record) -> str:
     return f'<section>\n<div class="two">\n{"".join(parts)}</div>\n</section>\n' if any(parts) else ""
 
 
+def _seconds(value: float | None) -> str:
+    """Nobody measures parts of a microsecond."""
+    return "< 1 µs" if value is not None and 0 < value < 1e-6 else format_seconds(value)
+
+
 def _sides(choice: Record, key: str) -> list[tuple[str, Record]]:
     """What is told of the original and of the chosen, with their names."""
     told = choice.get(key)
@@ -138,12 +143,12 @@ def _operators(choice: Record) -> str:
             reasons.append(f"Of the {name}: {known(side.get('failure'))}")
     if not columns:
         return ""
-    bars = [_stacked(name, values, format_seconds) for name, values in columns]
+    bars = [_stacked(name, values, _seconds) for name, values in columns]
     note = (
         "Linear: products with weights; attention: the products of activations, and the softmax; between operators: what passes outside of all, "
         "such as Python. A runtime that joins operators counts them under one. Measured by the runtime's own profiler, which takes time too."
     )
-    return _figure("Where the time goes", bars, [note, *reasons], _table(columns, format_seconds))
+    return _figure("Where the time goes", bars, [note, *reasons], _table(columns, _seconds))
 
 
 def _sizes(choice: Record) -> str:

@@ -10,7 +10,7 @@ from lighten.runtimes import openvino_runtime
 from lighten.runtimes.session import Setup
 
 _KINDS = {
-    "FullyConnected": "linear", "FullyConnectedQuantized": "linear", "LLMMLP": "linear", "QKVProjection": "linear", "Convolution": "linear",
+    "GatherCompressed": "embedding", "LLMMLP": "linear", "QKVProjection": "linear", "Convolution": "linear",
     "MatMul": "attention", "Softmax": "attention", "ScaledDotProductAttention": "attention", "ScaledDotProductAttentionWithKVCache": "attention",
     "MHA": "attention", "MVN": "norm", "RMS": "norm", "RMSNorm": "norm", "Gelu": "activation", "Swish": "activation", "Tanh": "activation",
     "Sigmoid": "activation", "Relu": "activation",
@@ -56,6 +56,8 @@ class OpenVINORecorder:
             return "attention"
         if node.node_type == "Gather":  # of ids and shapes too, which are whole numbers
             return "other" if any(f"_{kind}" in node.exec_type for kind in ("i32", "i64", "I8")) else "embedding"
+        if node.node_type.startswith("FullyConnected"):  # of codes too: FullyConnectedCompressed, FullyConnectedQuantized
+            return "linear"
         return _KINDS.get(node.node_type, "other")
 
 
