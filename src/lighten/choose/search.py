@@ -125,7 +125,7 @@ class Search:
                 left = bits_left(apply_recipe(recipe, self.spec))
             except RecipeError:
                 return None
-            cost = self.objective.cost(self._candidate(recipe).predicted) if self.objective.figure in FIGURES else 0.0
+            cost = self.objective.cost(self.candidate(recipe).predicted) if self.objective.figure in FIGURES else 0.0
             return cost, -left
 
         self.log(f"the space has {space.combinations:,} combinations; {DRAWN:,} are drawn and predicted")
