@@ -495,7 +495,7 @@ def test_a_text_that_no_step_looks_at(refused, model, tmp_path):
         (("made", "--runtime", "openvino"), "is an artifact for runtime torch; it does not run on openvino"),
         (
             ("bert", "--runtime", "torch-compile", "--profile"),
-            "lighten: runtime torch-compile does not tell what its operators take: its kernels join operators of several kinds; "
+            "runtime torch-compile does not tell what its operators take: its kernels join operators of several kinds; "
             "these do: torch, onnxruntime, openvino.",
         ),
         (("orphan",), "which is not there any more; quality is measured against it"),
