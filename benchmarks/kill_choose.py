@@ -201,7 +201,8 @@ def incomplete(out: Path, trials: Sequence[dict[str, Any]]) -> str | None:
     except (OSError, ValueError) as error:
         return str(error)
     shown = [trial for trial in [choice["baseline"], *choice["candidates"]] if trial["status"] != "skipped"]
-    if sorted(trial["id"] for trial in shown) != sorted(trial["id"] for trial in trials):
+    ids = {trial["id"] for trial in [*shown, *choice["ablation"]] if trial["status"] != "skipped"}
+    if ids != {trial["id"] for trial in trials if trial["status"] in ("measured", "failed")}:
         return "choice.json and trials.jsonl have different trials"
     if not page.rstrip().endswith("</html>"):
         return "report.html is cut off"

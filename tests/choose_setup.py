@@ -55,6 +55,9 @@ class MadeUp(worker.Worker):
     def time(self, seeds, **asked):
         return {"seconds": [0.5 for _ in seeds]}
 
+    def profile(self, **asked):
+        return {"kinds": {"linear": 0.4, "between": 0.1}, "seconds": 0.5, "runs": 5}
+
     def embed(self, texts, out, **asked):
         import numpy as np
         np.save(out, np.random.default_rng(0).normal(size=(len(texts), 4)).astype(np.float32))
@@ -73,6 +76,10 @@ def traced(kind):
             self.note(load=asked["folder"])
             self.original = asked["folder"] == asked["original"]
             return super().load(**asked)
+
+        def profile(self, **asked):
+            self.note(profile=asked["folder"])
+            return super().profile(**asked)
 
         def time(self, **asked):
             if self.original:
@@ -191,6 +198,7 @@ class Scene:
 
 
 def read_trials(out: Path) -> list[dict[str, Any]]:
-    """The lines of a folder's journal."""
+    """The trials of a folder's journal, without what else was found out."""
     path = out / "trials.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [line for line in lines if line["status"] in ("measured", "failed")]

@@ -515,6 +515,11 @@ def test_a_text_that_no_step_looks_at(refused, model, tmp_path):
         (("bert", "--phase", "generate"), "phase generate needs a decoder"),
         (("bert", "--seq-len", "1000"), "1000 positions asked for"),
         (("made", "--runtime", "openvino"), "is an artifact for runtime torch; it does not run on openvino"),
+        (
+            ("bert", "--runtime", "torch-compile", "--profile"),
+            "runtime torch-compile does not tell what its operators take: its kernels join operators of several kinds; "
+            "these do: torch, onnxruntime, openvino.",
+        ),
         (("orphan",), "which is not there any more; quality is measured against it"),
         (("torn",), "no readable lighten.json"),
         (("bare",), "no config.json"),

@@ -22,12 +22,18 @@ from tiny_models import bert_config, save
 from transformers import AutoModel
 
 from lighten import verbs
-from lighten.choose import Request, handover, run
+from lighten.choose import Request, handover, outcome, run
+from lighten.choose import trial as trial_module
 from lighten.choose.outcome import RATIOS
+from lighten.choose.search import Search
 from lighten.cost import Workload
+from lighten.device.roofline import OPERATOR_KINDS
 from lighten.errors import ModelError
 from lighten.formats.artifact import folder_bytes, read_artifact
+from lighten.model import read_spec
 from lighten.recipe import parse_recipe
+from lighten.recipe.size import COMPONENTS
+from lighten.runtimes.profiling import require_profiler
 
 BF16, ONNX, OPENVINO = "cast(bfloat16) @ torch", "@ onnxruntime", "quantize(rtn, embeddings=true) @ openvino"
 CRASH, REFUSED = "prune(magnitude, sparsity=0.77) @ torch", "quantize(rtn, bits=2) @ openvino"
@@ -38,6 +44,7 @@ PREDICTED = {
     "size_bytes", "peak_memory_bytes", "latency_s", "latency_low_s", "latency_high_s", "time_to_first_token_s", "throughput", "energy_j",
     "usd_per_million_tokens",
 }  # fmt: skip
+CORRECTED = {"quality", "size_low_bytes", "size_high_bytes", "peak_memory_low_bytes", "peak_memory_high_bytes"}
 MEASURED = {
     "size_bytes", "peak_memory_bytes", "latency_s", "latency_q1_s", "latency_q3_s", "throughput", "speedup", "cold_start_s", "precision",
     "runtime_version", "quality",
@@ -45,6 +52,7 @@ MEASURED = {
 CHOICE = {
     "lighten", "command", "model", "workload", "require", "objective", "goal", "quality_metric", "machine", "versions", "text", "seconds", "baseline",
     "candidates", "chosen", "stopped", "finals", "elsewhere", "closest", "looser", "warnings", "accuracy",
+    "ablation", "profile", "components",
 }  # fmt: skip
 TRIAL = {"id", "recipe", "runtime", "status", "failure", "predicted", "measured", "ratio", "pareto", "meets", "seconds"}
 
@@ -125,7 +133,7 @@ def test_choice_json_has_the_keys_of_the_contract(finished):
     assert choice["command"].startswith("lighten choose ")
     for trial in trials_of(choice):
         assert set(trial) == TRIAL
-        assert not trial["predicted"] or set(trial["predicted"]) == PREDICTED
+        assert not trial["predicted"] or set(trial["predicted"]) - CORRECTED == PREDICTED
         if trial["status"] == "measured":
             assert set(trial["measured"]) >= MEASURED
             assert set(trial["ratio"]) == set(RATIOS)
@@ -215,6 +223,43 @@ def test_the_artifact_is_the_chosen_recipe_and_loads(finished):
         assert stored[name].dtype.is_floating_point
         assert (stored[name] == weight.bfloat16()).all()
         assert (loaded.state_dict()[name] == weight.bfloat16()).all()
+
+
+def test_the_way_to_the_chosen_is_told_by_the_same_trials(finished):
+    choice = finished.choice
+    rows = [(row["role"], row["step"], row["id"]) for row in choice["ablation"]]
+    assert rows == [("original", "", choice["baseline"]["id"]), ("with", "cast(bfloat16)", choice["chosen"])]
+    for row, trial in zip(choice["ablation"], (choice["baseline"], find(choice, BF16)), strict=True):
+        assert {key: row[key] for key in TRIAL} == trial
+
+
+def test_what_operators_take_adds_up_to_a_run_which_takes_about_as_long_as_the_trials_did(finished):
+    """Real torch, profiled: an independent measurement of the same workload; a shared machine may double it, and a profiler adds to each operator."""
+    choice = finished.choice
+    for side, trial in (("original", choice["baseline"]), ("chosen", find(choice, BF16))):
+        told = choice["profile"][side]
+        assert (told["id"], told["failure"], set(told["measured"])) == (trial["id"], None, set(OPERATOR_KINDS))
+        assert sum(told["measured"].values()) == pytest.approx(told["measured_s"])
+        assert 0.3 * trial["measured"]["latency_s"] < told["measured_s"] < 30 * trial["measured"]["latency_s"]
+        assert min(told["measured"][kind] for kind in ("linear", "attention", "norm", "activation", "embedding")) > 0
+    assert sum(choice["profile"]["original"]["predicted"].values()) == pytest.approx(choice["baseline"]["predicted"]["latency_s"])
+
+
+def test_components_add_up_to_the_artifact_and_are_those_of_its_tensors(finished):
+    choice, spec = finished.choice, read_spec(finished.model)
+    for side in choice["components"].values():
+        assert sum(side["predicted"].values()) == side["predicted_bytes"]
+        assert side["predicted_bytes"] == pytest.approx(side["measured_bytes"], rel=0.01)
+    stored = load_file(finished.out / "artifact" / "model.safetensors")
+    found: dict[str, int] = {}
+    for part in spec.parts:
+        for name in part.tensors():
+            kind = part.component if part.component in COMPONENTS else "other"
+            found[kind] = found.get(kind, 0) + stored[name].nbytes
+    told = choice["components"]["chosen"]["predicted"]
+    for kind, held in found.items():  # beside its bytes each tensor has an entry in the header, of less than 200
+        assert held < told[kind] < held + 200 * len(stored)
+    assert set(found) == {kind for kind, held in told.items() if held} - {"files"}
 
 
 def test_the_report_is_one_page_with_the_answer_and_the_failures(finished):
@@ -467,6 +512,65 @@ def test_energy_and_cost_follow_from_the_latency(copied):
             seconds = trial["measured"]["latency_s"]
             assert trial["measured"]["energy_j"] == pytest.approx(50 * seconds)
             assert trial["measured"]["usd_per_million_tokens"] == pytest.approx(0.36 / 3600 * seconds / 128 * 1e6)
+
+
+# ---- what explains the answer ----
+
+TWO_STEPS = "prune(magnitude, sparsity=0.5) | cast(bfloat16) @ torch(dtype=bfloat16)"
+VARIANTS = [
+    "prune(magnitude, sparsity=0.5) @ torch(dtype=bfloat16)", "@ torch(dtype=bfloat16)", "cast(bfloat16) @ torch(dtype=bfloat16)",
+    "prune(magnitude, sparsity=0.5) | cast(bfloat16) @ torch",
+]  # fmt: skip
+
+
+@pytest.fixture
+def winner_of_two_steps(copied, monkeypatch, tmp_path) -> Finished:
+    """Where a recipe of two steps wins, whatever was measured."""
+    monkeypatch.setattr(outcome, "choose_best", lambda judged, *_: next(trial for trial in judged if " | " in trial["recipe"]))
+    return Finished(copied.scene, copied.model, tmp_path / "two", copied.ran)
+
+
+def test_each_step_is_left_out_once_in_trials_of_their_own(winner_of_two_steps):
+    ran = winner_of_two_steps.again("--minimize", "size", recipes=(TWO_STEPS,))
+    assert ran.code == 0, ran.stderr
+    choice = winner_of_two_steps.choice
+    assert [trial["recipe"] for trial in choice["candidates"]] == [TWO_STEPS.split(" @")[0]]
+    assert [(row["role"], row["step"]) for row in choice["ablation"]] == [
+        ("original", ""), ("with", "dtype=bfloat16"), ("with", "prune(magnitude, sparsity=0.5)"), ("with", "cast(bfloat16)"),
+        ("without", "prune(magnitude, sparsity=0.5)"), ("without", "dtype=bfloat16"),
+    ]  # fmt: skip
+    assert all(row["status"] == "measured" for row in choice["ablation"])
+    assert sorted(winner_of_two_steps.scene.built()) == sorted([TWO_STEPS, *VARIANTS])
+    again = winner_of_two_steps.again("--minimize", "size", recipes=(TWO_STEPS,))
+    assert again.code == 0
+    assert len(winner_of_two_steps.scene.built()) == 5
+    assert winner_of_two_steps.choice["ablation"] == choice["ablation"]
+    assert winner_of_two_steps.choice["profile"] == choice["profile"]
+
+
+def test_without_time_what_steps_contributed_is_predicted_and_marked(winner_of_two_steps, monkeypatch):
+    monkeypatch.setattr(Search, "has_time_for", lambda self, job: job.kind == "trial" and str(job.candidate.recipe) == TWO_STEPS)
+    assert winner_of_two_steps.again("--minimize", "size", "--budget", "1h", recipes=(TWO_STEPS,)).code == 0
+    choice = winner_of_two_steps.choice
+    untried = [row for row in choice["ablation"] if row["status"] == "skipped"]
+    assert len(untried) == 4
+    assert {row["failure"] for row in untried} == {"not tried: the budget of 1 h 0 min is used up"}
+    assert all(row["predicted"]["size_bytes"] > 0 and row["measured"] is None for row in untried)
+    told = choice["profile"]["chosen"]
+    assert (told["measured"], told["failure"]) == (None, "not measured: the budget of 1 h 0 min is used up")
+    assert sum(choice["components"]["chosen"]["predicted"].values()) > 0
+    assert [asked for asked in winner_of_two_steps.scene.trace() if "profile" in asked] == []
+
+
+def test_what_a_runtime_does_not_tell_is_said(copied, monkeypatch):
+    said = "runtime llama.cpp does not tell what its operators take: it has no profiler of operators; these do: torch, onnxruntime, openvino."
+    monkeypatch.setattr(trial_module, "require_profiler", lambda runtime: require_profiler("llama.cpp"))
+    fresh = Finished(copied.scene, copied.model, copied.scene.folder / "fresh", copied.ran)
+    assert fresh.again("--minimize", "size", "--fresh", recipes=(BF16,)).code == 0
+    told = fresh.choice["profile"]["original"]
+    assert (told["measured"], told["measured_s"], told["failure"]) == (None, None, said)
+    assert sum(told["predicted"].values()) == pytest.approx(fresh.choice["baseline"]["predicted"]["latency_s"])
+    assert f"Of the original: original @ torch: {said}" in html.unescape((fresh.out / "report.html").read_text())
 
 
 # ---- trials that fail ----

@@ -33,7 +33,7 @@ from lighten.device import (
 from lighten.device.calibration import block_operators, fit_blocks
 from lighten.device.cases import block_spec
 from lighten.device.rates import Curve, RateTable, bandwidth_at
-from lighten.device.roofline import CLASSES, sum_parts
+from lighten.device.roofline import CLASSES, OPERATOR_KINDS, seconds_by_kind, sum_parts
 from lighten.errors import DeviceError, OutputError
 from lighten.model.families.llama import describe as describe_llama
 from lighten.model.spec import ModelSpec, WeightFormat
@@ -125,6 +125,17 @@ def test_a_measured_linear_costs_its_sample_and_the_overheads() -> None:
     assert predicted.seconds == pytest.approx(sample.seconds + engine.call_overhead_s + engine.operator_overhead_s, rel=1e-12)
     assert predicted.bound_by == "compute"
     assert predict_time([linear_op(1, 64, 64)], engine, make_profile()).bound_by == "overhead"
+
+
+@given(batch=st.integers(1, 64), length=st.integers(1, 512))
+def test_seconds_by_kind_are_together_those_of_the_prediction(batch: int, length: int) -> None:
+    engine, profile = make_engine(), make_profile(CACHES)
+    ops = block_operators(block(batch_size=batch, seq_len=length), "float32")
+    found = seconds_by_kind(ops, engine, profile.bandwidth)
+    assert tuple(found) == OPERATOR_KINDS
+    assert sum(found.values()) == pytest.approx(predict_time(ops, engine, profile).seconds, rel=1e-9)
+    assert found["embedding"] == 0
+    assert min(found[kind] for kind in ("linear", "attention", "norm", "activation", "other", "between")) > 0
 
 
 @given(rows=st.integers(1, 20000), more=st.integers(1, 5000), columns=st.integers(16, 9000), outputs=st.integers(16, 9000))

@@ -45,11 +45,11 @@ def trial(name: str, *, size: float | None = 100, memory: float | None = 200, la
         "throughput": latency and 10 / latency,
         "quality": scores,
     }
-    return {"id": name, "status": "measured", "measured": measured, "ratio": None, "meets": None, "pareto": False} | more
+    return {"id": name, "status": "measured", "predicted": {}, "measured": measured, "ratio": None, "meets": None, "pareto": False} | more
 
 
 def failed(name: str) -> dict[str, Any]:
-    return {"id": name, "status": "failed", "failure": "it died", "measured": None, "ratio": None, "meets": None, "pareto": False}
+    return {"id": name, "status": "failed", "failure": "it died", "predicted": {}, "measured": None, "ratio": None, "meets": None, "pareto": False}
 
 
 def required(*texts: str):
@@ -341,21 +341,38 @@ def test_a_ratio_is_predicted_over_measured_and_not_known_where_one_is_not(predi
 def test_the_median_and_the_ratio_farthest_from_one(values, unknown):
     found = [trial("a", ratio={"size_bytes": value, "peak_memory_bytes": None, "latency_s": value}) for value in values]
     found += [trial("b", ratio=dict.fromkeys(RATIOS)) for _ in range(unknown)] + [failed("c")]
-    told = accuracy(found)
-    assert told["peak_memory_bytes"] == {"count": 0, "median": None, "worst": None}
+    told = accuracy(found, METRIC)
+    assert told["peak_memory_bytes"] == {"count": 0, "median": None, "worst": None, "median_error": None, "ranged": 0, "within": 0}
     for key in ("size_bytes", "latency_s"):
         assert told[key]["count"] == len(values)
         if not values:
             assert told[key] == told["peak_memory_bytes"]
             continue
         assert told[key]["median"] == statistics.median(values)
+        assert told[key]["median_error"] == statistics.median(abs(value - 1) for value in values)
         assert told[key]["worst"] in values
         assert abs(math.log(told[key]["worst"])) == pytest.approx(max(abs(math.log(value)) for value in values))
 
 
 @pytest.mark.parametrize(("values", "worst"), [([0.4, 2.0], 0.4), ([0.6, 2.0], 2.0), ([1.0], 1.0)])
 def test_half_is_as_far_off_as_double(values, worst):
-    assert accuracy([trial("a", ratio=dict.fromkeys(RATIOS, value)) for value in values])["size_bytes"]["worst"] == worst
+    assert accuracy([trial("a", ratio=dict.fromkeys(RATIOS, value)) for value in values], METRIC)["size_bytes"]["worst"] == worst
+
+
+def test_the_share_within_the_range_counts_those_that_have_one():
+    def told(low: float | None, high: float | None, quality: float | None) -> dict[str, Any]:
+        value = None if quality is None else {METRIC: {"value": quality, "low": quality - 0.01, "high": quality + 0.01}}
+        return {"size_bytes": 100, "latency_low_s": low, "latency_high_s": high, "quality": value}
+
+    found = [
+        trial("in", predicted=told(0.9, 1.1, 0.99)), trial("out", predicted=told(1.1, 1.2, 0.97)), trial("none", predicted=told(None, None, None)),
+    ]  # fmt: skip
+    shares = accuracy([*found, failed("died")], METRIC)
+    assert (shares["latency_s"]["ranged"], shares["latency_s"]["within"]) == (2, 1)
+    assert (shares["size_bytes"]["ranged"], shares["size_bytes"]["within"]) == (0, 0)
+    assert shares["quality"] == {
+        "metric": METRIC, "count": 2, "median_error": pytest.approx(0.02), "worst_error": pytest.approx(0.03), "ranged": 2, "within": 1,
+    }  # fmt: skip
 
 
 def test_the_figures_with_ratios_are_those_that_are_predicted():

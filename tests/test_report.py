@@ -196,7 +196,53 @@ def unmet_choice() -> dict[str, Any]:
     return choice | {"require": ["neighbour_agreement>=0.995", "size<=30MB"], "chosen": None, "closest": closest, "looser": []}
 
 
-CHOICES = {"encoder": encoder_choice, "decoder": decoder_choice, "unmet": unmet_choice}
+KINDS = ("linear", "attention", "norm", "activation", "embedding", "other", "between")
+
+
+def explained_choice() -> dict[str, Any]:
+    """The encoder's choice with what explains it: the chosen has a step, and one of its variants was not measured."""
+    choice = encoder_choice()
+    chosen = choice["candidates"][8]  # quantize(rtn, bits=8) @ openvino(dtype=bfloat16)
+    plain, bfloat16 = choice["candidates"][5], choice["candidates"][6]
+    untried = unmeasured("quantize(rtn, bits=8)", "openvino", "skipped", "not tried: the budget of 12 min is used up") | {"id": "untried"}
+    choice |= {"chosen": chosen["id"], "looser": []}
+    rows = [
+        (choice["baseline"], "original", ""), (plain, "with", "@ openvino"), (bfloat16, "with", "dtype=bfloat16"),
+        (chosen, "with", "quantize(rtn, bits=8)"), (untried, "without", "dtype=bfloat16"),
+    ]  # fmt: skip
+    choice["ablation"] = [row | {"role": role, "step": step} for row, role, step in rows]
+
+    def side(trial: dict[str, Any], seconds: float, sizes: tuple[int, ...], failure: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+        shares = (0.6, 0.16, 0.05, 0.06, 0.002, 0.05, 0.078)
+        named = {key: trial[key] for key in ("id", "recipe", "runtime")}
+        predicted = {kind: trial["predicted"]["latency_s"] * share for kind, share in zip(KINDS, shares, strict=True)}
+        measured = None if failure else {kind: seconds * share for kind, share in zip(KINDS, reversed(shares), strict=True)}
+        parts = dict(zip(("embedding", "attention", "mlp", "head", "norm", "other", "files"), sizes, strict=True))
+        profile = {"predicted": predicted, "measured": measured, "measured_s": None if failure else seconds, "runs": 5, "failure": failure}
+        size = {"predicted": parts, "predicted_bytes": sum(parts.values()), "measured_bytes": trial["measured"]["size_bytes"]}
+        return named | profile, named | size
+
+    first = side(choice["baseline"], 0.35, (47_683_584, 14_195_712, 28_329_984, 0, 39_936, 590_000, 711_000), None)
+    second = side(chosen, 0.15, (12_100_000, 3_600_000, 7_200_000, 0, 39_936, 150_000, 720_000), None)
+    choice["profile"] = {"original": first[0], "chosen": second[0]}
+    choice["components"] = {"original": first[1], "chosen": second[1]}
+    for one in choice["candidates"][:5]:
+        value = one["measured"]["quality"]["neighbour_agreement"]["value"]
+        one["predicted"]["quality"] = {"neighbour_agreement": {"value": value - 0.004, "low": value - 0.016, "high": value + 0.008}}
+    for key, within in (("size_bytes", 9), ("peak_memory_bytes", 0), ("latency_s", 10)):
+        choice["accuracy"][key] |= {"median_error": 0.123, "ranged": 11 if within else 0, "within": within}
+    choice["accuracy"]["quality"] = {
+        "metric": "neighbour_agreement",
+        "count": 5,
+        "median_error": 0.004,
+        "worst_error": 0.004,
+        "ranged": 5,
+        "within": 5,
+    }
+    return choice
+
+
+CHOICES = {"encoder": encoder_choice, "decoder": decoder_choice, "unmet": unmet_choice, "explained": explained_choice}
 
 
 class Node:
@@ -306,14 +352,16 @@ def test_the_page_fetches_nothing_runs_nothing_and_its_links_lead_somewhere(make
     ids = [node.attributes["id"] for node in page.every() if "id" in node.attributes]
     assert len(ids) == len(set(ids)) == len(trials_of(choice))
     links = [node.attributes["href"] for node in page.every("a")]
-    assert len(links) == len(choice["looser"])
+    points = list(page.every("a", "point"))
+    assert len(links) == len(choice["looser"]) + len(points)
+    assert len(points) == len([mark for mark in page.every(style="mark") if mark.text])
     assert {f"#{name}" for name in ids}.issuperset(links)
     style = page.one("style").text
     assert "prefers-color-scheme: dark" in style
     assert "@media print" in style
     used = {name for node in page.every() for name in (node.attributes.get("class") or "").split()}
     coloured = {name for name in used if re.search(rf"\.{re.escape(name)}\b", style)}
-    assert used - coloured <= {"measured", "skipped", "other", "tick", "plot", "label", "front", "baseline", "off"}
+    assert used - coloured <= {"measured", "skipped", "other", "tick", "plot", "label", "front", "baseline", "off", "step"}
 
 
 @every_choice
@@ -498,8 +546,8 @@ def test_the_command_to_rerun_is_exact() -> None:
 
 
 def plots_of(choice: dict[str, Any]) -> list[Node]:
-    """Wide and narrow trade-off, then size, memory and latency predicted against measured."""
-    return list(parse(report_page(choice)).every("svg", "plot"))
+    """Wide and narrow trade-off, then size, memory and latency predicted against measured, and quality where it was predicted; no bars."""
+    return [plot for plot in parse(report_page(choice)).every("svg", "plot") if list(plot.every("a", "point"))]
 
 
 def boxes_of(plot: Node) -> dict[str, Box]:
@@ -517,11 +565,11 @@ def overlapping(boxes: dict[str, Box]) -> list[tuple[str, str]]:
 @every_choice
 def test_no_two_labels_of_a_plot_overlap_and_none_leaves_it(make: Make) -> None:
     plots = plots_of(make())
-    assert len(plots) == 5
+    assert len(plots) == 5 + (make is explained_choice)
     for plot in plots:
         width, height = (float(side) for side in (plot.attributes["viewbox"] or "").split()[2:])
         boxes = boxes_of(plot)
-        assert len(boxes) >= 4
+        assert len(boxes) >= 3
         assert overlapping(boxes) == []
         assert [text for text, box in boxes.items() if not Box(x=0, y=0, width=width, height=height).holds(box)] == []
 
@@ -650,7 +698,7 @@ def test_a_prediction_is_above_the_diagonal_where_it_is_too_high(make: Make) -> 
     choice = make()
     page = parse(report_page(choice))
     seen = set()
-    for plot, key in zip(plots_of(choice)[2:], ("size_bytes", "peak_memory_bytes", "latency_s"), strict=True):
+    for plot, key in zip(plots_of(choice)[2:5], ("size_bytes", "peak_memory_bytes", "latency_s"), strict=True):
         x1, y1, x2, y2 = (float(number) for number in re.findall(r"[\d.]+", plot.one("path", "diagonal").attributes["d"] or ""))
         places = marks_by_number(plot)
         assert len(places) == 11
@@ -667,9 +715,10 @@ def test_a_prediction_is_above_the_diagonal_where_it_is_too_high(make: Make) -> 
 @every_choice
 def test_median_and_worst_ratio_stand_beside_each_plot_and_under_the_terminals_table(make: Make) -> None:
     choice = make()
-    captions = [node.text for node in parse(report_page(choice)).every("figcaption")]
+    captions = [node.text for node in parse(report_page(choice)).every("figcaption") if "median ratio" in node.text]
     lines = prediction_table(choice).split("\n")
-    for column, (caption, found) in enumerate(zip(captions, choice["accuracy"].values(), strict=True)):
+    assert len(captions) == 3
+    for column, (caption, found) in enumerate(zip(captions, choice["accuracy"].values(), strict=False)):
         assert f"median ratio {found['median']:.2f}, worst {found['worst']:.2f} (11 trials)" in caption
         for line, which in ((lines[-2], "median"), (lines[-1], "worst")):
             assert line.startswith(f"{which} ratio")
@@ -826,6 +875,101 @@ def test_the_terminals_table_says_latency_with_quartiles_and_how_good_its_predic
         "0.991 ± 0.004",
         f"{ratio:.2f}",
     ]
+
+
+# what explains the choice
+
+
+def section(choice: dict[str, Any], title: str) -> Node:
+    return next(node for node in parse(report_page(choice)).every("section") if title in [head.text for head in node.every("h2")])
+
+
+def test_each_step_has_a_row_with_what_it_gave_and_what_was_predicted() -> None:
+    choice = explained_choice()
+    rows = list(section(choice, "What each step contributed").one("tbody").every("tr"))
+    assert [row.one("code").text for row in rows] == [
+        "the original @ torch", "@ openvino", "+ dtype=bfloat16", "+ quantize(rtn, bits=8) = chosen", "chosen without dtype=bfloat16",
+    ]  # fmt: skip
+    assert cells_of(rows[1])[1:] == ["265 ms353 ms", "91.2 MB90.4 MB", "366.2 MB261.6 MB", "1.000 ± 0.000"]
+    assert "not tried: the budget of 12 min is used up" in rows[4].text
+    assert [node.text for node in rows[4].every("i")] == ["190 ms", "45.4 MB", "410 MB", "not known"]
+    assert not list(rows[1].every("i"))
+
+
+def test_bars_are_as_long_as_their_figures_and_the_prediction_is_a_line() -> None:
+    choice = explained_choice()
+    plot = next(section(choice, "What each step contributed").every("svg", "plot"))
+    widths = [float(node.attributes["width"] or "") for node in plot.every("rect", "part")]
+    seconds = [row["measured"]["latency_s"] if row["measured"] else row["predicted"]["latency_s"] for row in choice["ablation"]]
+    assert [width / widths[0] for width in widths] == pytest.approx([value / seconds[0] for value in seconds], rel=0.01)
+    lines = [float(node.attributes["x1"] or "") - 2 for node in plot.every("line", "foreseen")]
+    assert [x / lines[0] for x in lines] == pytest.approx(
+        [row["predicted"]["latency_s"] / choice["baseline"]["predicted"]["latency_s"] for row in choice["ablation"]], rel=0.02
+    )
+
+
+def test_operators_and_components_are_told_in_bars_and_in_tables_that_add_up() -> None:
+    choice = explained_choice()
+    found = section(choice, "Where the time goes")
+    times, sizes = found.every("table", "pieces")
+    heads = [node.text for node in times.one("thead").every("th")]
+    assert heads == ["", "original, predicted", "original, measured", "chosen, predicted", "chosen, measured"]
+    for table, unit in ((times, "s"), (sizes, "B")):
+        rows = {cells_of(row)[0]: cells_of(row)[1:] for row in table.one("tbody").every("tr")}
+        assert len(rows) == 8 - (unit == "B")  # nothing is in a head
+        factors = {"µs": 1e-6, "ms": 1e-3, "s": 1.0, "kB": 1e3, "MB": 1e6, "B": 1.0}
+        for column in range(len(heads) - 1 if unit == "s" else 2):
+            values = {name: number_in(cells[column]) * factors[cells[column].split()[1]] for name, cells in rows.items()}
+            assert sum(values.values()) - values["all"] == pytest.approx(values["all"], rel=0.01)
+    bars = [plot for plot in found.every("svg", "plot") if list(plot.every("rect", "part"))]
+    titles = [node.text for node in bars[0].every("title")]
+    assert "linear: 206.4 ms, 60%" in titles
+    assert "The files of the chosen take 23.6 MB: predicted 23.8 MB, +0.89%." in found.text
+
+
+def test_what_no_profiler_told_is_not_known_and_says_why() -> None:
+    choice = explained_choice()
+    choice["profile"]["chosen"] |= {"measured": None, "measured_s": None, "failure": "runtime llama.cpp does not tell: it has no profiler"}
+    found = section(choice, "Where the time goes")
+    assert "chosen, measured" not in found.text
+    assert "Of the chosen: quantize(rtn, bits=8) @ openvino(dtype=bfloat16): runtime llama.cpp does not tell: it has no profiler" in found.text
+
+
+def test_a_choice_of_an_older_version_has_a_page_without_what_it_does_not_say() -> None:
+    page = report_page(encoder_choice())
+    for title in ("What each step contributed", "Where the time goes", "Where the bytes lie", "within the range, aim"):
+        assert title not in page
+        assert title in report_page(explained_choice())
+
+
+@pytest.mark.parametrize("broken", [None, [], {}, "words", {"original": None, "chosen": {"predicted": [1], "measured": {"linear": "fast"}}}])
+def test_an_explanation_that_is_no_explanation_is_left_out(broken: Any) -> None:
+    choice = explained_choice() | {"profile": broken, "components": broken, "ablation": broken if isinstance(broken, list) else None}
+    page = report_page(choice)
+    assert "What each step contributed" not in page
+    assert "Where the bytes lie" not in page
+
+
+def test_points_that_fail_a_requirement_are_grey_and_every_point_tells_all_its_figures() -> None:
+    choice = explained_choice()
+    page, plot = parse(report_page(choice)), plots_of(choice)[0]
+    grey = {int(mark.text.split(":")[0]) for mark in plot.every(style="faint")}
+    failing = {one["id"] for one in trials_of(choice) if one["meets"] is False}
+    assert {int(cells_of(row_of(page, one))[0].lstrip("★· ")) for one in failing} == grey
+    chosen = next(mark for mark in plot.every(style="mark") if "chosen" in (mark.attributes["class"] or "").split())
+    assert chosen.text.split("\n") == [
+        "4: quantize(rtn, bits=8) @ openvino(dtype=bfloat16)", "neighbour_agreement: measured 0.984 ± 0.005",
+        "latency: measured 141 ms, predicted 183.3 ms", "size on disk: measured 23.6 MB, predicted 21.5 MB",
+        "peak memory: measured 183.7 MB, predicted 147 MB",
+    ]  # fmt: skip
+
+
+def test_how_good_predictions_were_is_a_table_with_the_share_within_the_range() -> None:
+    rows = [cells_of(row) for row in section(explained_choice(), "Predicted against measured").one("table", "accuracy").one("tbody").every("tr")]
+    assert rows == [
+        ["size on disk", "11", "12.3%", "0.82 (9 of 11)"], ["peak memory", "11", "12.3%", "no range"], ["latency", "11", "12.3%", "0.91 (10 of 11)"],
+        ["neighbour_agreement", "5", "0.004", "1.00 (5 of 5)"],
+    ]  # fmt: skip
 
 
 # the file

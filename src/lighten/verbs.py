@@ -400,13 +400,14 @@ def export(source: str | Path, target: str, out: str | Path, *, log: Log = silen
     return write(source, target, out)
 
 
-def measure(
+def measure(  # noqa: PLR0913 - what a command takes
     model: str | Path,
     *,
     runtime: str | None = None,
     text: str | Path | None = None,
     threads: int | None = None,
     own_lengths: bool = False,
+    profile: bool = False,
     log: Log = silent,
     **workload: Any,
 ) -> dict[str, Any]:
@@ -415,12 +416,13 @@ def measure(
     Args:
         runtime: as a recipe names it, options too; of an artifact its own, with other options than its recipe has.
         own_lengths: encode the text's passages, each as long as it is, instead of one batch of `seq_len` tokens each.
+        profile: tell too what its operators take.
 
     Raises:
         LightenError: whatever of this cannot be read or run.
     """
     from lighten.choose.outcome import ratios
-    from lighten.choose.trial import Rates, predict
+    from lighten.choose.trial import Rates, predict, predict_operators
     from lighten.compress.walk import check_finite
     from lighten.formats.artifact import MANIFEST, read_artifact
     from lighten.judge.child import WorkerFailed
@@ -429,6 +431,7 @@ def measure(
     from lighten.judge.text import load_text
     from lighten.recipe.options import check_effect
     from lighten.runtimes import require_runtime
+    from lighten.runtimes.profiling import require_profiler
 
     folder = _folder(model)
     made = read_artifact(folder) if (folder / MANIFEST).is_file() else None
@@ -438,6 +441,8 @@ def measure(
         raise WorkloadError(f"{folder} is an artifact for runtime {own.runtime}; it does not run on {said.runtime_text}.")
     recipe = replace(own, options=said.options) if runtime else own
     require_runtime(recipe.runtime, device=recipe.device)
+    if profile:
+        require_profiler(recipe.runtime)
     original = made.original if made else folder
     if not original.is_dir():
         raise ModelError(f"{folder} was made from {original}, which is not there any more; quality is measured against it.")
@@ -449,8 +454,9 @@ def measure(
         asked = lengthen(asked, original, judged_by)
     check_effect(dict(recipe.options), asked)
     check_finite(original)
-    profile = _profile_or_none()
+    machine = _profile_or_none()
     cores = threads or usable_cores()
+    told = None
     with tempfile.TemporaryDirectory(prefix="lighten-") as work, contextlib.ExitStack() as stack:
         if made:
             target = replace(artifact_target(folder), speculation=recipe.speculation, batching=recipe.batching)
@@ -469,10 +475,17 @@ def measure(
         log(f"measuring {folder} by {recipe.runtime_text} beside the original")
         try:
             measured = judge.measure(target).as_json()
+            if profile:
+                log("once more, with the runtime's profiler")
+                told = judge.profile(target)
         except WorkerFailed as error:
             raise WorkloadError(f"{folder} could not be measured: {error}") from error
-    predicted = predict(spec, asked, recipe, profile, Rates(tokens=asked.tokens)) if profile else predict_without_device(spec, asked, recipe)
-    return measured | {"recipe": str(recipe), "predicted": predicted, "ratio": ratios(predicted, measured)}
+    predicted = predict(spec, asked, recipe, machine, Rates(tokens=asked.tokens)) if machine else predict_without_device(spec, asked, recipe)
+    operators = told and {
+        "predicted": predict_operators(spec, asked, recipe, machine) if machine else None, "measured": told["kinds"], "measured_s": told["seconds"],
+        "runs": told["runs"],
+    }  # fmt: skip
+    return measured | {"recipe": str(recipe), "predicted": predicted, "ratio": ratios(predicted, measured), "profile": operators}
 
 
 def with_own_lengths(workload: Workload, model: str | Path, text: str | Path | None = None) -> Workload:

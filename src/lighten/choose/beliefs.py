@@ -104,9 +104,23 @@ class Beliefs:
             middle = predicted[key] * math.exp(engine.mean + kind.mean)
             spread = Z_90 * math.sqrt(noise**2 + kind.deviation**2 + engine.deviation**2)
             predicted[key] = middle if isinstance(predicted[key], float) else round(middle)
-            if (stem := key.removesuffix("_s")) != key:
-                predicted |= {f"{stem}_low_s": middle * math.exp(-spread), f"{stem}_high_s": middle * math.exp(spread)}
-        return replace(candidate, predicted=derived(predicted, candidate.rates))
+            predicted |= _range(key, middle, spread)
+        if predicted.get("size_bytes"):
+            predicted |= _range("size_bytes", predicted["size_bytes"], Z_90 * SIZE)
+        return replace(candidate, predicted=derived(predicted, candidate.rates) | {"quality": self._expected_quality(candidate)})
+
+    def _expected_quality(self, candidate: Candidate) -> dict[str, Any] | None:
+        """Each metric with its 90 % range, as the proxy or the same weights elsewhere had it; None: nobody has looked at these weights.
+
+        A perplexity is of one text, and a proxy's is of another: its ratio to the original's stands for it.
+        """
+        known = self._quality.get(candidate.weights)
+        if known is None:
+            return None
+        return {
+            name: {"value": value, "low": value - Z_90 * error, "high": value + Z_90 * error}
+            for name, (value, error) in known.items() if name != "perplexity"
+        }  # fmt: skip
 
     def ends(self, candidate: Candidate, key: str, deviations: float) -> tuple[float, float] | None:
         """A figure so many standard deviations below and above what is predicted; None: no prediction."""
@@ -161,6 +175,16 @@ class Beliefs:
         if place not in self._kinds:
             self._kinds[place] = _Normal(0.0, KIND[key])
         return self._engines[key, candidate.engine], self._kinds[place]
+
+
+def _range(key: str, middle: float, spread: float) -> dict[str, float]:
+    """The ends of a figure's range.
+
+    >>> _range("latency_s", 1.0, 0.0)
+    {'latency_low_s': 1.0, 'latency_high_s': 1.0}
+    """
+    stem, _, unit = key.rpartition("_")
+    return {f"{stem}_low_{unit}": middle * math.exp(-spread), f"{stem}_high_{unit}": middle * math.exp(spread)}
 
 
 def is_coarser(steps: Sequence[Step], others: Sequence[Step]) -> bool:

@@ -13,9 +13,10 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One thing to carry out: measure the original, find a cheap proxy of a candidate's quality, try it, or run it in turn with another."""
+    """One thing to carry out: measure the original, find a cheap proxy of a candidate's quality, try it, run it in turn with another, or find out
+    what its operators take."""
 
-    kind: Literal["original", "proxy", "trial", "final"]
+    kind: Literal["original", "proxy", "trial", "final", "profile"]
     candidate: Candidate
     beside: Candidate | None = None
 
@@ -78,5 +79,7 @@ def carry_out(bench: Bench, job: Job) -> Record:
     """A job's record; what goes wrong there is in it."""
     if job.beside is not None:
         return bench.final(job.candidate, job.beside)
-    done: dict[str, Callable[[Candidate], Record]] = {"original": bench.original, "proxy": bench.proxy, "trial": bench.run}
+    done: dict[str, Callable[[Candidate], Record]] = {
+        "original": bench.original, "proxy": bench.proxy, "trial": bench.run, "profile": bench.profile,
+    }  # fmt: skip
     return done[job.kind](job.candidate)

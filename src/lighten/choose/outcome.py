@@ -22,14 +22,18 @@ def quality_metric(*, decoder: bool) -> str:
     return "perplexity_ratio" if decoder else "neighbour_agreement"
 
 
-def on_one_clock(trials: Sequence[Record]) -> list[Record]:
+def on_one_clock(trials: Sequence[Record], *, like: Sequence[Record] | None = None) -> list[Record]:
     """The trials with their latencies as of one moment, though the machine's speed drifts from trial to trial.
 
         latency = the original's latency, the median over all trials that it ran beside / the trial's own speed-up
 
     What the clock showed stays as `clock_latency_s`; quartiles and throughput are scaled with the median.
+
+    Args:
+        like: the trials whose moment it is, where that is not their own.
     """
-    clocks = [trial["measured"]["original_latency_s"] for trial in trials if trial["measured"] and trial["measured"].get("original_latency_s")]
+    beside = (trial["measured"] for trial in (trials if like is None else like) if trial["measured"])
+    clocks = [measured["original_latency_s"] for measured in beside if measured.get("original_latency_s")]
     if not clocks:
         return list(trials)
     original_s = statistics.median(clocks)
@@ -164,17 +168,47 @@ def warnings(chosen: Record | None, baseline: Record) -> list[str]:
     return said
 
 
-def accuracy(trials: Sequence[Record]) -> Record:
-    """Predicted over measured: how many, the median and the worst, for each figure that is predicted."""
-    found = {}
+def accuracy(trials: Sequence[Record], metric: str) -> Record:
+    """How good the predictions were, of each figure that is predicted: of how many trials, predicted over measured at the median and at worst, the
+    median of how far that is from 1, and of how many with a range the measured lies in it. Of quality the error is the difference."""
+    found: Record = {}
     for key in RATIOS:
         ratios = [trial["ratio"][key] for trial in trials if trial["ratio"] and trial["ratio"].get(key)]
+        inside = [hit for trial in trials if (hit := _within(_range(trial, key), trial, key)) is not None]
         found[key] = {
             "count": len(ratios),
             "median": statistics.median(ratios) if ratios else None,
             "worst": max(ratios, key=lambda ratio: max(ratio, 1 / ratio)) if ratios else None,
-        }
+            "median_error": statistics.median(abs(ratio - 1) for ratio in ratios) if ratios else None,
+            "ranged": len(inside), "within": sum(inside),
+        }  # fmt: skip
+    pairs = [pair for trial in trials if (pair := _quality_pair(trial, metric)) is not None]
+    errors = [abs(told["value"] - value) for told, value in pairs]
+    found["quality"] = {
+        "metric": metric, "count": len(pairs),
+        "median_error": statistics.median(errors) if errors else None, "worst_error": max(errors, default=None),
+        "ranged": len(pairs), "within": sum(told["low"] <= value <= told["high"] for told, value in pairs),
+    }  # fmt: skip
     return found
+
+
+def _range(trial: Record, key: str) -> tuple[float, float] | None:
+    """Both ends of what was predicted of a figure."""
+    stem, _, unit = key.rpartition("_")
+    low, high = (trial["predicted"].get(f"{stem}_{end}_{unit}") for end in ("low", "high"))
+    return None if low is None or high is None else (low, high)
+
+
+def _within(ends: tuple[float, float] | None, trial: Record, key: str) -> bool | None:
+    value = (trial["measured"] or {}).get(key)
+    return None if ends is None or value is None else bool(ends[0] <= value <= ends[1])
+
+
+def _quality_pair(trial: Record, metric: str) -> tuple[Record, float] | None:
+    """What was predicted of a trial's quality, and the measured value."""
+    told = (trial["predicted"].get("quality") or {}).get(metric)
+    value = figure_of(trial["measured"] or {}, metric)
+    return None if told is None or value is None else (told, value)
 
 
 def ratios(predicted: Record, measured: Record) -> Record:

@@ -6,10 +6,11 @@ import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from lighten.choose import outcome
+from lighten.choose import explain, outcome
+from lighten.choose.ablation import better_without
 from lighten.choose.beliefs import Z_90, Beliefs, is_coarser
 from lighten.choose.constraints import FIGURES, Constraint, figure_of
 from lighten.choose.engine import Engine, Job
@@ -26,7 +27,7 @@ from lighten.recipe import Recipe, apply_recipe
 from lighten.runtimes import package_versions
 from lighten.units import format_seconds
 
-EXPECTED_S = {"torch-compile": 120.0, "proxy": 10.0, "trial": 40.0, "final": 40.0}
+EXPECTED_S = {"torch-compile": 120.0, "proxy": 10.0, "trial": 40.0, "final": 40.0, "profile": 20.0}
 """What a job is taken to cost before one of its kind was seen; a compilation takes about a minute, and a trial two of them."""
 GAIN = 0.02
 """A trial that is predicted to be better by less than this share at its best is not worth its time."""
@@ -65,24 +66,42 @@ class Search:
     def run(self) -> Answer:
         """Search, and judge what was tried."""
         try:
-            original = self._candidate(Recipe())
+            original = self.candidate(Recipe())
             baseline = self._carried_out(Job(kind="original", candidate=original), "the original, by torch in float32")
             if not baseline["measured"]:
                 raise ModelError(f"{self.request.model}: the original itself could not be measured: {baseline['failure']}")
             self.baseline = baseline
-            trials = self._search(original)
-            finals = self._finals([baseline, *trials])
-            return self._answer(trials, finals)
+            return self._explained(self._search(original))
         finally:
             self.engine.close()
 
-    def _candidate(self, recipe: Recipe) -> Candidate:
+    def _explained(self, trials: list[dict[str, Any]]) -> Answer:
+        """The answer with what explains it. A variant of the chosen that is of the space and was tried to explain it is a trial like the others,
+        so that a second run, which finds it in the journal, says the same."""
+        while True:
+            answer = self._answer(trials, self._finals([self.baseline, *trials]))
+            rows = explain.ablate(self, answer.document["candidates"], answer.baseline, answer.chosen)
+            joined = [self.records.get(trial["id"], trial) for trial in trials]
+            if [trial["status"] for trial in joined] == [trial["status"] for trial in trials]:
+                break
+            trials = joined
+        baseline, chosen = answer.baseline, answer.chosen
+        searched = {trial["id"] for trial in trials}
+        outside = [row for row in rows if row["id"] not in searched]
+        better = better_without(outside, chosen, baseline, self.constraints, self.objective) if chosen else []
+        return replace(answer, document=answer.document | {
+            "ablation": rows, "profile": explain.operator_profiles(self, baseline, chosen), "components": explain.sizes(self, baseline, chosen),
+            "warnings": [*answer.document["warnings"], *better],
+        })  # fmt: skip
+
+    def candidate(self, recipe: Recipe) -> Candidate:
+        """A recipe with its predictions on this machine."""
         return make_candidate(self.spec, self.request.workload, recipe, self.profile, self.context, self.rates)
 
     def _candidates(self) -> list[Candidate]:
         """What is searched, each once. Of a space those combinations that can be done; of recipes that were named all, and why not."""
         if self.request.recipes:
-            return [self._candidate(recipe) for recipe in dict.fromkeys(self.request.recipes) if recipe != Recipe()]
+            return [self.candidate(recipe) for recipe in dict.fromkeys(self.request.recipes) if recipe != Recipe()]
         space = self.request.space or default_space(self.spec, own_lengths=bool(self.request.workload.lengths))
         found, refused = [], 0
         for recipe in dict.fromkeys(space if space.combinations <= LISTED else self._drawn(space)):
@@ -91,7 +110,7 @@ class Search:
             except RecipeError:
                 refused += 1
                 continue
-            found.append(self._candidate(recipe))
+            found.append(self.candidate(recipe))
         if not found:
             raise RecipeError(f"none of the space's {refused} combinations can be done with {self.spec.name}.")
         if refused:
@@ -106,7 +125,7 @@ class Search:
                 left = bits_left(apply_recipe(recipe, self.spec))
             except RecipeError:
                 return None
-            cost = self.objective.cost(self._candidate(recipe).predicted) if self.objective.figure in FIGURES else 0.0
+            cost = self.objective.cost(self.candidate(recipe).predicted) if self.objective.figure in FIGURES else 0.0
             return cost, -left
 
         self.log(f"the space has {space.combinations:,} combinations; {DRAWN:,} are drawn and predicted")
@@ -116,15 +135,15 @@ class Search:
 
     def _search(self, original: Candidate) -> list[dict[str, Any]]:
         """Every candidate's record: what was tried first, in the order of the trials."""
-        self._learn(Job(kind="original", candidate=original), self.baseline)
+        self.learn(Job(kind="original", candidate=original), self.baseline)
         pool = {candidate.id: candidate for candidate in self._candidates()}
         self.candidates = {original.id: original, **pool}
         for candidate in list(pool.values()):
-            if found := self._known(candidate.proxy_id):
+            if found := self.known(candidate.proxy_id):
                 self.beliefs.learn_quality(candidate, found["quality"])
-            if found := self._known(candidate.id):
+            if found := self.known(candidate.id):
                 self.log(f"{candidate.recipe}: done before")
-                self._learn(Job(kind="trial", candidate=pool.pop(candidate.id)), found)
+                self.learn(Job(kind="trial", candidate=pool.pop(candidate.id)), found)
         refused = [
             pool.pop(candidate.id).record(status="skipped", failure=candidate.refused) for candidate in list(pool.values()) if candidate.refused
         ]
@@ -141,7 +160,7 @@ class Search:
                 del running[job.candidate.id]
                 if job.kind == "trial":
                     del pool[job.candidate.id]
-                self._keep(job, record)
+                self.keep(job, record)
         self.log(f"stopped: {self.stopped}")
         untried = [self.beliefs.corrected(candidate).record(status="skipped", failure=self._why_not(candidate)) for candidate in pool.values()]
         order = {identity: place for place, identity in enumerate(self.journal.trials)}
@@ -164,10 +183,25 @@ class Search:
             best = next((candidate for candidate in unknown if is_coarser(best.recipe.steps, candidate.recipe.steps)), best)  # it speaks for both
         wants_proxy = weighs_quality and not best.rounds and not self.beliefs.knows_quality(best) and best.weights not in looked
         job = Job(kind="proxy" if wants_proxy and best.proxy_id not in self.journal.trials else "trial", candidate=best)
-        if self.request.budget_s is not None and time.monotonic() - self.start + self._expected_s(job) > self.request.budget_s:
-            self.stopped = f"the budget of {format_seconds(self.request.budget_s)} is used up"
+        if not self.has_time_for(job):
+            self.stopped = self.out_of_time
             return None
         return job
+
+    def has_time_for(self, job: Job) -> bool:
+        """Whether a job is expected to end within the budget."""
+        return self.request.budget_s is None or time.monotonic() - self.start + self._expected_s(job) <= self.request.budget_s
+
+    @property
+    def out_of_time(self) -> str:
+        """What is said where a job would end too late."""
+        return f"the budget of {format_seconds(self.request.budget_s)} is used up"
+
+    def done_now(self, job: Job) -> dict[str, Any]:
+        """The record of a job that is carried out now, while nothing else runs."""
+        self.engine.start(job)
+        [(_, record)] = self.engine.finished()
+        return record
 
     def _expected_cost(self, candidate: Candidate) -> tuple[float, float]:
         """The objective by prediction; where that is quality, what is believed of it, and the latency."""
@@ -233,7 +267,7 @@ class Search:
     def _why_not(self, candidate: Candidate) -> str:
         return self._ruled_out(candidate) or f"not tried: {self.stopped}"
 
-    def _known(self, identity: str) -> dict[str, Any] | None:
+    def known(self, identity: str) -> dict[str, Any] | None:
         """What this folder's journal has of a trial or proxy; or what another run left, which is then this folder's too.
 
         What follows from a latency is by the power and the price of now.
@@ -249,21 +283,20 @@ class Search:
 
     def _carried_out(self, job: Job, said: str) -> dict[str, Any]:
         """The record of a job: from the journal where it is there, else by carrying it out now."""
-        if found := self._known(job.candidate.id):
+        if found := self.known(job.candidate.id):
             self.log(f"{said}: done before")
             return found
         self.log(said)
-        self.engine.start(job)
-        [(_, record)] = self.engine.finished()
+        record = self.done_now(job)
         if record["measured"]:  # without the original there is no trial at all: the next run measures it again
-            self._append(record)
+            self.write_down(record)
         self.log(f"    {_summary(record, self.metric)}")
         return record
 
-    def _keep(self, job: Job, record: dict[str, Any]) -> None:
+    def keep(self, job: Job, record: dict[str, Any]) -> None:
         """Write a finished job down, and learn from it."""
         if job.kind == "proxy":
-            self._append(record)
+            self.write_down(record)
             self.seen_s.setdefault("proxy", []).append(record["seconds"])
             self.beliefs.learn_quality(job.candidate, record["quality"])
             score = figure_of(record, self.metric)
@@ -271,16 +304,18 @@ class Search:
             return
         corrected = self.beliefs.corrected(job.candidate)
         record |= {"predicted": corrected.predicted, "ratio": outcome.ratios(corrected.predicted, record["measured"]) if record["measured"] else None}
-        self._append(record)
-        self._learn(job, record)
+        self.write_down(record)
+        self.learn(job, record)
         self.log(f"    {_summary(record, self.metric)}")
 
-    def _append(self, record: dict[str, Any]) -> None:
+    def write_down(self, record: dict[str, Any]) -> None:
+        """Add a record to the journals; of a failure other runs are not told."""
         self.journal.append(record)
-        if record["status"] != "failed":
+        if not (record["status"] == "failed" or record.get("failure")):
             self.shared.append(record)
 
-    def _learn(self, job: Job, record: dict[str, Any]) -> None:
+    def learn(self, job: Job, record: dict[str, Any]) -> None:
+        """Take a finished trial into what is believed."""
         self.records[record["id"]] = record
         if record["measured"]:
             self.beliefs.learn(job.candidate, record["measured"])
@@ -316,11 +351,11 @@ class Search:
                 break
             identity = f"final-{other['id']}-{first['id']}"
             if (known := self.journal.trials.get(identity)) is None:
-                if self.request.budget_s is not None and time.monotonic() - self.start + EXPECTED_S["final"] > self.request.budget_s:
+                job = Job(kind="final", candidate=self.candidates[other["id"]], beside=self.candidates[first["id"]])
+                if not self.has_time_for(job):
                     break
                 self.log(f"in turn: {first['recipe']} @ {first['runtime']} and {other['recipe']} @ {other['runtime']}")
-                self.engine.start(Job(kind="final", candidate=self.candidates[other["id"]], beside=self.candidates[first["id"]]))
-                [(_, known)] = self.engine.finished()
+                known = self.done_now(job)
                 self.journal.append(known)
                 self.log(f"    the second takes {known['seconds_over']:.3f} of the first's time")
             found[other["id"]] = float(known["seconds_over"])
@@ -336,7 +371,7 @@ class Search:
             "baseline": baseline, "candidates": trials, "chosen": chosen["id"] if chosen else None, "stopped": self.stopped, "finals": dict(finals),
             "closest": None if chosen else outcome.closest(judged, baseline, self.constraints),
             "looser": outcome.looser(judged, chosen, self.objective, self.metric), "warnings": outcome.warnings(chosen, baseline),
-            "accuracy": outcome.accuracy(judged),
+            "accuracy": outcome.accuracy(judged, self.metric),
         })  # fmt: skip
 
 
@@ -350,8 +385,8 @@ class Answer:
 
 
 def _kind_of(job: Job) -> str:
-    if job.kind == "proxy":
-        return "proxy"
+    if job.kind in ("proxy", "final", "profile"):
+        return job.kind
     return "torch-compile" if job.candidate.recipe.runtime == "torch-compile" else "trial"
 
 

@@ -23,12 +23,13 @@ from lighten.judge.measure import Judge, Target, artifact_target
 from lighten.model import ModelSpec
 from lighten.model.spec import Linear
 from lighten.recipe import Recipe, apply_recipe
-from lighten.recipe.estimate import Estimate, estimate
-from lighten.recipe.on_machine import engine_name
+from lighten.recipe.estimate import Estimate, estimate, forward_passes
+from lighten.recipe.on_machine import engine_name, operator_seconds
 from lighten.recipe.predict import compute_dtype
 from lighten.recipe.speculated import tokens_per_pass
 from lighten.recipe.targets import RUNTIMES
 from lighten.runtimes import missing_packages
+from lighten.runtimes.profiling import require_profiler
 
 STAND_INS = {
     "torch-compile/float32": "torch/float32", "torch-compile/bfloat16": "torch/bfloat16", "ctranslate2/float32": "onnxruntime/float32",
@@ -108,6 +109,11 @@ class Candidate:
         """Of the proxy that stands for its weights on every runtime."""
         return f"proxy-{hashlib.sha256(f'{self.context} {self.weights}'.encode()).hexdigest()[:12]}"
 
+    @property
+    def profile_id(self) -> str:
+        """Of what its operators take."""
+        return f"profile-{self.id}"
+
     def record(self, *, status: str, failure: str | None = None, measured: dict[str, Any] | None = None, seconds: float = 0.0) -> dict[str, Any]:
         """The trial's line in `trials.jsonl` and its entry in `choice.json`."""
         return {
@@ -137,6 +143,16 @@ def make_candidate(spec: ModelSpec, workload: Workload, recipe: Recipe, profile:
         kind=" ".join(sorted({str(weight.bits or weight.dtype) for weight in linears})),
         weights=f"{recipe.steps_text} @ {recipe.runtime}" if rounding else recipe.steps_text, rounds=rounding is not None,
     )  # fmt: skip
+
+
+def predict_operators(spec: ModelSpec, workload: Workload, recipe: Recipe, profile: Profile) -> dict[str, float] | None:
+    """Seconds by kind of operator that the recipe would take; None where this machine's profile does not tell."""
+    changed = apply_recipe(recipe, spec)
+    asked = replace(workload, dtype=compute_dtype(recipe, changed))
+    try:
+        return operator_seconds(forward_passes(changed, asked), changed, recipe, profile)
+    except DeviceError:
+        return None
 
 
 def predict(spec: ModelSpec, workload: Workload, recipe: Recipe, profile: Profile, rates: Rates) -> dict[str, Any]:
@@ -234,7 +250,7 @@ class Bench:
 
     def final(self, candidate: Candidate, beside: Candidate) -> dict[str, Any]:
         """Seconds of a candidate over those of another, the two in turn."""
-        targets = [self.judge.original_target() if one.recipe == Recipe() else self.build(one) for one in (beside, candidate)]
+        targets = [self._target(one) for one in (beside, candidate)]
         with self.judge.child(targets[0]) as other, self.judge.child(targets[1]) as own:
             self.judge.load(other, targets[0])
             other.pause()
@@ -245,6 +261,22 @@ class Bench:
                 other, own, self.judge.workload, timeout_s=self.judge.limits.timeout_s, warm=False, prompts=self.judge.prompts(*targets)
             ).speedup
         return {"id": f"final-{candidate.id}-{beside.id}", "status": "final", "seconds_over": ratio}
+
+    def profile(self, candidate: Candidate) -> dict[str, Any]:
+        """What the operators of one run take; why not where nobody knows."""
+        start = time.monotonic()
+        record: dict[str, Any] = {"id": candidate.profile_id, "status": "profile", "failure": None, "operators": None}
+        try:
+            require_profiler(candidate.recipe.runtime)
+            record["operators"] = self.judge.profile(self._target(candidate))
+        except OutputError:
+            raise
+        except (WorkerFailed, LightenError) as error:
+            record["failure"] = str(error)
+        return record | {"seconds": round(time.monotonic() - start, 1)}
+
+    def _target(self, candidate: Candidate) -> Target:
+        return self.judge.original_target() if candidate.recipe == Recipe() else self.build(candidate)
 
     def build(self, candidate: Candidate) -> Target:
         """The artifact, built if it is not there.

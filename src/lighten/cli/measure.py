@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--text", metavar="FILE", help="text to judge by: .txt or .jsonl (default: the embedded text)")
     parser.add_argument("--threads", type=positive, metavar="N", help="default: all cores that this process may use")
+    parser.add_argument("--profile", action="store_true", help="tell too what its operators take, by the profiler of torch, onnxruntime or openvino")
     add_workload(parser, phases=("encode", "prefill", "decode", "generate"))
     add_lengths(parser)
     add_json(parser)
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     found = verbs.measure(
         arguments.model, runtime=arguments.runtime, text=arguments.text, threads=arguments.threads, own_lengths=arguments.lengths_of == "text",
-        log=progress, **workload_of(arguments),
+        profile=arguments.profile, log=progress, **workload_of(arguments),
     )  # fmt: skip
     print_json(found) if arguments.json else print(measurement_text(found))
     return 0
@@ -58,4 +59,16 @@ def measurement_text(found: dict[str, Any]) -> str:
     for name, score in found["quality"].items():
         error = f" ± {score['standard_error']:.4f}" if score["standard_error"] is not None else ""
         lines.append(f"{name:20} {score['value']:.4f}{error}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *profile_lines(found["profile"])])
+
+
+def profile_lines(profile: dict[str, Any] | None) -> list[str]:
+    """Seconds by kind of operator, predicted and measured, and their shares of the run."""
+    if profile is None:
+        return []
+    predicted, measured = profile["predicted"] or {}, profile["measured"]
+    lines = ["", f"{'operators':12} {'predicted':>12} {'measured':>12} {'share':>10}"]
+    for kind, seconds in measured.items():
+        lines.append(f"{kind:12} {format_seconds(predicted.get(kind)):>12} {format_seconds(seconds):>12} {seconds / profile['measured_s']:>10.0%}")
+    total = sum(predicted.values()) if predicted else None
+    return [*lines, f"{'all':12} {format_seconds(total):>12} {format_seconds(profile['measured_s']):>12}"]

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,6 +42,12 @@ EXPANDING = ("torch", "torch-compile")
 BEYOND = 0.5
 """32 MB for bf16 and 64 MB for fp32: what processors of a few cores keep in no cache."""
 CLASSES = ("linear", "weights", "attention", "pointwise", "fresh", "overhead", "overhead_rms", "call")
+OPERATOR_KINDS = ("linear", "attention", "norm", "activation", "embedding", "other", "between")
+"""What operators are, for people: the products of attention with their softmax are attention, its projections linear; other are sums, gates, rotary
+embeddings and what moves tensors; between is what passes outside of all operators."""
+_KIND_OF_SAMPLE = {
+    "linear": "linear", "attention": "attention", "layernorm": "norm", "rmsnorm": "norm", "gelu": "activation", "gather": "embedding", "": "between",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,26 +111,39 @@ def predict_time(ops: Sequence[Op], engine: EngineProfile, profile: Profile) -> 
 
 def sum_parts(ops: Sequence[Op], engine: EngineProfile, bandwidth: Sequence[Bandwidth]) -> Parts:
     """The operators' measured seconds summed by class, before calibration; those of no rows (an encoder whose output is cached) are not run."""
+    found: dict[tuple[str, Bound], float] = defaultdict(float)
+    for _, name, bound, seconds in _contributions(ops, engine, bandwidth):
+        found[name, bound] += seconds
+    return Parts(seconds=dict(found))
+
+
+def seconds_by_kind(ops: Sequence[Op], engine: EngineProfile, bandwidth: Sequence[Bandwidth]) -> dict[str, float]:
+    """Seconds of one forward pass by what its operators are, as `OPERATOR_KINDS` names them; together those of `predict_time`."""
+    found, factors = dict.fromkeys(OPERATOR_KINDS, 0.0), engine.calibration.factors
+    for kind, name, _, seconds in _contributions(ops, engine, bandwidth):
+        found[_KIND_OF_SAMPLE.get(kind, "other")] += factors.get(name, 1.0) * seconds
+    return found
+
+
+def _contributions(ops: Sequence[Op], engine: EngineProfile, bandwidth: Sequence[Bandwidth]) -> Iterator[tuple[str, str, Bound, float]]:
+    """(kind of sample, empty of what lies between operators; class; what binds; seconds before calibration)."""
     ops = [op for op in ops if op.rows or (op.kind == "gather" and op.bytes)]
     tables = rate_tables(engine.samples)
     shapes = Counter(_shape(op, engine) for op in ops)
     weight_bytes = sum(shape.weight_bytes * count for shape, count in shapes.items())
     read, cold = bandwidth_at(bandwidth, weight_bytes)[0], _cold_share(bandwidth, weight_bytes, engine)
-    found: dict[tuple[str, Bound], float] = defaultdict(float)
     for shape, count in shapes.items():
         compute = _compute_seconds(shape, tables, engine)
         memory = shape.activation_bytes / bandwidth_at(bandwidth, shape.activation_bytes)[1]
-        bound: Bound = "memory" if memory > compute else "compute"
-        found[_class(shape.kind), bound] += count * max(compute, memory)
+        yield shape.kind, _class(shape.kind), "memory" if memory > compute else "compute", count * max(compute, memory)
         added = _added_by_cold_weights(shape, tables)
-        found["weights", "memory"] += count * (shape.weight_bytes / read if added is None else cold * added)
+        yield shape.kind, "weights", "memory", count * (shape.weight_bytes / read if added is None else cold * added)
         if "fresh" in tables:
-            found["fresh", "memory"] += count * _seconds_of_new_memory(shape.output_bytes, tables["fresh"])
+            yield shape.kind, "fresh", "memory", count * _seconds_of_new_memory(shape.output_bytes, tables["fresh"])
     share = _rms_share(ops) if any(block.num_key_value_heads for block in engine.blocks) else 0.0
-    found["overhead", "overhead"] = (1 - share) * len(ops) * engine.operator_overhead_s
-    found["overhead_rms", "overhead"] = share * len(ops) * engine.operator_overhead_s
-    found["call", "overhead"] = engine.call_overhead_s
-    return Parts(seconds=dict(found))
+    yield "", "overhead", "overhead", (1 - share) * len(ops) * engine.operator_overhead_s
+    yield "", "overhead_rms", "overhead", share * len(ops) * engine.operator_overhead_s
+    yield "", "call", "overhead", engine.call_overhead_s
 
 
 def predict_peak_memory(weights_bytes: int, activation_bytes: int, engine: EngineProfile) -> int | None:

@@ -163,6 +163,17 @@ class Judge:
         """The original itself, by torch in float32: its own yardstick."""
         return self.measure(self.original_target())
 
+    def profile(self, target: Target) -> dict[str, Any]:
+        """What the operators of one run of a target take, in a process of its own: an `OperatorProfile` as JSON.
+
+        Raises:
+            WorkerFailed: it crashed, hung or grew too large.
+            LightenError: its runtime has no profiler, or it cannot be run.
+        """
+        workload = {key: getattr(self.workload, key) for key in ("phase", "batch_size", "seq_len", "new_tokens")}
+        with self.child(target) as child:
+            return child.ask("profile", timeout_s=self.limits.timeout_s, **self._loading(target), workload=workload)
+
     def original_target(self) -> Target:
         return Target(folder=self.original, runtime="torch", dtype="float32", size_bytes=model_bytes(self.original))
 
@@ -172,13 +183,16 @@ class Judge:
 
     def load(self, child: Child, target: Target) -> dict[str, Any]:
         """Load a target in its process."""
-        return child.ask(
-            "load", timeout_s=self.limits.timeout_s, folder=str(target.folder), original=str(self.original), runtime=target.runtime,
-            setup={
+        return child.ask("load", timeout_s=self.limits.timeout_s, **self._loading(target))
+
+    def _loading(self, target: Target) -> dict[str, Any]:
+        return {
+            "folder": str(target.folder), "original": str(self.original), "runtime": target.runtime,
+            "setup": {
                 "dtype": target.dtype, "threads": self.limits.threads, "dynamic": target.dynamic, "device": target.device,
                 "batching": target.batching, "speculation": target.speculation and asdict(target.speculation),
             },
-        )  # fmt: skip
+        }  # fmt: skip
 
     def prompts(self, *targets: Target) -> Path | None:
         """Tokens of the text's test part as prompts, where one of the targets speculates: what a text repeats decides on what is accepted. None:

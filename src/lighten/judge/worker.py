@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from lighten.recipe import parse_recipe
 from lighten.recipe.options import Batching, Speculation
 from lighten.runtimes import MODULES, Runtime, Session, Setup, open_session
 from lighten.runtimes.batching import encode_texts
+from lighten.runtimes.profiling import RUNS, WARM_UP_RUNS, open_recorder, profile_runs
+from lighten.runtimes.session import Ids
 
 CALIBRATION_TEXTS = 128
 """Calibration passages of `quantize(static)`. NNCF's own default is 300; 300 was no better on MiniLM (benchmarks/static_int8.py)."""
@@ -61,7 +63,7 @@ class Worker:
         start = time.perf_counter()
         self.spec = _spec_of(Path(folder), Path(original))
         self.runtime = MODULES[runtime]
-        asked = Setup(**(setup | {"speculation": Speculation(**setup["speculation"]) if setup.get("speculation") else None}))
+        asked = _setup(setup)
         self.device, self.batching = asked.device, asked.batching
         self.session = open_session(runtime, Path(folder), self.spec, asked)
         return {"seconds": time.perf_counter() - start}
@@ -96,7 +98,7 @@ class Worker:
                 found.append(time.perf_counter() - start)
                 continue
             if windows is None:
-                ids = random.integers(10, vocabulary, (batch_size, seq_len))
+                ids = _tokens(seed, spec, batch_size, seq_len)
             else:
                 ids = np.array(windows[np.arange(seed * batch_size, (seed + 1) * batch_size) % len(windows)])
             if phase in ("encode", "prefill"):
@@ -110,6 +112,13 @@ class Worker:
                 first.append(made.first_s)
                 accepted += [] if made.accepted is None else [asdict(made.accepted)]
         return {"seconds": found, "first_seconds": first if phase == "generate" else [], "accepted": accepted}
+
+    def profile(self, folder: str, original: str, runtime: str, setup: dict[str, Any], workload: dict[str, Any]) -> dict[str, Any]:
+        """Load a folder with its runtime's profiler on, run the workload, and tell what its operators take."""
+        spec = _spec_of(Path(folder), Path(original))
+        recorder = open_recorder(runtime, Path(folder), spec, _setup(setup))
+        tokens = [_tokens(seed, spec, workload["batch_size"], workload["seq_len"]) for seed in range(WARM_UP_RUNS + RUNS)]
+        return asdict(profile_runs(recorder, workload["phase"], workload["new_tokens"], tokens))
 
     def embed(self, texts: Sequence[str], tokenizer: str, batch_size: int, seq_len: int, out: str, own_lengths: bool = False) -> dict[str, Any]:
         """Sentence embeddings of the texts, pooled as the model's `1_Pooling/config.json` says (mean where there is none), to an .npy file.
@@ -161,6 +170,16 @@ class Worker:
         assert self.session is not None, "the parent loads before it runs"
         assert self.spec is not None, "the parent loads before it runs"
         return self.session, self.spec
+
+
+def _setup(said: Mapping[str, Any]) -> Setup:
+    """As a judge says it, through JSON."""
+    speculation = said.get("speculation")
+    return Setup(**{**said, "speculation": Speculation(**speculation) if speculation else None})
+
+
+def _tokens(seed: int, spec: ModelSpec, batch_size: int, seq_len: int) -> Ids:
+    return np.random.default_rng(seed).integers(10, int(spec.config["vocab_size"]), (batch_size, seq_len))
 
 
 def _spec_of(folder: Path, original: Path) -> ModelSpec:

@@ -9,7 +9,7 @@ from lighten.cost.operators import Op
 from lighten.cost.training import BACKWARD
 from lighten.cost.workload import OPTIMIZER_STATE, Workload
 from lighten.device.profile import EngineProfile, Profile
-from lighten.device.roofline import TimePrediction, predict_peak_memory, predict_time
+from lighten.device.roofline import OPERATOR_KINDS, TimePrediction, predict_peak_memory, predict_time, seconds_by_kind
 from lighten.errors import DeviceError
 from lighten.model.spec import Linear, ModelSpec
 from lighten.recipe.placement import Placed
@@ -34,6 +34,23 @@ def place_on_machine(passes: Passes, spec: ModelSpec, workload: Workload, recipe
     live = memory.activations + memory.temporary + memory.kv_cache
     process = predict_peak_memory(loaded_weight_bytes(recipe, spec), live, engine)
     return _placed(passes, spec.total_parameters, workload, engine, profile, memory, process, runtime=recipe.runtime_text)
+
+
+def operator_seconds(passes: Passes, spec: ModelSpec, recipe: Recipe, profile: Profile) -> dict[str, float]:
+    """Seconds of a workload by what its operators are; together those that it is predicted to take.
+
+    Args:
+        passes: forward passes, each with twice the number of times that it is run.
+
+    Raises:
+        DeviceError: the engine that stands for its runtime was not measured.
+    """
+    engine = _engine(engine_name(recipe, spec), profile)
+    found = dict.fromkeys(OPERATOR_KINDS, 0.0)
+    for ops, count in passes:
+        for kind, seconds in seconds_by_kind(ops, engine, profile.bandwidth).items():
+            found[kind] += seconds * count / 2
+    return found
 
 
 def place_followed(passes: Passes, parameters: int, workload: Workload, memory: MemoryBreakdown, profile: Profile) -> Placed:

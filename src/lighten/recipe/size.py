@@ -36,9 +36,22 @@ def artifact_size(spec: ModelSpec, runtime: str) -> int:
     A folder's description is counted: the entries of its header, and what its config says of the weights' formats. Of ONNX, OpenVINO IR and GGUF
     it is taken as `CONTAINER_BYTES` a tensor or operator; the tokenizer in a GGUF file as many bytes as the original's files.
     """
-    parts = sum(part_size(part, spec.dtype, runtime) for part in spec.parts if not left_out(part, spec, runtime))
-    once = CONTAINER_BASE_BYTES[runtime] if runtime in CONTAINER_BASE_BYTES else _formats_bytes(spec)
-    return parts + spec.other_bytes + once + (_low_rank_bytes(spec) if not RUNTIMES[runtime].exported else 0)
+    return sum(component_sizes(spec, runtime).values())
+
+
+COMPONENTS = ("embedding", "attention", "mlp", "head", "norm")
+"""What sizes are told of by name; what else a model has, a pooler, a convolution, is `other`."""
+
+
+def component_sizes(spec: ModelSpec, runtime: str) -> dict[str, int]:
+    """`artifact_size` by component, with what describes each; `files` is what no weight takes: tokenizer, config, what the container says."""
+    found = dict.fromkeys((*COMPONENTS, "other", "files"), 0)
+    for part in spec.parts:
+        if not left_out(part, spec, runtime):
+            found[part.component if part.component in COMPONENTS else "other"] += part_size(part, spec.dtype, runtime)
+    found["files"] = spec.other_bytes + (CONTAINER_BASE_BYTES[runtime] if runtime in CONTAINER_BASE_BYTES else _formats_bytes(spec))
+    found["files"] += _low_rank_bytes(spec) if not RUNTIMES[runtime].exported else 0
+    return found
 
 
 def part_size(part: Part, dtype: str, runtime: str) -> int:

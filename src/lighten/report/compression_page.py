@@ -76,11 +76,8 @@ def _text(content: Any) -> str:
 
 def _style() -> str:
     own = (
-        ".part { stroke: var(--page); stroke-width: 1; } .warm-up { fill: var(--faint); } .parts { max-width: 620px; }\n"
-        ".right th, .right td { text-align: right; } .right th:first-child, .right td:first-child { text-align: left; }\n"
-        ".steps .step { min-width: 170px; white-space: normal; } .steps td b { font-weight: 600; } section > .note { margin-top: 8px; }\n"
-        "figure .legend { margin-bottom: 6px; } .key { flex: none; margin-right: 2px; width: 12px; height: 12px; border-radius: 2px; }\n"
-        "pre + dl, .banner + dl { margin-top: 12px; } .foreseen { stroke: var(--ink); stroke-width: 2; }\n"
+        ".warm-up { fill: var(--faint); } .parts { max-width: 620px; } section > .note { margin-top: 8px; }\n"
+        "pre + dl, .banner + dl { margin-top: 12px; }\n"
     )
     return "".join(files("lighten.report").joinpath(name).read_text(encoding="utf-8") for name in ("report.css", "sweep.css")) + own
 

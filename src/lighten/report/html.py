@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lighten.errors import OutputError
+from lighten.report.explanation import explanation
 from lighten.report.figures import (
     METRICS,
     OBJECTIVES,
@@ -45,7 +46,7 @@ from lighten.report.figures import (
     trial_name,
     within_range,
 )
-from lighten.report.plots import kind_of, prediction_plot, tradeoff_plot, trial_numbers
+from lighten.report.plots import kind_of, prediction_plot, quality_plot, tradeoff_plot, trial_numbers
 from lighten.report.svg import document, marker
 from lighten.units import format_bytes, format_seconds
 
@@ -81,8 +82,8 @@ def write_page(page: str, path: Path) -> None:
 def report_page(choice: Record) -> str:
     """The whole page as text."""
     title = _text(f"{known((choice.get('model') or {}).get('name'))} · lighten choose")
-    style = files("lighten.report").joinpath("report.css").read_text(encoding="utf-8")
-    sections = (_answer(choice), _tradeoff(choice), _predictions(choice), _trials(choice), _circumstances(choice))
+    style = "".join(files("lighten.report").joinpath(name).read_text(encoding="utf-8") for name in ("report.css", "sweep.css"))
+    sections = (_answer(choice), _tradeoff(choice), explanation(choice), _predictions(choice), _trials(choice), _circumstances(choice))
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n<meta name="color-scheme" content="light dark">\n'
@@ -208,7 +209,8 @@ def _tradeoff(choice: Record) -> str:
         plot = f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>{_legend(choice)}'
     trials = ordered_trials(choice)
     missing = sum(not is_measured(trial) for trial in trials)
-    notes = ["Numbers are those of the table below; upright lines are ± one standard error."]
+    notes = ["Numbers are those of the table below, to which each point leads, by a click or by Tab and Enter."]
+    notes += ["Upright lines are ± one standard error."]
     notes += ["↓: worse than the plot's lower edge, at the value given."] if wide and "↓" in wide else []
     drawn = {text for figure in (choice["quality_metric"], objective(choice).key) for text, _ in limits_on(choice, figure)}
     others = [clean(text) for text in choice.get("require") or [] if clean(text) not in drawn]
@@ -225,9 +227,11 @@ def _legend(choice: Record) -> str:
     kinds = {kind_of(choice, trial) for trial in ordered_trials(choice) if is_measured(trial)}
     words = {"chosen": "chosen", "closest": "closest", "baseline": "original", "front": "on the Pareto front", "other": "beaten by another"}
     icons = [f"<li>{document(20, 20, marker(10, 10, kind), label=word, style='icon')} {word}</li>" for kind, word in words.items() if kind in kinds]
+    if any(trial.get("meets") is False for trial in ordered_trials(choice) if is_measured(trial)):
+        icons.append(f"<li>{document(20, 20, marker(10, 10, 'other', faint=True), label='grey', style='icon')} grey: fails a requirement</li>")
     required = limits_on(choice, choice["quality_metric"]) + limits_on(choice, objective(choice).key)
     if required:
-        icons.append('<li><span class="swatch"></span> fails a requirement</li>')
+        icons.append('<li><span class="swatch"></span> where the requirement fails</li>')
     return f'<ul class="legend">{"".join(icons)}</ul>'
 
 
@@ -257,21 +261,49 @@ def _name_link(choice: Record, trial: Record, numbers: dict[Any, int]) -> str:
 
 def _predictions(choice: Record) -> str:
     figures = []
-    for quantity in QUANTITIES.values():
+    first_token = OBJECTIVES["time_to_first_token"]
+    quantities = [*QUANTITIES.values(), *([first_token] if number(choice, "accuracy", first_token.key, "count") else [])]
+    for quantity in quantities:
         count, middle, worst = (number(choice, "accuracy", quantity.key, key) for key in ("count", "median", "worst"))
         plot = prediction_plot(choice, quantity, size=350)
         said = f"median ratio <b>{format_ratio(middle)}</b>, worst <b>{format_ratio(worst)}</b>"
         trials = f" ({count:.0f} trials)" if count is not None else ""
         drawing = plot or '<p class="note">No trial has both figures.</p>'
         figures.append(f"<figure><figcaption><b>{_text(quantity.title)}</b>: {said}{trials}</figcaption>{drawing}</figure>\n")
+    if (scatter := quality_plot(choice, size=350)) is not None:
+        error = number(choice, "accuracy", "quality", "median_error")
+        said = f"median error <b>{_text(format_quality(error))}</b>, by a proxy or the same weights elsewhere"
+        figures.append(f"<figure><figcaption><b>{_text(choice['quality_metric'])}</b>: {said}</figcaption>{scatter}</figure>\n")
     inside, ranged = within_range(choice)
     ranges = f" The measured latency lay within the predicted range in {inside} of {ranged} trials." if ranged else ""
     return (
         "<section>\n<h2>Predicted against measured</h2>\n"
         '<p class="note">Each was predicted before it was run, later ones by what earlier ones measured too. On the diagonal the prediction was '
         "right; above it, too high. "
-        f'Ratio = predicted / measured.{ranges}</p>\n<div class="three">\n{"".join(figures)}</div>\n</section>\n'
+        f'Ratio = predicted / measured.{ranges}</p>\n{_accuracy(choice)}<div class="three">\n{"".join(figures)}</div>\n</section>\n'
     )
+
+
+AIM = "0.85–0.95"
+"""The share of trials that ranges of 90 % should hold, but for chance."""
+
+
+def _accuracy(choice: Record) -> str:
+    """A row for each figure that was predicted of some trial; nothing of what a choice of an older version does not have."""
+    told = choice.get("accuracy") or {}
+    names = [(quantity.key, quantity.title) for quantity in (*QUANTITIES.values(), OBJECTIVES["time_to_first_token"])]
+    rows = ""
+    for key, title in (*names, ("quality", str(choice["quality_metric"]))):
+        count, error, ranged, within = (number(told, key, name) for name in ("count", "median_error", "ranged", "within"))
+        if not count or ranged is None:
+            continue
+        said = format_quality(error) if key == "quality" else "not known" if error is None else f"{error:.1%}"
+        share = f"{within / ranged:.2f} ({within:.0f} of {ranged:.0f})" if ranged and within is not None else "no range"
+        rows += f'<tr><th scope="row">{_text(title)}</th><td>{count:.0f}</td><td>{_text(said)}</td><td>{share}</td></tr>\n'
+    if not rows:
+        return ""
+    head = "".join(f'<th scope="col">{word}</th>' for word in ("", "trials", "median error", f"within the range, aim {AIM}"))
+    return f'<div class="scroll"><table class="right accuracy"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>\n'
 
 
 def _trials(choice: Record) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from statistics import median
 
 from lighten.report.figures import (
     METRICS,
+    OBJECTIVES,
+    QUANTITIES,
     Limit,
     Quantity,
     Record,
@@ -61,6 +63,7 @@ class _Point:
     note: str
     aside: str = ""
     front: bool = False
+    misses: bool = False
     whisker: tuple[float, float] | None = None
 
 
@@ -114,9 +117,10 @@ def tradeoff_plot(choice: Record, *, width: float, height: float) -> str | None:
                 number=index,
                 kind=kind_of(choice, trial),
                 name=short_name(choice, trial),
-                note=f"{index}: {trial_name(choice, trial)}: {quantity.show(cost)}, {metric} {format_quality(quality, error)}",
+                note=_all_figures(choice, index, trial, quantity),
                 aside=f"↓{format_quality(quality)}" if beyond else "",
                 front=bool(trial.get("pareto")),
+                misses=trial.get("meets") is False,
                 whisker=(ends[0], ends[1]) if ends else None,
             )
         )
@@ -137,39 +141,89 @@ def tradeoff_plot(choice: Record, *, width: float, height: float) -> str | None:
     return document(width, height, "".join(body), label=f"{quantity.title} against {metric} of {len(drawn)} measured trials", style="plot")
 
 
+def _all_figures(choice: Record, index: int, trial: Record, first: Quantity) -> str:
+    """What the pointer shows on a trial: its recipe, then every figure as measured and as predicted."""
+    metric = choice["quality_metric"]
+    lines = [f"{index}: {trial_name(choice, trial)}"]
+    lines += ["fails a requirement"] if trial.get("meets") is False else []
+    foreseen = number(trial, "predicted", "quality", metric, "value")
+    said = "" if foreseen is None else f", predicted {format_quality(foreseen)}"
+    lines.append(f"{metric}: measured {format_quality(*quality_of(choice, trial, metric))}{said}")
+    for quantity in dict.fromkeys((first.key, *(each.key for each in QUANTITIES.values()))):
+        shown = next(each for each in OBJECTIVES.values() if each.key == quantity)
+        measured, predicted = (shown.show(number(trial, told, quantity)) for told in ("measured", "predicted"))
+        lines.append(f"{shown.title}: measured {measured}, predicted {predicted}")
+    return "\n".join(lines)
+
+
 def prediction_plot(choice: Record, quantity: Quantity, *, size: float) -> str | None:
     """Predicted against measured on two equal log scales with the diagonal of a perfect prediction; None where no trial has both.
 
     Upright lines are predicted ranges, where the prediction has one.
     """
     drawn = [
-        (index, trial, measured, predicted)
+        _Pair(index, trial, measured, predicted, _range_of(trial, quantity))
         for index, trial in trial_numbers(choice)
         if is_measured(trial) and (measured := number(trial, "measured", quantity.key)) and (predicted := number(trial, "predicted", quantity.key))
     ]
     if not drawn:
         return None
+    axis = _log_axis([value for pair in drawn for value in pair.values], 58, size - 80)
+    label = f"predicted against measured {quantity.title} of {len(drawn)} trials"
+    return _scatter(choice, drawn, axis, quantity.show, label=label, size=size)
+
+
+def quality_plot(choice: Record, *, size: float) -> str | None:
+    """The same of quality, on linear scales; None where nobody looked at the weights of a trial before it."""
+    metric, drawn = choice["quality_metric"], []
+    for index, trial in trial_numbers(choice):
+        measured = quality_of(choice, trial, metric)[0]
+        told = [number(trial, "predicted", "quality", metric, key) for key in ("value", "low", "high")]
+        if is_measured(trial) and measured is not None and told[0] is not None:
+            drawn.append(_Pair(index, trial, measured, told[0], [end for end in told[1:] if end is not None]))
+    if not drawn:
+        return None
+    values = [value for pair in drawn for value in pair.values]
+    pad = 0.06 * (max(values) - min(values)) or 0.01
+    axis = Axis(start=min(values) - pad, end=max(values) + pad, origin=58, length=size - 80)
+    return _scatter(choice, drawn, axis, format_quality, label=f"predicted against measured {metric} of {len(drawn)} trials", size=size)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A trial's measured and predicted value, and the ends of the predicted range; none: no range."""
+
+    number: int
+    trial: Record
+    measured: float
+    predicted: float
+    ends: Sequence[float]
+
+    @property
+    def values(self) -> list[float]:
+        return [self.measured, self.predicted, *self.ends]
+
+
+def _scatter(choice: Record, pairs: Sequence[_Pair], x: Axis, show: Callable[[float], str], *, label: str, size: float) -> str:
+    """Both values on equal scales, with the diagonal of a perfect prediction and the ranges as upright lines."""
     frame = Box(x=58, y=20, width=size - 80, height=size - 68)
-    ranges = {index: _range_of(trial, quantity) for index, trial, _, _ in drawn}
-    values = [value for _, _, *both in drawn for value in both] + [end for ends in ranges.values() for end in ends]
-    x = _log_axis(values, frame.x, frame.width)
-    y = Axis(start=x.start, end=x.end, origin=frame.y + frame.height, length=-frame.height, log=True)
+    y = Axis(start=x.start, end=x.end, origin=frame.y + frame.height, length=-frame.height, log=x.log)
     points = []
-    for index, trial, measured, predicted in drawn:
-        ends = ranges[index]
-        said = f"predicted {quantity.show(predicted)}, measured {quantity.show(measured)}, ratio {format_ratio(predicted / measured)}"
+    for pair in pairs:
+        said = f"predicted {show(pair.predicted)}, measured {show(pair.measured)}"
+        said += f", ratio {format_ratio(pair.predicted / pair.measured)}" if x.log else ""
         points.append(
             _Point(
-                x=x.place(measured),
-                y=y.place(predicted),
-                number=index,
-                kind=kind_of(choice, trial),
+                x=x.place(pair.measured),
+                y=y.place(pair.predicted),
+                number=pair.number,
+                kind=kind_of(choice, pair.trial),
                 name="",
-                note=f"{index}: {trial_name(choice, trial)}: {said}",
-                whisker=(y.place(ends[0]), y.place(ends[1])) if ends else None,
+                note=f"{pair.number}: {trial_name(choice, pair.trial)}: {said}",
+                whisker=(y.place(pair.ends[0]), y.place(pair.ends[1])) if len(pair.ends) == 2 else None,
             )
         )
-    ticks = {value: quantity.show(value) for value in x.ticks(4)}
+    ticks = {value: show(value) if x.log else f"{value:g}" for value in x.ticks(4)}
     diagonal = [(frame.x, y.origin), (frame.x + frame.width, frame.y)]
     body = [
         grid(x, y, ticks, ticks),
@@ -179,12 +233,12 @@ def prediction_plot(choice: Record, quantity: Quantity, *, size: float) -> str |
         text(frame.x, 12, "↑ predicted", "axis"),
         text(frame.x + frame.width, size - 12, "measured →", "axis", anchor="end"),
     ]
-    label = f"predicted against measured {quantity.title} of {len(drawn)} trials"
     return document(size, size, "".join(body), label=label, style="plot square")
 
 
 def _range_of(trial: Record, quantity: Quantity) -> list[float]:
-    ends = [number(trial, "predicted", quantity.key.removesuffix("_s") + f"_{end}_s") for end in ("low", "high")]
+    stem, _, unit = quantity.key.rpartition("_")
+    ends = [number(trial, "predicted", f"{stem}_{end}_{unit}") for end in ("low", "high")]
     return [end for end in ends if end] if None not in ends and all(ends) else []
 
 
@@ -303,5 +357,8 @@ def _points_and_labels(points: Sequence[_Point], frame: Box, taken: Sequence[Box
         wanted.append(Wanted(x=lead.x, y=lead.y, texts=texts, style=lead.kind))
     whiskers = [boxes_along([(point.x, end) for end in point.whisker]) for point in points if point.whisker]
     labels = place_labels(wanted, frame, [*taken, *map(_mark_box, points)], [*avoid, *chain(*whiskers)])
-    drawn = [marker(point.x, point.y, point.kind, point.note) for point in reversed(first)]
+    drawn = [
+        f'<a href="#trial-{point.number}" class="point">{marker(point.x, point.y, point.kind, point.note, faint=point.misses)}</a>'
+        for point in reversed(first)
+    ]
     return "".join([*drawn, *map(draw_label, labels)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 
 from lighten.report.figures import Record, clean, number, shortened
@@ -25,12 +25,14 @@ class Bar:
     Attributes:
         parts: (name, value) of the pieces, from the left.
         mark: where a line across the bar stands; None: nowhere.
+        notes: name of a piece → what the pointer shows on it, where that is more than its name.
     """
 
     name: str
     parts: Sequence[tuple[str, float]]
     said: str
     mark: float | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def total(self) -> float:
@@ -55,7 +57,7 @@ def bar_plot(bars: Sequence[Bar], *, width: float, label: str) -> str:
         for name, value in bar.parts:
             left, right = x.place(start), x.place(start + value)
             place = f'x="{left:.1f}" y="{top + LINE + 4:.1f}" width="{right - left:.1f}" height="{BAR:.0f}"'
-            body.append(f'<rect {place} class="f{colours[name]} part"><title>{escape(name)}</title></rect>')
+            body.append(f'<rect {place} class="f{colours[name]} part"><title>{escape(bar.notes.get(name, name))}</title></rect>')
             start += value
         if bar.mark is not None:
             body.append(line(x.place(bar.mark), top + LINE + 1, x.place(bar.mark), top + LINE + BAR + 7, "foreseen"))

@@ -187,13 +187,14 @@ def boxes_along(points: Sequence[tuple[float, float]], *, every: float = 8.0) ->
     return boxes
 
 
-def marker(x: float, y: float, kind: str, note: str = "") -> str:
+def marker(x: float, y: float, kind: str, note: str = "", *, faint: bool = False) -> str:
     """A point: its kind decides shape and colour, so that neither is needed alone; `note` shows when the pointer rests on it."""
+    style = f"mark {kind} faint" if faint else f"mark {kind}"
     hint = f"<title>{escape(note)}</title>" if note else ""
     if kind in _SHAPES:
         corners = " ".join(f"{x + dx:.1f},{y + dy:.1f}" for dx, dy in _SHAPES[kind])
-        return f'<polygon points="{corners}" class="mark {kind}">{hint}</polygon>'
-    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{4.5 if kind == "front" else 3.8}" class="mark {kind}">{hint}</circle>'
+        return f'<polygon points="{corners}" class="{style}">{hint}</polygon>'
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{4.5 if kind == "front" else 3.8}" class="{style}">{hint}</circle>'
 
 
 def _star(outer: float) -> list[tuple[float, float]]:

@@ -12,7 +12,7 @@ from lighten.formats.files import ONNX
 from lighten.formats.graph_inputs import cache_names, decoder_inputs, empty_cache
 from lighten.formats.settings import onnxruntime_settings
 from lighten.model.spec import ModelSpec
-from lighten.runtimes.session import Floats, Ids, Session, Setup, model_file
+from lighten.runtimes.session import Floats, Ids, Setup, model_file
 from lighten.runtimes.speculate import Croppable
 
 
@@ -22,9 +22,14 @@ def version() -> str:
     return str(onnxruntime.__version__)
 
 
-def load(folder: Path, spec: ModelSpec, setup: Setup) -> Session:
-    """Raises:
-    RuntimeUnavailable: the folder holds no graph.
+def load(folder: Path, spec: ModelSpec, setup: Setup, *, profile: Path | None = None) -> OnnxSession:
+    """The folder's graph in a session.
+
+    Args:
+        profile: the beginning of the name of a file for what each node takes.
+
+    Raises:
+        RuntimeUnavailable: the folder holds no graph.
     """
     import onnxruntime
 
@@ -34,8 +39,10 @@ def load(folder: Path, spec: ModelSpec, setup: Setup) -> Session:
     options.log_severity_level = 3
     for name, value in onnxruntime_settings(dynamic=setup.dynamic).items():
         options.add_session_config_entry(name, value)
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return _OnnxSession(session, path, spec, dynamic=setup.dynamic)
+    return OnnxSession(session, path, spec, dynamic=setup.dynamic)
 
 
 def _precision(path: Path, *, dynamic: bool) -> str:
@@ -59,11 +66,11 @@ TENSOR_UINT8, TENSOR_INT8 = 2, 3
 """Numbers of types in onnx.TensorProto.DataType."""
 
 
-class _OnnxSession(Croppable):
+class OnnxSession(Croppable):
     """See `Session`. A decoder's keys and values stay in ONNX Runtime's own memory from step to step."""
 
     def __init__(self, session: Any, path: Path, spec: ModelSpec, *, dynamic: bool) -> None:
-        self._session = session
+        self.session = session
         self._path = path
         self._spec = spec
         self._dynamic = dynamic
@@ -75,11 +82,11 @@ class _OnnxSession(Croppable):
         return _precision(self._path, dynamic=self._dynamic)
 
     def encode(self, input_ids: Ids, attention_mask: Ids) -> Floats:
-        output: Floats = self._session.run(None, {"input_ids": input_ids, "attention_mask": attention_mask})[0]
+        output: Floats = self.session.run(None, {"input_ids": input_ids, "attention_mask": attention_mask})[0]
         return output
 
     def logits(self, input_ids: Ids) -> Floats:
-        output: Floats = self._session.run(["logits"], decoder_inputs(input_ids, 0) | empty_cache(self._spec, len(input_ids)))[0]
+        output: Floats = self.session.run(["logits"], decoder_inputs(input_ids, 0) | empty_cache(self._spec, len(input_ids)))[0]
         return output
 
     def prefill(self, input_ids: Ids) -> Floats:
@@ -94,14 +101,14 @@ class _OnnxSession(Croppable):
 
     def verify(self, input_ids: Ids) -> Floats:
         layers = len(self._cache) // 2
-        binding = self._session.io_binding()
+        binding = self.session.io_binding()
         for name, value in decoder_inputs(input_ids, self._positions).items():
             binding.bind_cpu_input(name, value)
         for name, value in zip(cache_names(layers, "past"), self._cache, strict=True):
             binding.bind_ortvalue_input(name, value)
         for name in ["logits", *cache_names(layers, "present")]:
             binding.bind_output(name)
-        self._session.run_with_iobinding(binding)
+        self.session.run_with_iobinding(binding)
         logits, *self._cache = binding.get_outputs()
         self._positions += input_ids.shape[1]
         found: Floats = logits.numpy()

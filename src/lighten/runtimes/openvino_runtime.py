@@ -12,7 +12,7 @@ from lighten.formats.files import OPENVINO
 from lighten.formats.graph_inputs import decoder_inputs
 from lighten.formats.settings import openvino_settings
 from lighten.model.spec import ModelSpec
-from lighten.runtimes.session import Floats, Ids, Session, Setup, model_file
+from lighten.runtimes.session import Floats, Ids, Setup, model_file
 from lighten.runtimes.speculate import Croppable
 
 NAMES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
@@ -25,8 +25,11 @@ def version() -> str:
     return str(openvino.__version__).split("-")[0]
 
 
-def load(folder: Path, spec: ModelSpec, setup: Setup) -> Session:
+def load(folder: Path, spec: ModelSpec, setup: Setup, *, profile: bool = False) -> OpenVINOSession:
     """Every property that OpenVINO would choose by itself is stated: precision, cache type, dynamic quantization of activations.
+
+    Args:
+        profile: count what each node takes.
 
     Raises:
         RuntimeUnavailable: the folder holds no model of OpenVINO.
@@ -34,9 +37,9 @@ def load(folder: Path, spec: ModelSpec, setup: Setup) -> Session:
     import openvino
 
     said = openvino_settings(setup.dtype, dynamic=setup.dynamic, decoder=spec.is_decoder)
-    properties = {**said, "INFERENCE_NUM_THREADS": setup.threads, "NUM_STREAMS": 1}
+    properties = {**said, "INFERENCE_NUM_THREADS": setup.threads, "NUM_STREAMS": 1, **({"PERF_COUNT": True} if profile else {})}
     compiled = openvino.Core().compile_model(model_file(folder, OPENVINO, "openvino"), "CPU", properties)
-    return _OpenVINOSession(compiled)
+    return OpenVINOSession(compiled)
 
 
 def _precision(compiled: Any) -> str:
@@ -46,8 +49,8 @@ def _precision(compiled: Any) -> str:
     """
     found: Counter[tuple[str, str]] = Counter()
     for node in compiled.get_runtime_model().get_ordered_ops():
-        if _told(node, "layerType") == "FullyConnected":
-            data, weight = (_told(node.input(port).get_source_output().get_node(), "outputPrecisions") for port in (0, 1))
+        if told(node, "layerType") == "FullyConnected":
+            data, weight = (told(node.input(port).get_source_output().get_node(), "outputPrecisions") for port in (0, 1))
             found[data, weight] += 1
     if not found:
         return "not known"
@@ -58,26 +61,26 @@ def _precision(compiled: Any) -> str:
     return NAMES.get(data, data) + (f" with {CODES[weight]} weights" if codes else "")
 
 
-def _told(node: Any, key: str) -> str:
+def told(node: Any, key: str) -> str:
     """What the executed graph says of a node; empty where it says nothing."""
     info = node.get_rt_info()
     return info[key].astype(str) if key in info else ""
 
 
-class _OpenVINOSession(Croppable):
+class OpenVINOSession(Croppable):
     """See `Session`. A decoder's keys and values live in the request's state, set to no positions before each prompt."""
 
     def __init__(self, compiled: Any) -> None:
-        self._compiled = compiled
-        self._request = compiled.create_infer_request()
+        self.compiled = compiled
+        self.request: Any = compiled.create_infer_request()
         self._positions = 0
 
     @property
     def precision(self) -> str:
-        return _precision(self._compiled)
+        return _precision(self.compiled)
 
     def encode(self, input_ids: Ids, attention_mask: Ids) -> Floats:
-        output: Floats = self._request.infer({"input_ids": input_ids, "attention_mask": attention_mask})[0]
+        output: Floats = self.request.infer({"input_ids": input_ids, "attention_mask": attention_mask})[0]
         return output
 
     def logits(self, input_ids: Ids) -> Floats:
@@ -98,12 +101,12 @@ class _OpenVINOSession(Croppable):
         import openvino
 
         if length < self._positions:
-            for state in self._request.query_state():
+            for state in self.request.query_state():
                 state.state = openvino.Tensor(np.ascontiguousarray(state.state.data[:, :, :length]))
             self._positions = length
 
     def _run(self, input_ids: Ids) -> Floats:
-        output: Floats = self._request.infer(decoder_inputs(input_ids, self._positions))[0]
+        output: Floats = self.request.infer(decoder_inputs(input_ids, self._positions))[0]
         self._positions += input_ids.shape[1]
         return output
 
@@ -111,8 +114,8 @@ class _OpenVINOSession(Croppable):
         """No positions for `batch` sequences: the model takes its batch size from the state."""
         import openvino
 
-        self._request.reset_state()
+        self.request.reset_state()
         self._positions = 0
-        for state in self._request.query_state():
+        for state in self.request.query_state():
             _, heads, _, head_dim = state.state.shape
             state.state = openvino.Tensor(np.zeros((batch, heads, 0, head_dim), np.float32))
