@@ -52,7 +52,7 @@ def calibration() -> list[dict[str, np.ndarray]]:
 def session(folder: Path, original: Path, recipe: str, dtype: str = "float32") -> Session:
     runtime = parse_recipe(recipe).runtime
     spec = read_spec(folder if runtime.startswith("torch") else original)
-    return MODULES[runtime].load(folder, spec, Setup(dtype=dtype, threads=1, dynamic="dynamic" in recipe))
+    return MODULES[runtime].load(folder, spec, Setup(dtype=dtype, threads=1, activations=parse_recipe(recipe).activations))
 
 
 @pytest.fixture(scope="module")

@@ -62,7 +62,7 @@ def opened(models, tmp_path_factory) -> Callable[[str, str], tuple[Session, Any]
             source, recipe = models[family], parse_recipe(text)
             made = write_artifact(source, recipe, work / f"{len(known)}", calibration=calibration, exports=work / "exports")
             found = open_session(
-                recipe.runtime, made.folder, read_spec(source), Setup(dtype=made.dtype, threads=1, dynamic="dynamic" in recipe.steps_text),
+                recipe.runtime, made.folder, read_spec(source), Setup(dtype=made.dtype, threads=1, activations=recipe.activations),
             )  # fmt: skip
             steps = recipe.steps_text if "rtn" in recipe.steps_text else ""
             same = write_artifact(source, parse_recipe(steps or "@ torch"), work / f"{len(known)}-torch", calibration=list).folder

@@ -32,7 +32,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def worker(folder: Path, **setup: object) -> Worker:
     found = Worker()
-    found.load(str(folder), str(folder), "torch", {"dtype": "float32", "threads": 1, "dynamic": False, **setup})
+    found.load(str(folder), str(folder), "torch", {"dtype": "float32", "threads": 1, "activations": None, **setup})
     return found
 
 

@@ -38,7 +38,8 @@ def embed(job: compress_job.Job, artifact: Path) -> None:
     target = artifact_target(artifact)
     runtime = MODULES[target.runtime]
     read = artifact if any(artifact.glob("*.safetensors")) else Path(job.model)
-    session = runtime.load(artifact, read_spec(read), Setup(dtype=target.dtype, threads=int(os.environ["OMP_NUM_THREADS"]), dynamic=target.dynamic))
+    threads = int(os.environ["OMP_NUM_THREADS"])
+    session = runtime.load(artifact, read_spec(read), Setup(dtype=target.dtype, threads=threads, activations=target.activations))
     compress_job.write_embeddings(job, session.encode)
 
 

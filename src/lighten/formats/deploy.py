@@ -77,8 +77,8 @@ def _ends(source: Path) -> list[int]:
 
 def _options(recipe: Recipe, dtype: str, *, decoder: bool) -> Mapping[str, Any]:
     if recipe.runtime == "openvino":
-        return openvino_settings(dtype, dynamic=recipe.dynamic, decoder=decoder)
-    return onnxruntime_settings(dynamic=recipe.dynamic) if recipe.runtime == "onnxruntime" else {}
+        return openvino_settings(dtype, activations=recipe.activations, decoder=decoder)
+    return onnxruntime_settings(dynamic=recipe.activations == "dynamic") if recipe.runtime == "onnxruntime" else {}
 
 
 def is_about(path: Path, folder: Path) -> bool:

@@ -443,7 +443,7 @@ def _to_ort(source: Source, folder: Path) -> Exported:
 
 def _graph_to_ort(source: Path, folder: Path) -> Exported:
     """Of an artifact's own graph, codes and all."""
-    dynamic = read_artifact(source).recipe.dynamic if (source / MANIFEST).is_file() else False
+    dynamic = read_artifact(source).recipe.activations == "dynamic" if (source / MANIFEST).is_file() else False
     graph = source / files.ONNX
     difference = write_ort(graph, folder, dynamic=dynamic)
     copy_side_files(source, folder)

@@ -1,8 +1,8 @@
 """The artifact of OpenVINO: `openvino_model.xml` and `.bin`, weights as float32, float16, 8- or 4-bit codes, or static int8 with activations.
 
 The graph is OpenVINO's own conversion of the ONNX export. Codes and scales of a recipe are written into it as they are, in the operators that
-the CPU plugin takes for compressed weights: Constant(codes) → Convert → Subtract(zero point) → Multiply(scale) → Reshape → Convert. Weights that
-the recipe leaves to the runtime (`quantize(dynamic)`, `quantize(static)`) are rounded by NNCF.
+the CPU plugin takes for compressed weights: Constant(codes) → Convert → Subtract(zero point) → Multiply(scale) → Reshape → Convert. Weights of
+`quantize(dynamic)` are rounded by NNCF, those of `quantize(static)` by `openvino_static.py`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from lighten.errors import RecipeError
 from lighten.formats import files
 from lighten.formats.graph_inputs import cache_names, kv_shape
 from lighten.formats.onnx_export import dense_weights, digest, tensor_table, write_onnx
+from lighten.formats.openvino_static import quantize_static, quantize_tables
 from lighten.model.spec import Embedding, Linear, ModelSpec, WeightFormat
 
 Batch: TypeAlias = Mapping[str, np.ndarray[Any, Any]]
@@ -53,7 +54,10 @@ def write_openvino(
             if isinstance(p, Linear | Embedding) and p.weight.bits and isinstance(weights.get(f"{p.name}.weight"), Tensor)
         }  # fmt: skip
         if any(weight.activations == "static" for weight in by_runtime.values()):
-            model = _quantize_static(model, calibration)
+            if not calibration:
+                raise RecipeError("quantize(static) needs calibration text, and none was given.")
+            quantize_static(model, calibration)
+            quantize_tables(model)
         elif by_runtime:
             model = _compress(model, values, by_runtime)
         _put_codes(model, {name: weight for name, weight in weights.items() if isinstance(weight, QuantizedTensor)}, values)
@@ -147,16 +151,6 @@ def _codes(codes: Array, weight: QuantizedTensor, *, signed: bool) -> Any:
 
 
 # the runtime's own quantizer
-
-
-def _quantize_static(model: Any, calibration: Sequence[Batch] | None) -> Any:
-    import nncf
-
-    if not calibration:
-        raise RecipeError("quantize(static) needs calibration text, and none was given.")
-    with _quiet_nncf():
-        data = nncf.Dataset([dict(batch) for batch in calibration])
-        return nncf.quantize(model, data, subset_size=len(calibration), model_type=nncf.ModelType.TRANSFORMER)
 
 
 def _compress(model: Any, weights: Mapping[str, Tensor], formats: Mapping[str, WeightFormat]) -> Any:

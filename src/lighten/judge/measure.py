@@ -48,7 +48,7 @@ class Target:
     runtime: str
     dtype: str
     size_bytes: int
-    dynamic: bool = False
+    activations: Literal["dynamic", "static"] | None = None
     speculation: Speculation | None = None
     batching: Batching = "padded"
     device: str = "cpu"
@@ -189,7 +189,7 @@ class Judge:
         return {
             "folder": str(target.folder), "original": str(self.original), "runtime": target.runtime,
             "setup": {
-                "dtype": target.dtype, "threads": self.limits.threads, "dynamic": target.dynamic, "device": target.device,
+                "dtype": target.dtype, "threads": self.limits.threads, "activations": target.activations, "device": target.device,
                 "batching": target.batching, "speculation": target.speculation and asdict(target.speculation),
             },
         }  # fmt: skip
@@ -307,7 +307,7 @@ def artifact_target(folder: Path) -> Target:
     """The target that an artifact folder is."""
     made = read_artifact(folder)
     return Target(
-        folder=folder, runtime=made.recipe.runtime, dtype=made.dtype, size_bytes=folder_bytes(folder), dynamic=made.recipe.dynamic,
+        folder=folder, runtime=made.recipe.runtime, dtype=made.dtype, size_bytes=folder_bytes(folder), activations=made.recipe.activations,
         speculation=made.recipe.speculation, batching=made.recipe.batching,
         device=made.recipe.device or "cpu",
     )  # fmt: skip

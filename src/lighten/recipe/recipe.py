@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from lighten.errors import RecipeError
 from lighten.recipe.options import OPTIONS, Batching, Speculation, check_options, speculation_of
@@ -80,9 +80,10 @@ class Recipe:
         return " | ".join(str(step) for step in self.steps)
 
     @property
-    def dynamic(self) -> bool:
-        """Whether a step asks for int8 activations that are scaled from each input."""
-        return any((step.verb, step.method) == ("quantize", "dynamic") or step["activations"] == "dynamic" for step in self.steps)
+    def activations(self) -> Literal["dynamic", "static"] | None:
+        """Whether steps ask for int8 activations: scaled from each input, or from calibration."""
+        asked = {step.method if step.verb == "quantize" else None for step in self.steps} | {step["activations"] for step in self.steps}
+        return "dynamic" if "dynamic" in asked else "static" if "static" in asked else None
 
     @property
     def labels(self) -> float | None:

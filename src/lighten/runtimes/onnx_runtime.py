@@ -37,12 +37,12 @@ def load(folder: Path, spec: ModelSpec, setup: Setup, *, profile: Path | None = 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = setup.threads, 1
     options.log_severity_level = 3
-    for name, value in onnxruntime_settings(dynamic=setup.dynamic).items():
+    for name, value in onnxruntime_settings(dynamic=setup.activations == "dynamic").items():
         options.add_session_config_entry(name, value)
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return OnnxSession(session, path, spec, dynamic=setup.dynamic)
+    return OnnxSession(session, path, spec, dynamic=setup.activations == "dynamic")
 
 
 def _precision(path: Path, *, dynamic: bool) -> str:

@@ -36,7 +36,7 @@ def load(folder: Path, spec: ModelSpec, setup: Setup, *, profile: bool = False) 
     """
     import openvino
 
-    said = openvino_settings(setup.dtype, dynamic=setup.dynamic, decoder=spec.is_decoder)
+    said = openvino_settings(setup.dtype, activations=setup.activations, decoder=spec.is_decoder)
     properties = {**said, "INFERENCE_NUM_THREADS": setup.threads, "NUM_STREAMS": 1, **({"PERF_COUNT": True} if profile else {})}
     compiled = openvino.Core().compile_model(model_file(folder, OPENVINO, "openvino"), "CPU", properties)
     return OpenVINOSession(compiled)

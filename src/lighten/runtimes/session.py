@@ -9,7 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,7 @@ class Setup:
 
     Attributes:
         dtype: the type to compute in.
-        dynamic: whether int8 activations, scaled from each input, are asked for; they stay off else.
+        activations: whether int8 activations are asked for, scaled from each input or from calibration; they stay off else.
         speculation: what proposes tokens while it decodes; None: nothing.
         batching: how texts of different lengths come into batches.
         device: cpu, or cuda for the runtimes that run there.
@@ -36,7 +36,7 @@ class Setup:
 
     dtype: str
     threads: int
-    dynamic: bool = False
+    activations: Literal["dynamic", "static"] | None = None
     speculation: Speculation | None = None
     batching: Batching = "padded"
     device: str = "cpu"
