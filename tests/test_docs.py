@@ -303,7 +303,7 @@ DOCUMENTS: dict[str, Callable[[], set[str]]] = {
     "Fields of a sweep": lambda: literal_keys("cli/sizes.py", "sweep_document"),
     "Fields of a point": lambda: set(POINT_FIELDS),
     "Fields of max": lambda: literal_keys("cost/sweep.py", "as_json"),
-    "Fields of measure": lambda: literal_keys("judge/measure.py", "as_json") | {"recipe", "predicted", "ratio", "profile"},
+    "Fields of measure": lambda: literal_keys("judge/measure.py", "as_json") | {"recipe", "task", "predicted", "ratio", "profile"},
     "Fields of predicted": lambda: literal_keys("choose/trial.py", "predict") | literal_keys("choose/trial.py", "derived"),
     "Fields of choice.json": lambda: set().union(
         literal_keys("choose/search.py", "_answer"), literal_keys("choose/search.py", "_explained"), literal_keys("choose/handover.py", "hand_over")

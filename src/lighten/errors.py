@@ -9,6 +9,7 @@ LightenError                 one line, exit code 2
 ├── RecipeError              a recipe that cannot be parsed, or a step that cannot be carried out
 ├── RuntimeUnavailable       a runtime that does not exist, is not installed, or cannot run this
 ├── TextError                a text that is missing, empty or too short
+├── TaskError                a task whose file, metric or answers do not fit the model or each other
 ├── ConstraintError          a constraint or budget that cannot be understood
 └── OutputError              the output folder cannot be written, or belongs to another run
 """
@@ -57,6 +58,10 @@ class RuntimeUnavailable(LightenError):
 
 class TextError(LightenError):
     """A text that is missing, empty or too short."""
+
+
+class TaskError(LightenError):
+    """A task whose file, metric or answers do not fit the model or each other."""
 
 
 class ConstraintError(LightenError):

@@ -400,11 +400,13 @@ def export(source: str | Path, target: str, out: str | Path, *, log: Log = silen
     return write(source, target, out)
 
 
-def measure(  # noqa: PLR0913 - what a command takes
+def measure(  # noqa: PLR0913 - one keyword for each option of the command
     model: str | Path,
     *,
     runtime: str | None = None,
     text: str | Path | None = None,
+    task: str | Path | None = None,
+    metrics: Sequence[str] = (),
     threads: int | None = None,
     own_lengths: bool = False,
     profile: bool = False,
@@ -417,11 +419,14 @@ def measure(  # noqa: PLR0913 - what a command takes
         runtime: as a recipe names it, options too; of an artifact its own, with other options than its recipe has.
         own_lengths: encode the text's passages, each as long as it is, instead of one batch of `seq_len` tokens each.
         profile: tell too what its operators take.
+        task: a labelled file, whose metrics stand in `quality` beside the agreement with the original.
+        metrics: of the task, or FILE.py:function, whose file is run; none: the usual one.
 
     Raises:
         LightenError: whatever of this cannot be read or run.
     """
     from lighten.choose.outcome import ratios
+    from lighten.choose.run import task_of_options
     from lighten.choose.trial import Rates, predict, predict_operators
     from lighten.compress.walk import check_finite
     from lighten.formats.artifact import MANIFEST, read_artifact
@@ -430,6 +435,7 @@ def measure(  # noqa: PLR0913 - what a command takes
     from lighten.judge.measure import own_lengths as lengthen
     from lighten.judge.text import load_text
     from lighten.recipe.options import check_effect
+    from lighten.recipe.targets import require_head
     from lighten.runtimes import require_runtime
     from lighten.runtimes.profiling import require_profiler
 
@@ -448,7 +454,13 @@ def measure(  # noqa: PLR0913 - what a command takes
         raise ModelError(f"{folder} was made from {original}, which is not there any more; quality is measured against it.")
     spec = read_runnable(original)
     apply_recipe(recipe, spec)
-    judged_by = load_text(Path(text) if text else None)
+    chosen = Path(text) if text else None
+    judged_by = load_text(chosen)
+    answered = task_of_options(Path(task) if task else None, metrics, spec, original, chosen)
+    if answered is not None and answered.way == "head":
+        require_head(recipe.runtime, spec)
+    for note in answered.notes if answered else ():
+        log(f"{task}: {note}")
     asked = make_workload(spec, dtype="float32", **workload)
     if own_lengths:
         asked = lengthen(asked, original, judged_by)
@@ -470,7 +482,7 @@ def measure(  # noqa: PLR0913 - what a command takes
             written = compress(folder, str(recipe), Path(work) / "artifact")
             target = artifact_target(written.folder)
         limits = Limits(threads=cores, memory_bytes=2**62, timeout_s=TIMEOUT_S)
-        judge = Judge(original, spec, judged_by, asked, limits, Path(work))
+        judge = Judge(original, spec, judged_by, asked, limits, Path(work), answered)
         stack.callback(judge.close)
         log(f"measuring {folder} by {recipe.runtime_text} beside the original")
         try:
@@ -485,7 +497,8 @@ def measure(  # noqa: PLR0913 - what a command takes
         "predicted": predict_operators(spec, asked, recipe, machine) if machine else None, "measured": told["kinds"], "measured_s": told["seconds"],
         "runs": told["runs"],
     }  # fmt: skip
-    return measured | {"recipe": str(recipe), "predicted": predicted, "ratio": ratios(predicted, measured), "profile": operators}
+    about = {"recipe": str(recipe), "task": answered.as_json() if answered else None}
+    return measured | about | {"predicted": predicted, "ratio": ratios(predicted, measured), "profile": operators}
 
 
 def with_own_lengths(workload: Workload, model: str | Path, text: str | Path | None = None) -> Workload:

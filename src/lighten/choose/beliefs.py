@@ -86,10 +86,11 @@ class Beliefs:
         self._steps[weights] = candidate.recipe.steps
         found = {name: (score["value"], math.hypot(score["standard_error"] or 0.0, PROXY_ERROR * score["value"])) for name, score in quality.items()}
         known = self._quality.get(weights)
-        if known is None or all(
-            _better(name, found[name][0], known[name][0]) for name in ("perplexity_ratio", "neighbour_agreement") if name in found
-        ):
+        if known is None:
             self._quality[weights] = found
+            return
+        better = all(_better(name, found[name][0], known[name][0]) for name in _HEADLINES if name in found and name in known)
+        self._quality[weights] = known | found if better else found | known  # a task's figures, which a proxy has not, stay either way
 
     def knows_quality(self, candidate: Candidate) -> bool:
         return not candidate.weights or candidate.weights in self._quality

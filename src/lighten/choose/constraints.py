@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,10 +77,13 @@ class Constraint:
         return away / abs(limit) if limit else away
 
 
-def parse_constraint(text: str, *, decoder: bool) -> Constraint:
+def parse_constraint(text: str, *, decoder: bool, task: Sequence[str] = ()) -> Constraint:
     """The constraint that a text says.
 
     `quality` stands for `neighbour_agreement` of an encoder, and for the original's perplexity over the candidate's of a decoder.
+
+    Args:
+        task: figures of the user's task; beside them it must be said which quality is meant.
 
     Raises:
         ConstraintError: another form, an unknown figure, a wrong unit, or a figure that this kind of model does not have.
@@ -89,7 +92,9 @@ def parse_constraint(text: str, *, decoder: bool) -> Constraint:
     if not found:
         raise ConstraintError(f"constraint {text!r} is not of the form figure<=number or figure>=number, such as size<=50MB.")
     figure, operator, number = found[1], found[2], found[3].replace(" ", "")
-    known = figures(decoder=decoder)
+    known = figures(decoder=decoder, task=task)
+    if figure == "quality" and task:
+        raise ConstraintError(f"constraint {text!r}: beside a task say which quality: {', '.join((*task, *_agreement(decoder)))}.")
     if figure not in known:
         kind = "a decoder" if decoder else "an encoder"
         raise ConstraintError(f"constraint {text!r}: {kind} has no figure {figure!r}; figures: {', '.join(known)}.")
@@ -133,7 +138,7 @@ class Objective:
         return math.inf if value is None else value if self.lower else -value
 
 
-def parse_objective(minimize: str | None, maximize: str | None, *, decoder: bool) -> Objective:
+def parse_objective(minimize: str | None, maximize: str | None, *, decoder: bool, task: Sequence[str] = ()) -> Objective:
     """What `--minimize` or `--maximize` says; the latency where neither does.
 
     Raises:
@@ -145,7 +150,7 @@ def parse_objective(minimize: str | None, maximize: str | None, *, decoder: bool
     if minimize is not None and maximize is not None:
         raise ConstraintError(f"minimize {minimize} and maximize {maximize} are two objectives; leave one out, and require a limit of it.")
     figure, lower = (minimize or "latency", True) if maximize is None else (maximize, False)
-    known = [name for name in figures(decoder=decoder) if (name in LOWER_IS_BETTER) == lower]
+    known = [name for name in figures(decoder=decoder, task=task) if (name in LOWER_IS_BETTER) == lower]
     if figure not in known:
         verb = "minimize" if lower else "maximize"
         raise ConstraintError(f"{verb} {figure!r} is not possible; one of {', '.join(known)}.")
@@ -166,9 +171,13 @@ def check_known(names: Iterable[str], *, phase: str, given: Collection[str]) -> 
             raise ConstraintError(f"{name} is not known without --{figure.needs}; give it.")
 
 
-def figures(*, decoder: bool) -> tuple[str, ...]:
-    """The figures that a model of this kind can be held to."""
-    return (*FIGURES, "quality", *(DECODER_QUALITY if decoder else ENCODER_QUALITY))
+def figures(*, decoder: bool, task: Sequence[str] = ()) -> tuple[str, ...]:
+    """The figures that a model of this kind can be held to; those of the user's task in the place of `quality`."""
+    return (*FIGURES, *(task or ("quality",)), *_agreement(decoder))
+
+
+def _agreement(decoder: bool) -> tuple[str, ...]:
+    return DECODER_QUALITY if decoder else ENCODER_QUALITY
 
 
 def figure_of(measured: Mapping[str, Any], figure: str) -> float | None:

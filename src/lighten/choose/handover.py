@@ -41,6 +41,7 @@ def hand_over(asked: Asked, bench: Bench, answers: Sequence[Answer]) -> dict[str
         "text": {
             "source": asked.text.source, "calibration_texts": len(asked.text.calibration), "test_texts": min(len(asked.text.test), MOST_TEXTS),
         },
+        "task": asked.task.as_json() if asked.task else None,
         "seconds": round(time.monotonic() - asked.start, 1), **first.document, "elsewhere": [answer.document for answer in answers[1:]],
     }  # fmt: skip
     write_beside(request.out / "choice.json", json.dumps(choice, indent=1) + "\n")

@@ -17,8 +17,10 @@ TIE = 0.03
 """Two trials whose objectives differ by less are told apart by quality; not sizes, which are exact."""
 
 
-def quality_metric(*, decoder: bool) -> str:
-    """The figure of quality that plots and answers use."""
+def quality_metric(*, decoder: bool, task: Sequence[str] = ()) -> str:
+    """The figure of quality that plots and answers use: the first of the user's task, where there is one."""
+    if task:
+        return task[0]
     return "perplexity_ratio" if decoder else "neighbour_agreement"
 
 

@@ -51,6 +51,8 @@ class Site:
 
     model: Path
     text: Path | None
+    task: Path | None
+    metrics: tuple[str, ...]
     workload: Workload
     threads: int
     memory_bytes: int | None
@@ -84,12 +86,16 @@ class Worker:
 
     def carry_out(self, job: Job) -> Record:
         """See `engine.carry_out`."""
+        from lighten.choose.run import task_of_options
+
         site = self._site
         if self._bench is None:
             self._folder = Path(tempfile.mkdtemp(prefix="lighten-trials-"))
             held = this_machine().memory_bytes
             limits = Limits(threads=site.threads, memory_bytes=site.memory_bytes or int(0.9 * (held or 2**62)), timeout_s=site.timeout_s)
-            judge = Judge(site.model, read_runnable(site.model), load_text(site.text), site.workload, limits, self._folder)
+            spec = read_runnable(site.model)
+            task = task_of_options(site.task, site.metrics, spec, site.model, site.text)
+            judge = Judge(site.model, spec, load_text(site.text), site.workload, limits, self._folder, task)
             self._bench = Bench(judge, self._folder, site.text)
         return carry_out(self._bench, job)
 

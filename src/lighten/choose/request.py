@@ -13,6 +13,7 @@ from lighten.choose.trial import Rates
 from lighten.cost.workload import Workload
 from lighten.device.probe import this_machine
 from lighten.errors import ConstraintError
+from lighten.judge.task import Task
 from lighten.judge.text import Text
 from lighten.model import ModelSpec
 from lighten.recipe import Recipe
@@ -34,6 +35,8 @@ class Request:
     maximize: str | None = None
     budget_s: float | None = None
     text: Path | None = None
+    task: Path | None = None
+    metrics: tuple[str, ...] = ()
     recipes: tuple[Recipe, ...] = ()
     space: Space | None = None
     power_w: float | None = None
@@ -55,6 +58,7 @@ class Asked:
     constraints: tuple[Constraint, ...]
     objective: Objective
     text: Text
+    task: Task | None
     start: float
     log: Log
     metric: str

@@ -5,14 +5,14 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lighten.choose import outcome
-from lighten.choose.constraints import check_known, parse_constraint, parse_objective
+from lighten.choose.constraints import check_known, figures, parse_constraint, parse_objective
 from lighten.choose.engine import Local
 from lighten.choose.handover import hand_over
 from lighten.choose.journal import FILE, Journal
@@ -22,9 +22,11 @@ from lighten.choose.trial import Bench
 from lighten.cost.workload import check_workload
 from lighten.device import Profile, load_profile, merge_profiles, probe, profile_path, save_profile
 from lighten.device.probe import installed_engines, this_machine
-from lighten.errors import ConstraintError, DeviceError, ModelError, OutputError
+from lighten.errors import ConstraintError, DeviceError, ModelError, OutputError, TaskError
 from lighten.judge.measure import Judge, Limits
+from lighten.judge.task import Task, load_task
 from lighten.judge.text import load_text
+from lighten.model import ModelSpec
 from lighten.model.runnable import read_runnable
 from lighten.runtimes import require_runtime
 
@@ -44,17 +46,21 @@ def choose(request: Request, *, log: Log) -> dict[str, Any]:
         raise ConstraintError("recipes and a space are two lists of what to try; name recipes in the space, under `recipes`.")
     spec = read_runnable(request.model)
     check_workload(spec, request.workload)
-    constraints = tuple(parse_constraint(text, decoder=spec.is_decoder) for text in request.require)
-    objective = parse_objective(request.minimize, request.maximize, decoder=spec.is_decoder)
+    task = read_task(request, spec)
+    names = task.names if task else ()
+    constraints = tuple(parse_constraint(text, decoder=spec.is_decoder, task=names) for text in request.require)
+    objective = parse_objective(request.minimize, request.maximize, decoder=spec.is_decoder, task=names)
     given = {name for name, value in (("power", request.power_w), ("price", request.usd_per_hour)) if value is not None}
     check_known([objective.figure, *(constraint.figure for constraint in constraints)], phase=request.workload.phase, given=given)
     if not request.model.is_dir():
         raise ModelError(f"{request.model}: choose needs the model's weights; download it into a folder first.")
     text = load_text(request.text)
     require_runtime("torch")
+    for note in task.notes if task else ():
+        log(f"{request.task}: {note}")
     asked = Asked(
-        request=request, spec=spec, constraints=constraints, objective=objective, text=text, start=start, log=log,
-        metric=outcome.quality_metric(decoder=spec.is_decoder), rates=rates_of(request),
+        request=request, spec=spec, constraints=constraints, objective=objective, text=text, task=task, start=start, log=log,
+        metric=outcome.quality_metric(decoder=spec.is_decoder, task=names), rates=rates_of(request),
     )  # fmt: skip
     with _locked(request.out):
         journal = Journal(request.out)
@@ -63,6 +69,29 @@ def choose(request: Request, *, log: Log) -> dict[str, Any]:
             search = Search(asked, known_profile(request.threads, log), journal, Local(bench), this_machine())
             return hand_over(asked, bench, [search.run()])
         return _choose_on_cluster(asked, journal)
+
+
+def read_task(request: Request, spec: ModelSpec) -> Task | None:
+    """The request's task; None: it has none.
+
+    Raises:
+        TaskError: it does not fit the model; or metrics of no task.
+    """
+    return task_of_options(request.task, request.metrics, spec, request.model, request.text)
+
+
+def task_of_options(path: Path | None, metrics: Sequence[str], spec: ModelSpec, model: Path, text: Path | None) -> Task | None:
+    """What `--task` and `--metric` say, its rows none that the text's calibration part has.
+
+    Raises:
+        TaskError: it does not fit the model; or metrics of no task.
+    """
+    if path is None:
+        if metrics:
+            raise TaskError(f"metric {metrics[0]} is of a task; name the task's file.")
+        return None
+    without = frozenset(load_text(text).calibration if text else ())
+    return load_task(path, spec, model, metrics=metrics, taken=figures(decoder=spec.is_decoder), without=without)
 
 
 def _choose_on_cluster(asked: Asked, journal: Journal) -> dict[str, Any]:
@@ -75,7 +104,8 @@ def _choose_on_cluster(asked: Asked, journal: Journal) -> dict[str, Any]:
 
     request = asked.request
     site = Site(
-        model=request.model.resolve(), text=request.text and request.text.resolve(), workload=request.workload, threads=request.threads,
+        model=request.model.resolve(), text=request.text and request.text.resolve(),
+        task=request.task and request.task.resolve(), metrics=request.metrics, workload=request.workload, threads=request.threads,
         memory_bytes=request.memory_bytes, timeout_s=TIMEOUT_S,
     )  # fmt: skip
     with Cluster(address=request.ray_address, site=site, log=asked.log) as cluster:
@@ -97,7 +127,7 @@ def local_bench(asked: Asked) -> Bench:
     request = asked.request
     work = request.out / "work"
     limits = Limits(threads=request.threads, memory_bytes=request.memory_bytes or most_memory(), timeout_s=TIMEOUT_S)
-    return Bench(Judge(request.model, asked.spec, asked.text, request.workload, limits, work), work, request.text)
+    return Bench(Judge(request.model, asked.spec, asked.text, request.workload, limits, work, asked.task), work, request.text)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 from lighten.choose import explain, outcome
 from lighten.choose.ablation import better_without
 from lighten.choose.beliefs import Z_90, Beliefs, is_coarser
-from lighten.choose.constraints import FIGURES, Constraint, figure_of
+from lighten.choose.constraints import DECODER_QUALITY, ENCODER_QUALITY, FIGURES, Constraint, figure_of
 from lighten.choose.engine import Engine, Job
 from lighten.choose.journal import Journal
 from lighten.choose.request import Asked
@@ -24,6 +24,7 @@ from lighten.device.profile import Machine, data_folder
 from lighten.errors import ModelError, RecipeError
 from lighten.formats.artifact import fingerprint
 from lighten.recipe import Recipe, apply_recipe
+from lighten.recipe.targets import require_head
 from lighten.runtimes import package_versions
 from lighten.units import format_seconds
 
@@ -36,6 +37,8 @@ NEAR = 0.06
 """So many trials whose objective is within so much of the best run in turn with it before one is chosen."""
 BELIEVED = 3.0
 """Standard deviations by which a prediction has to miss a limit before the trial is left out."""
+PROXIED = (*ENCODER_QUALITY, *DECODER_QUALITY)
+"""Figures that a proxy tells of."""
 TIMED = ("latency", "time_to_first_token", "throughput", "energy", "cost", "speedup")
 """Objectives that two artifacts can be timed for in turn."""
 
@@ -55,6 +58,8 @@ class Search:
         self.versions = package_versions()
         self.shared = Journal(data_folder(), shared=True)
         fingerprints = {"model": fingerprint(self.request.model), "text": asked.text.fingerprint, "machine": f"{machine.cpu}, {machine.cores} cores"}
+        fingerprints |= {"task": asked.task.fingerprint} if asked.task else {}
+        self.task = asked.task
         self.context = context_of(self.request.workload, fingerprints, self.versions, self.request.threads)
         self.beliefs = Beliefs()
         self.candidates: dict[str, Candidate] = {}
@@ -96,7 +101,14 @@ class Search:
 
     def candidate(self, recipe: Recipe) -> Candidate:
         """A recipe with its predictions on this machine."""
-        return make_candidate(self.spec, self.request.workload, recipe, self.profile, self.context, self.rates)
+        found = make_candidate(self.spec, self.request.workload, recipe, self.profile, self.context, self.rates)
+        if self.task is None or self.task.way != "head" or found.refused:
+            return found
+        try:
+            require_head(recipe.runtime, self.spec)
+        except RecipeError as error:
+            return replace(found, refused=str(error))
+        return found
 
     def _candidates(self) -> list[Candidate]:
         """What is searched, each once. Of a space those combinations that can be done; of recipes that were named all, and why not."""
@@ -181,7 +193,8 @@ class Search:
         if weighs_quality and not self.beliefs.knows_quality(best):
             unknown = (candidate for candidate in able if not self.beliefs.knows_quality(candidate) and not candidate.rounds)
             best = next((candidate for candidate in unknown if is_coarser(best.recipe.steps, candidate.recipe.steps)), best)  # it speaks for both
-        wants_proxy = weighs_quality and not best.rounds and not self.beliefs.knows_quality(best) and best.weights not in looked
+        unseen = not best.rounds and not self.beliefs.knows_quality(best) and best.weights not in looked
+        wants_proxy = weighs_quality and self._proxies_tell() and unseen
         job = Job(kind="proxy" if wants_proxy and best.proxy_id not in self.journal.trials else "trial", candidate=best)
         if not self.has_time_for(job):
             self.stopped = self.out_of_time
@@ -203,12 +216,20 @@ class Search:
         [(_, record)] = self.engine.finished()
         return record
 
+    def _proxies_tell(self) -> bool:
+        """Whether a proxy, which knows the agreement with the original alone, can rule anything out: not where a task's figures decide."""
+        if self.task is None:
+            return True
+        return any(figure in PROXIED for figure in (self.objective.figure, *(constraint.figure for constraint in self.constraints)))
+
     def _expected_cost(self, candidate: Candidate) -> tuple[float, float]:
         """The objective by prediction; where that is quality, what is believed of it, and the latency."""
         predicted = self.beliefs.corrected(candidate).predicted
         if self.objective.figure in FIGURES:
             return self.objective.cost(predicted), 0.0
         quality = self.beliefs.at_best(candidate, self.metric)
+        if quality is None and self.task is not None and self.metric in self.task.names:
+            quality = self._hoped()
         worse = 0.0 if quality is None else quality if self.metric == "perplexity_ratio" else -quality
         return worse, predicted.get("latency_s") or math.inf
 
@@ -242,11 +263,16 @@ class Search:
             return None if quality is None else quality if self.objective.lower else -quality
         return found[0] if self.objective.lower else -found[1]
 
+    def _hoped(self) -> float:
+        """The best value of the metric that a candidate can hope for."""
+        task = self.task
+        return next((metric.best for metric in task.metrics if metric.name == self.metric), 1.0) if task else 1.0
+
     def _is_dominated(self, candidate: Candidate, least: float) -> bool:
         """Whether something was measured that is better in the objective, and in quality than the candidate can be."""
         quality = self.beliefs.at_best(candidate, self.metric)
         if quality is None:
-            quality = 1.0  # of every metric the best that a candidate can hope for
+            quality = self._hoped()
         quality = quality if self.metric == "perplexity_ratio" else -quality
         points = [
             point for record in self.records.values() if record["measured"] and (point := outcome.point_of(record, self.objective, self.metric))

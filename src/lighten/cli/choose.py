@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from lighten import verbs
-from lighten.cli.options import add_json, add_lengths, add_workload, positive, print_json, progress, workload_of
+from lighten.cli.options import add_json, add_lengths, add_task, add_workload, positive, print_json, progress, workload_of
 from lighten.model.runnable import read_runnable
 from lighten.recipe import read_recipe
 
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     goal = parser.add_mutually_exclusive_group()
     goal.add_argument("--minimize", metavar="FIGURE", help="latency (default), time_to_first_token, size, memory, energy, cost, perplexity_ratio, kl")
-    goal.add_argument("--maximize", metavar="FIGURE", help="throughput, or a figure of quality such as neighbour_agreement")
+    goal.add_argument("--maximize", metavar="FIGURE", help="throughput, or a figure of quality such as neighbour_agreement or the task's")
     parser.add_argument("--budget", metavar="TIME", help="no trial starts that would end later, such as 20min (default: none)")
     parser.add_argument("--recipe", action="append", default=[], metavar="TEXT|FILE", help="try this one instead of the usual ones; repeatable")
     parser.add_argument("--space", metavar="FILE", help="search the recipes that this YAML file spans instead of the usual ones (docs/choosing.md)")
@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--price", metavar="USD/h", help="what this machine costs, such as 0.40/h: for cost")
     parser.add_argument("--fresh", action="store_true", help="measure anew what earlier runs of this user measured here")
     parser.add_argument("--text", metavar="FILE", help="calibrate and judge by it: .txt or .jsonl (default: the embedded text)")
+    add_task(parser)
     parser.add_argument("--engine", choices=("local", "ray"), default="local", help="where trials run: here, or on the machines of a Ray cluster")
     parser.add_argument("--ray-address", metavar="HOST:PORT", help="of the cluster (default: RAY_ADDRESS, else one that is started here)")
     parser.add_argument("--threads", type=positive, metavar="N", help="of every trial (default: all cores that this process may use)")
@@ -54,6 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
         require=tuple(arguments.require), minimize=arguments.minimize, maximize=arguments.maximize,
         budget_s=parse_budget(arguments.budget) if arguments.budget else None,
         text=Path(arguments.text) if arguments.text else None, recipes=tuple(read_recipe(text) for text in arguments.recipe),
+        task=Path(arguments.task) if arguments.task else None, metrics=tuple(arguments.metric),
         space=read_space(Path(arguments.space)) if arguments.space else None, fresh=arguments.fresh,
         engine=arguments.engine, ray_address=arguments.ray_address,
         power_w=parse_power(arguments.power) if arguments.power else None, usd_per_hour=parse_price(arguments.price) if arguments.price else None,

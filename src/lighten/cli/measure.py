@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from lighten import verbs
-from lighten.cli.options import add_json, add_lengths, add_workload, positive, print_json, progress, workload_of
+from lighten.cli.options import add_json, add_lengths, add_task, add_workload, positive, print_json, progress, workload_of
 from lighten.units import format_bytes, format_seconds
 
 EXAMPLE = "lighten measure minilm-int8 --batch-size 32 --seq-len 128"
@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "other options with it",
     )  # fmt: skip
     parser.add_argument("--text", metavar="FILE", help="text to judge by: .txt or .jsonl (default: the embedded text)")
+    add_task(parser)
     parser.add_argument("--threads", type=positive, metavar="N", help="default: all cores that this process may use")
     parser.add_argument("--profile", action="store_true", help="tell too what its operators take, by the profiler of torch, onnxruntime or openvino")
     add_workload(parser, phases=("encode", "prefill", "decode", "generate"))
@@ -29,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     found = verbs.measure(
-        arguments.model, runtime=arguments.runtime, text=arguments.text, threads=arguments.threads, own_lengths=arguments.lengths_of == "text",
+        arguments.model, runtime=arguments.runtime, text=arguments.text, task=arguments.task, metrics=arguments.metric,
+        threads=arguments.threads, own_lengths=arguments.lengths_of == "text",
         profile=arguments.profile, log=progress, **workload_of(arguments),
     )  # fmt: skip
     print_json(found) if arguments.json else print(measurement_text(found))
@@ -58,7 +60,9 @@ def measurement_text(found: dict[str, Any]) -> str:
     lines.append(f"ran in {found['precision']}, ready after {format_seconds(found['cold_start_s'])}")
     for name, score in found["quality"].items():
         error = f" ± {score['standard_error']:.4f}" if score["standard_error"] is not None else ""
-        lines.append(f"{name:20} {score['value']:.4f}{error}")
+        before = found["original_quality"].get(name)
+        beside = f", the original {before['value']:.4f}" if before else ""
+        lines.append(f"{name:20} {score['value']:.4f}{error}{beside}")
     return "\n".join([*lines, *profile_lines(found["profile"])])
 
 

@@ -45,6 +45,15 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
         several = "several likewise"
 
 
+def add_task(parser: argparse.ArgumentParser) -> None:
+    """--task, --metric."""
+    parser.add_argument("--task", metavar="FILE", help="your own labelled file, .csv, .tsv or .jsonl: quality at what you use the model for")
+    parser.add_argument(
+        "--metric", action="append", default=[], metavar="NAME|FILE.py:FUNCTION",
+        help="of the task (default: the usual one of its answers), or your own function (predictions, references), whose file is run; repeatable",
+    )  # fmt: skip
+
+
 def _add_phase(parser: argparse.ArgumentParser, phases: tuple[str, ...]) -> None:
     parser.add_argument("--phase", choices=phases, help="default: encode of an encoder, prefill of a decoder")
 

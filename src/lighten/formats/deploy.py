@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -13,10 +12,13 @@ from typing import Any
 from lighten.errors import ModelError
 from lighten.formats.settings import onnxruntime_settings, openvino_settings
 from lighten.model import ModelSpec
+from lighten.model.families._fields import label_count
 from lighten.model.pooling import pools_first_token
-from lighten.model.read import read_config
+from lighten.model.tasks import class_name, runs_with_head, takes_token_types, task_of
+from lighten.model.text_ends import end_tokens, longest_text
 from lighten.recipe import Recipe
 from lighten.recipe.predict import compute_dtype
+from lighten.recipe.targets import RUNTIMES
 from lighten.units import format_bytes, format_count, format_seconds
 
 SCRIPT, CARD, ORIGINAL_CARD = "run.py", "README.md", "original/README.md"
@@ -33,7 +35,7 @@ def write_script(folder: Path, recipe: Recipe, spec: ModelSpec, source: Path) ->
         spec: of the artifact.
         source: the original's folder, whose description of pooling counts.
     """
-    place = resources.files("lighten.formats") / "run_scripts" / f"{recipe.runtime.removesuffix('-compile')}_{_kind(spec)}.template"
+    place = resources.files("lighten.formats") / "run_scripts" / f"{recipe.runtime.removesuffix('-compile')}_{_kind(spec, recipe.runtime)}.template"
     if not place.is_file() or not (folder / "tokenizer.json").is_file():
         return False
     try:
@@ -42,9 +44,11 @@ def write_script(folder: Path, recipe: Recipe, spec: ModelSpec, source: Path) ->
         return False
     dtype = compute_dtype(recipe, spec)
     words = {
-        "LENGTH": str(min(WRITTEN, spec.max_positions or WRITTEN) if spec.is_decoder else _longest(source, spec)),
-        "DTYPE": dtype, "DEVICE": recipe.device or "cpu", "ENDS": str(set(_ends(source)) or "()"),
+        "LENGTH": str(min(WRITTEN, spec.max_positions or WRITTEN) if spec.is_decoder else longest_text(source, spec)),
+        "DTYPE": dtype, "DEVICE": recipe.device or "cpu", "ENDS": str(set(end_tokens(source)) or "()"),
         "POOLED": "hidden[:, 0]" if first else "(hidden * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)",
+        "KIND": str(spec.architecture), "NAMES": str([class_name(number, spec.config) for number in range(label_count(spec.config))]),
+        "TYPES": 'inputs["token_type_ids"] = np.array([text.type_ids for text in texts])' if takes_token_types(spec) else "",
         "OPTIONS": str(_options(recipe, dtype, decoder=spec.is_decoder)),
     }  # fmt: skip
     text = re.sub(r"\b(" + "|".join(words) + r")\b", lambda found: words[found[0]], place.read_text(encoding="utf-8"))
@@ -52,27 +56,12 @@ def write_script(folder: Path, recipe: Recipe, spec: ModelSpec, source: Path) ->
     return True
 
 
-def _kind(spec: ModelSpec) -> str:
-    return "decoder" if spec.is_decoder else "encoder"
-
-
-def _longest(source: Path, spec: ModelSpec) -> int:
-    """Tokens of a text: what the model was trained to embed, where its folder says so."""
-    try:
-        said = json.loads((source / "sentence_bert_config.json").read_text())["max_seq_length"]
-    except (OSError, ValueError, KeyError, TypeError):
-        said = None
-    return min(int(said or spec.max_positions or 512), spec.max_positions or 512)
-
-
-def _ends(source: Path) -> list[int]:
-    """Tokens that end a text."""
-    try:
-        said = json.loads((source / "generation_config.json").read_text()).get("eos_token_id")
-    except (OSError, ValueError, AttributeError):
-        said = None
-    said = said if said is not None else read_config(source).get("eos_token_id")
-    return [] if said is None else [said] if isinstance(said, int) else list(said)
+def _kind(spec: ModelSpec, runtime: str) -> str:
+    if spec.is_decoder:
+        return "decoder"
+    if runs_with_head(spec) and RUNTIMES[runtime].heads and task_of(spec) is not None:
+        return "answerer" if task_of(spec) == "span" else "classifier"
+    return "encoder"
 
 
 def _options(recipe: Recipe, dtype: str, *, decoder: bool) -> Mapping[str, Any]:

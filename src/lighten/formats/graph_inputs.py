@@ -9,9 +9,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lighten.model.spec import Attention, ModelSpec
+from lighten.model.tasks import runs_with_head, takes_token_types, task_of
 
 ENCODER_INPUTS = ("input_ids", "attention_mask")
+TYPES = "token_type_ids"
+"""What an encoder with a head is told beside these, where it tells two texts apart."""
+HIDDEN, LOGITS = "last_hidden_state", "logits"
+START, END = "start_logits", "end_logits"
+"""What comes out of an encoder; its head's answer: of classes, or of where an answer starts and ends."""
 DECODER_INPUTS = ("input_ids", "attention_mask", "position_ids")
+
+
+def encoder_inputs(
+    spec: ModelSpec, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64], token_type_ids: NDArray[np.int64] | None = None
+) -> dict[str, NDArray[np.int64]]:
+    """What goes into an encoder's graph, all [B, S]; without types all tokens are the first text's."""
+    found = dict(zip(ENCODER_INPUTS, (input_ids, attention_mask), strict=True))
+    if takes_token_types(spec):
+        found[TYPES] = np.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+    return found
+
+
+def encoder_outputs(spec: ModelSpec) -> list[str]:
+    """Names of what comes out of an encoder's graph: the last hidden state, and what its head says."""
+    if not runs_with_head(spec):
+        return [HIDDEN]
+    return [HIDDEN, START, END] if task_of(spec) == "span" else [HIDDEN, LOGITS]
 
 
 def cache_names(layers: int, stem: str) -> list[str]:

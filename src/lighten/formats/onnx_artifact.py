@@ -66,10 +66,24 @@ def _quantize_dynamic(plain: Path, shaped: Path, out: Path, operators: list[str]
     with contextlib.redirect_stdout(io.StringIO()):
         logging.getLogger().setLevel(logging.ERROR)  # the quantizer advises at the root logger
         quant_pre_process(str(plain), str(shaped), skip_symbolic_shape=True)
+        _forget_weight_shapes(shaped)
         quantize_dynamic(
             str(shaped), str(out), per_channel=True, weight_type=QuantType.QInt8, op_types_to_quantize=operators,
             extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
         )  # fmt: skip
+
+
+def _forget_weight_shapes(path: Path) -> None:
+    """Drop what a graph says of its weights' shapes beside the weights: the quantizer turns the weight of a `Gemm`, and stumbles over it."""
+    import onnx
+
+    model = onnx.load(path)
+    weights = {initializer.name for initializer in model.graph.initializer}
+    kept = [info for info in model.graph.value_info if info.name not in weights]
+    if len(kept) < len(model.graph.value_info):
+        del model.graph.value_info[:]
+        model.graph.value_info.extend(kept)
+        onnx.save(model, path)
 
 
 # the recipe's own codes

@@ -1,6 +1,7 @@
 """Export a model to ONNX once, and write it again with other weights as often as a recipe asks.
 
-Encoder: (input_ids [B, S], attention_mask [B, S]) → last_hidden_state [B, S, D].
+Encoder: (input_ids [B, S], attention_mask [B, S]) → last_hidden_state [B, S, D]; with a head that classifies also → logits [B, L], with one that
+answers → start_logits and end_logits [B, S], and either takes token_type_ids [B, S] where it tells two texts apart.
 Decoder: (input_ids [B, Q], attention_mask [B, P + Q], position_ids [B, Q], past.N.key and past.N.value [B, H, P, D]) → logits [B, Q, V] and
 present.N.key, present.N.value [B, H, P + Q, D].
 """
@@ -22,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from lighten.compress.grid import Quantized
-from lighten.formats.graph_inputs import DECODER_INPUTS, ENCODER_INPUTS, cache_names, kv_shape
-from lighten.formats.torch_model import load_module
+from lighten.formats.graph_inputs import DECODER_INPUTS, HIDDEN, TYPES, cache_names, encoder_inputs, encoder_outputs, kv_shape
+from lighten.formats.torch_model import load_module, run_encoder
 from lighten.model.spec import Linear, ModelSpec
 from lighten.trace.onnx_weights import SCOPES
 
@@ -37,7 +38,7 @@ def export_onnx(folder: Path, spec: ModelSpec, path: Path) -> None:
     Eager attention is exported: runtimes recognise and fuse its products and softmax.
     """
     module = load_module(folder, spec, dtype="float32", attention="eager")
-    wrapped, inputs, names, outputs, shapes = _decoder(module, spec) if spec.is_decoder else _encoder(module)
+    wrapped, inputs, names, outputs, shapes = _decoder(module, spec) if spec.is_decoder else _encoder(module, spec)
     with _quiet(), torch.no_grad():
         torch.onnx.export(
             wrapped, inputs, path, dynamo=True, input_names=names, output_names=outputs, dynamic_shapes=shapes,
@@ -135,13 +136,15 @@ def _replace(initializer: Any, value: np.ndarray[Any, Any]) -> None:
 
 
 class _Encoder(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, outputs: list[str]) -> None:
         super().__init__()
         self.model = model
+        self.outputs = outputs
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        output: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        return output
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> tuple[Tensor, ...]:
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        hidden, output = run_encoder(self.model, inputs if token_type_ids is None else inputs | {TYPES: token_type_ids})
+        return tuple(hidden if name == HIDDEN else output[name] for name in self.outputs)
 
 
 class _Decoder(nn.Module):
@@ -162,11 +165,12 @@ class _Decoder(nn.Module):
         return output.logits, [(layer.keys, layer.values) for layer in output.past_key_values.layers]
 
 
-def _encoder(module: nn.Module) -> tuple[Any, ...]:
+def _encoder(module: nn.Module, spec: ModelSpec) -> tuple[Any, ...]:
     batch, length = torch.export.Dim("batch", min=1), torch.export.Dim("length", min=2)
-    ids = torch.zeros(2, 16, dtype=torch.int64)
-    shapes = {name: {0: batch, 1: length} for name in ENCODER_INPUTS}
-    return _Encoder(module), (ids, torch.ones_like(ids)), list(ENCODER_INPUTS), ["last_hidden_state"], shapes
+    ids = np.zeros((2, 16), np.int64)
+    inputs = {name: torch.from_numpy(value) for name, value in encoder_inputs(spec, ids, np.ones_like(ids)).items()}
+    shapes = {name: {0: batch, 1: length} for name in inputs}
+    return _Encoder(module, encoder_outputs(spec)), tuple(inputs.values()), list(inputs), encoder_outputs(spec), shapes
 
 
 def _decoder(module: nn.Module, spec: ModelSpec) -> tuple[Any, ...]:

@@ -24,6 +24,7 @@ from lighten.formats.graph_inputs import cache_names, kv_shape
 from lighten.formats.onnx_export import dense_weights, digest, tensor_table, write_onnx
 from lighten.formats.openvino_static import quantize_static, quantize_tables
 from lighten.model.spec import Embedding, Linear, ModelSpec, WeightFormat
+from lighten.model.tasks import runs_with_head
 
 Batch: TypeAlias = Mapping[str, np.ndarray[Any, Any]]
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -60,7 +61,7 @@ def write_openvino(
             quantize_tables(model)
         elif by_runtime:
             model = _compress(model, values, by_runtime)
-        _put_codes(model, {name: weight for name, weight in weights.items() if isinstance(weight, QuantizedTensor)}, values)
+        _put_codes(model, {name: weight for name, weight in weights.items() if isinstance(weight, QuantizedTensor)}, values, spec)
         openvino.save_model(model, folder / files.OPENVINO, compress_to_fp16=spec.dtype == "float16")
     del model
     for path in folder.glob("plain.onnx*"):
@@ -77,7 +78,7 @@ def _keep_state(model: Any, spec: ModelSpec) -> None:
 # the recipe's own codes
 
 
-def _put_codes(model: Any, weights: Mapping[str, QuantizedTensor], values: Mapping[str, Tensor]) -> None:
+def _put_codes(model: Any, weights: Mapping[str, QuantizedTensor], values: Mapping[str, Tensor], spec: ModelSpec) -> None:
     """Put codes and scales in the place of each constant that holds a quantized weight's values.
 
     Raises:
@@ -97,13 +98,13 @@ def _put_codes(model: Any, weights: Mapping[str, QuantizedTensor], values: Mappi
             target.replace_source_output(expanded.output(0))
         found.add(name)
     same = {digest(values[name].detach().float().numpy()) for name in found}
-    if lost := sorted(name for name in weights.keys() - found if digest(values[name].detach().float().numpy()) not in same and _exported(name)):
+    if lost := sorted(name for name in weights.keys() - found if digest(values[name].detach().float().numpy()) not in same and _exported(name, spec)):
         raise RecipeError(f"{len(lost)} quantized weights are not in the exported graph as they are ({lost[0]}); runtime torch carries them.")
 
 
-def _exported(name: str) -> bool:
-    """An encoder is exported without its pooler and head."""
-    return not name.startswith(("pooler.", "cls.", "lm_head.", "classifier.")) and ".pooler." not in name
+def _exported(name: str, spec: ModelSpec) -> bool:
+    """An encoder is exported without its pooler and head, but where both classify or answer."""
+    return runs_with_head(spec) or (not name.startswith(("pooler.", "cls.", "lm_head.", "classifier.")) and ".pooler." not in name)
 
 
 def _expanded(weight: QuantizedTensor, *, turned: bool, name: str) -> Any:

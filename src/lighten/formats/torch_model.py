@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,13 @@ from lighten.model.low_rank import CORRECTION, RANKS, UP, is_low_rank
 from lighten.model.quantized.masked import SPARSITY_CONFIG
 from lighten.model.read import weight_files
 from lighten.model.spec import Linear, ModelSpec
+from lighten.model.tasks import runs_with_head
 
 
 def load_module(folder: Path, spec: ModelSpec, *, dtype: str, attention: str) -> Any:
-    """The module in eval mode, its weights in `dtype`: a decoder with its head, an encoder's body without a task head, else the class that its
-    config names. Quantized weights are expanded; quantized activations are simulated as `compressed-tensors` does.
+    """The module in eval mode, its weights in `dtype`: a decoder with its head, an encoder with a head that classifies or answers, the body of
+    one with another head, else the class that its config names. Quantized weights are expanded; quantized activations are simulated as
+    `compressed-tensors` does.
 
     Raises:
         ModelError: a decoder without a language-model head; `transformers` would give it a random one.
@@ -36,7 +38,8 @@ def load_module(folder: Path, spec: ModelSpec, *, dtype: str, attention: str) ->
 
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    kind = transformers.AutoModelForCausalLM if spec.is_decoder else named_class(spec) if spec.is_encoder_decoder else transformers.AutoModel
+    whole = spec.is_encoder_decoder or runs_with_head(spec)
+    kind = transformers.AutoModelForCausalLM if spec.is_decoder else named_class(spec) if whole else transformers.AutoModel
     return _load(folder, spec, kind, dtype=dtype, attention=attention)
 
 
@@ -65,6 +68,18 @@ def named_class(spec: ModelSpec) -> Any:
     if found is None:
         raise UnsupportedFamily(f"{spec.source}: transformers has no class {spec.architecture}, so its weights cannot be run here.")
     return found
+
+
+def run_encoder(module: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Any]:
+    """(last hidden state, all that comes out) of an encoder with its head or without."""
+    body, seen = module.base_model, []
+    handle = body.register_forward_hook(lambda _, __, output: seen.append(output))
+    try:
+        output = module(**inputs)
+    finally:
+        handle.remove()
+    hidden: Tensor = seen[0].last_hidden_state
+    return hidden, output
 
 
 _OURS = ("quantization_config", SPARSITY_CONFIG, RANKS, CORRECTION)

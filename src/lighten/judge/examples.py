@@ -15,8 +15,8 @@ import numpy as np
 from lighten.errors import ModelError, TextError
 from lighten.judge.text import Text, first_answer
 from lighten.judge.tokens import Tokenizer
-from lighten.model.spec import Embedding, ModelSpec
-from lighten.model.tasks import IGNORED, Task, class_of, has_head, task_of
+from lighten.model.spec import ModelSpec
+from lighten.model.tasks import IGNORED, Task, class_of, has_head, task_of, token_types
 
 EXAMPLE_LEN = 384
 """Tokens of a row at most: that of BERT's own training on questions with their contexts (arXiv:1810.04805, run_squad.py)."""
@@ -49,7 +49,7 @@ def example_rows(source: Path, spec: ModelSpec, text: Text, tokens: int, labels:
             f"{text.source} has sources and targets, and {spec.name} ({spec.architecture}) needs their languages too; give --text an .npz with its "
             "input_ids and decoder_input_ids."
         )
-    length, types = min(EXAMPLE_LEN, spec.max_positions or EXAMPLE_LEN), _types(spec)
+    length, types = min(EXAMPLE_LEN, spec.max_positions or EXAMPLE_LEN), token_types(spec)
     taken = 0
     for place, row in enumerate(text.examples):
         if taken >= tokens:
@@ -138,11 +138,6 @@ def _value(label: Any, where: str) -> float:
     if not np.isfinite(found) or isinstance(label, bool):
         raise TextError(f"{where}: label {label!r} is no number, which the model's only label is.")
     return found
-
-
-def _types(spec: ModelSpec) -> int:
-    """Kinds of tokens that a model tells apart: the first text's, the second's."""
-    return next((part.num_embeddings for part in spec.parts if isinstance(part, Embedding) and "token_type" in part.name), 1)
 
 
 def _ids(found: Sequence[int]) -> np.ndarray[Any, Any]:

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,11 +19,14 @@ from lighten.errors import ModelError, WorkloadError
 from lighten.formats.artifact import fingerprint, folder_bytes, read_artifact
 from lighten.judge.child import Child, WorkerFailed
 from lighten.judge.latency import Latency, time_beside
+from lighten.judge.probe import fit_classifier, similarities
 from lighten.judge.quality import Score, TokenScores, embedding_fidelity, language_fidelity
-from lighten.judge.text import Text
+from lighten.judge.task import Task, written_rows
+from lighten.judge.text import Example, Text
 from lighten.judge.tokens import Tokenizer
 from lighten.model import ModelSpec
 from lighten.model.read import SIDE_FILES, read_config, weight_files
+from lighten.model.text_ends import end_tokens
 from lighten.recipe.options import Batching, Speculation
 
 MOST_TEXTS = 1000
@@ -36,6 +39,8 @@ PROMPTS = 64
 PROXY_TEXTS = 128
 PROXY_WINDOWS = 3
 """What a proxy of quality is measured on, of the calibration text: some seconds, with standard errors of one or two per cent."""
+AT_ONCE = {"head": 256, "words": 50, "writing": 10}
+"""Rows of a task that a child answers before it is asked for more: what one answer takes stays within its time."""
 REFERENCE_BYTES = 1_000_000_000
 """Disk that the original's logits may take while candidates are compared with them."""
 
@@ -63,6 +68,7 @@ class Measurement:
         cold_start_s: from the start of loading to ready, imports included.
         texts_per_s: where texts have lengths of their own; None else.
         prompts: what was gone on with, or encoded: tokens at random, or of a text.
+        original_quality: the original's own figures of the task; the others compare with it.
     """
 
     size_bytes: int
@@ -75,6 +81,7 @@ class Measurement:
     quality: dict[str, Score]
     texts_per_s: float | None = None
     prompts: Literal["random", "text"] = "random"
+    original_quality: dict[str, Score] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """The form of `choice.json` and `lighten measure --json`."""
@@ -89,6 +96,7 @@ class Measurement:
             "accepted": accepted and (accepted.accepted / accepted.proposed if accepted.proposed else 0.0),
             "tokens_per_pass": accepted and accepted.tokens / max(accepted.passes, 1),
             "quality": {name: asdict(score) for name, score in self.quality.items()},
+            "original_quality": {name: asdict(score) for name, score in self.original_quality.items()},
         }  # fmt: skip
 
 
@@ -117,9 +125,14 @@ class Judge:
     Args:
         original: the model folder that quality and speed are held against, run by torch in float32.
         work: a folder for the original's outputs; they are computed once.
+        task: what quality is measured on beside the agreement with the original.
     """
 
-    def __init__(self, original: Path, spec: ModelSpec, text: Text, workload: Workload, limits: Limits, work: Path) -> None:
+    def __init__(  # noqa: PLR0913 - what is measured, on what, within what
+        self, original: Path, spec: ModelSpec, text: Text, workload: Workload, limits: Limits, work: Path, task: Task | None = None
+    ) -> None:
+        self.task = task
+        self._classify: Any = None
         self.original, self.spec, self.workload, self.limits, self.work = original, spec, workload, limits, work
         self.test = Part(texts=text.test, passages=MOST_TEXTS, windows=MOST_WINDOWS, name=text.fingerprint)
         self.small = Part(texts=text.calibration, passages=PROXY_TEXTS, windows=PROXY_WINDOWS, name=f"{text.fingerprint} calibration")
@@ -157,6 +170,7 @@ class Judge:
             size_bytes=target.size_bytes, peak_memory_bytes=told["peak_memory_bytes"], latency=latency, throughput=self.workload.tokens / median,
             precision=told["precision"], runtime_version=told["version"], cold_start_s=loaded["seconds"], quality=quality,
             texts_per_s=len(self.workload.lengths) / median if self.workload.lengths else None, prompts="text" if prompts else "random",
+            original_quality=self._originals_scores(),
         )  # fmt: skip
 
     def measure_original(self) -> Measurement:
@@ -223,11 +237,17 @@ class Judge:
         return child
 
     def quality(self, child: Child, target: Target, part: Part | None = None) -> dict[str, Score]:
-        """Held against the original, on held-out text, or on another part of it."""
-        part = part or self.test
+        """Held against the original, on held-out text, or on another part of it; and what it answers to the task, where that is not another part."""
+        if part is None and self.task is not None:
+            return self._agreement(child, target, self.test) | self.task.scores(self._answers(child, target.folder))
+        return self._agreement(child, target, part or self.test)
+
+    def _agreement(self, child: Child, target: Target, part: Part) -> dict[str, Score]:
         if not self.spec.is_decoder:
             return self._embedding(child, target.folder, part)
         if (target.folder / "config.json").is_file() and (size := read_config(target.folder).get("vocab_size")) != self.spec.config["vocab_size"]:
+            if self.task is not None and part is self.test:  # a text's score needs no common tokens
+                return {}
             raise ModelError(
                 f"{target.folder} has {size} tokens and its original {self.spec.config['vocab_size']}: what they answer cannot be compared token by "
                 "token; measure what else the recipe does without shrink(vocab)."
@@ -238,18 +258,59 @@ class Judge:
         """folder: of the target, whose own tokenizer cuts the texts where it has one."""
         reference = self._reference("embeddings.npy", part)
         if not reference.is_file():
-            self._by_original(lambda original: self._embed(original, self.original, reference, part))
+            self._by_original(lambda original: self._embed(original, self.original, reference, part.texts[: part.passages], self.workload.seq_len))
         own = self.work / f"candidate-{os.getpid()}.npy"
-        self._embed(child, folder if (folder / "tokenizer.json").is_file() else self.original, own, part)
+        self._embed(child, self._tokenizer_of(folder), own, part.texts[: part.passages], self.workload.seq_len)
         scores = embedding_fidelity(np.load(reference), np.load(own))
         own.unlink()
         return scores
 
-    def _embed(self, child: Child, tokenizer: Path, out: Path, part: Part) -> None:
+    def _tokenizer_of(self, folder: Path) -> Path:
+        return folder if (folder / "tokenizer.json").is_file() else self.original
+
+    # ---- the task ----
+
+    def _originals_scores(self) -> dict[str, Score]:
+        if self.task is None:
+            return {}
+        held = self._reference("answers.json", self.test, self.task.fingerprint)
+        if not held.is_file():
+            self._by_original(lambda original: _write_whole(held, self._answers(original, self.original)))
+        return self.task.scores(json.loads(held.read_text()))
+
+    def _answers(self, child: Child, folder: Path) -> list[Any]:
+        """What a loaded target says to each row of the task."""
+        task, tokenizer = self.task, self._tokenizer_of(folder)
+        assert task is not None, "asked for where there is one"
+        if task.way == "embeddings":
+            return self._answers_by_embeddings(child, tokenizer, task)
+        asked = self._reference("rows.json", self.test, task.fingerprint)
+        _write_whole(asked, written_rows(task) | {"ends": end_tokens(self.original)})
+        found: list[Any] = []
+        for start in range(0, len(task.rows), AT_ONCE[task.way]):
+            found += child.ask(
+                "answer", timeout_s=self.limits.timeout_s, rows=str(asked), start=start, stop=start + AT_ONCE[task.way], tokenizer=str(tokenizer),
+                batch_size=self.workload.batch_size,
+            )["answers"]  # fmt: skip
+        return found
+
+    def _answers_by_embeddings(self, child: Child, tokenizer: Path, task: Task) -> list[Any]:
+        held = self._reference("fit.npy", self.test, task.fingerprint)
+        if task.fit and self._classify is None:
+            if not held.is_file():
+                self._by_original(lambda original: self._embed(original, self.original, held, _columns(task.fit), task.length))
+            self._classify = fit_classifier(np.split(np.load(held), len(task.fit[0].texts)), task.fitted)
+        own = self.work / f"candidate-{os.getpid()}.npy"
+        self._embed(child, tokenizer, own, _columns(task.rows), task.length)
+        embeddings = np.split(np.load(own), len(task.rows[0].texts))
+        own.unlink()
+        return list(self._classify(embeddings)) if task.fit else similarities(embeddings)
+
+    def _embed(self, child: Child, tokenizer: Path, out: Path, texts: Sequence[str], seq_len: int) -> None:
         beside = out.with_suffix(".part.npy")
         child.ask(
-            "embed", timeout_s=self.limits.timeout_s, texts=part.texts[: part.passages], tokenizer=str(tokenizer),
-            batch_size=self.workload.batch_size, seq_len=self.workload.seq_len, out=str(beside), own_lengths=bool(self.workload.lengths),
+            "embed", timeout_s=self.limits.timeout_s, texts=texts, tokenizer=str(tokenizer),
+            batch_size=self.workload.batch_size, seq_len=seq_len, out=str(beside), own_lengths=bool(self.workload.lengths),
         )  # fmt: skip
         beside.replace(out)
 
@@ -279,9 +340,9 @@ class Judge:
         do(original)
         original.pause()
 
-    def _reference(self, name: str, part: Part) -> Path:
+    def _reference(self, name: str, part: Part, more: str = "") -> Path:
         self.work.mkdir(parents=True, exist_ok=True)
-        key = f"{fingerprint(self.original)}{part.name}{self.workload.batch_size}x{self.workload.seq_len}"
+        key = f"{fingerprint(self.original)}{part.name}{self.workload.batch_size}x{self.workload.seq_len}{more}"
         return self.work / f"original-{hashlib.sha256(key.encode()).hexdigest()[:12]}-{name}"
 
 
@@ -295,6 +356,17 @@ def own_lengths(workload: Workload, model: Path, text: Text) -> Workload:
         raise WorkloadError(f"--lengths text has no effect in phase {workload.phase}: a batch of prompts has one length; it has one in: encode.")
     lengths = Tokenizer(model).lengths(text.test[:TIMED_TEXTS], length=workload.seq_len)
     return replace(workload, lengths=lengths)
+
+
+def _columns(rows: Sequence[Example]) -> list[str]:
+    """First texts of all rows, then second texts."""
+    return [row.texts[place] for place in range(len(rows[0].texts)) for row in rows]
+
+
+def _write_whole(path: Path, content: Any) -> None:
+    beside = path.with_suffix(".part")
+    beside.write_text(json.dumps(content))
+    beside.replace(path)
 
 
 def model_bytes(folder: Path) -> int:

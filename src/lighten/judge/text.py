@@ -8,10 +8,10 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from lighten.errors import TextError
 from lighten.units import format_bytes
@@ -28,6 +28,7 @@ COLUMNS = (
 )  # fmt: skip
 """Columns of labelled files that hold what is read, the first that a row has: a text; a question with its context; a pair to translate or to shorten;
 two sentences that are compared. Names as the commonest data sets have them (GLUE, MNLI, SQuAD)."""
+Columns: TypeAlias = tuple[tuple[str, ...], ...]
 LABEL, ANSWERS = "label", "answers"
 """Columns of what is true of a row: its class, by name or number, or its value; and the answers to its question, as texts of the context or as SQuAD
 has them, {"text": […], "answer_start": […]}."""
@@ -57,6 +58,7 @@ class Example:
     Attributes:
         columns: one of `COLUMNS`.
         texts: what they hold, white space as one space.
+        raw: the same as the file has it.
         label: as the file has it; None: it has none.
         answers: as the file has them; None: it has none.
         context: as the file has it, which the places of answers count in.
@@ -65,6 +67,7 @@ class Example:
 
     columns: tuple[str, ...]
     texts: tuple[str, ...]
+    raw: tuple[str, ...] = ()
     label: Any = None
     answers: Any = None
     context: str = ""
@@ -117,9 +120,8 @@ def load_text(path: Path | None) -> Text:
         return _embedded_text()
     content, source = _read(path)
     kind = path.suffix.lower()
-    read = {".jsonl": _json_rows, ".csv": _table_rows, ".tsv": _table_rows}
-    examples = _distinct_rows(read[kind](path, content)) if kind in read else {}
-    passages = list(examples) if kind in read else _distinct(_paragraphs(content))
+    examples = _distinct_rows(_READERS[kind](path, content, COLUMNS)) if kind in _READERS else {}
+    passages = list(examples) if kind in _READERS else _distinct(_paragraphs(content))
     if not passages:
         raise TextError(f"{path} holds no text; give a .txt file with passages of prose parted by blank lines, or a .jsonl file.")
     if len(passages) < MIN_PASSAGES:
@@ -183,7 +185,20 @@ def _read(path: Path) -> tuple[str, str]:
     return content[:whole] if whole > 0 else content, f"{path} (the first {format_bytes(MAX_BYTES)} of {format_bytes(size)})"
 
 
-def _json_rows(path: Path, content: str) -> list[Example]:
+def read_examples(path: Path, columns: Columns) -> tuple[list[Example], str]:
+    """Every row of a labelled file by the first of `columns` that it has, and what was read.
+
+    Raises:
+        TextError: it cannot be read, is of another kind, or has a row without these.
+    """
+    content, source = _read(path)
+    kind = path.suffix.lower()
+    if kind not in _READERS:
+        raise TextError(f"{path} has no columns; labels are in a .csv, a .tsv or a .jsonl file.")
+    return _READERS[kind](path, content, columns), source
+
+
+def _json_rows(path: Path, content: str, columns: Columns = COLUMNS) -> list[Example]:
     found = []
     for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
@@ -193,7 +208,7 @@ def _json_rows(path: Path, content: str) -> list[Example]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise TextError(f'{where} is not JSON: {error}; each line is an object such as {{"text": "…"}}.') from error
-        example = _example(row, where) if isinstance(row, dict) else None
+        example = _example(row, where, columns) if isinstance(row, dict) else None
         if example is None:
             said = f"the fields {', '.join(row) or 'none'}" if isinstance(row, dict) else f"a {type(row).__name__}"
             raise TextError(f'{where} has no text, but {said}; each line is an object such as {{"text": "…"}}.')
@@ -201,26 +216,44 @@ def _json_rows(path: Path, content: str) -> list[Example]:
     return found
 
 
-def _table_rows(path: Path, content: str) -> list[Example]:
-    rows = csv.DictReader(io.StringIO(content), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+def _table_rows(path: Path, content: str, columns: Columns = COLUMNS) -> list[Example]:
+    rows = csv.DictReader(io.StringIO(content), delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
     try:
-        found = [_example(row, f"{path} line {rows.line_num}") for row in rows]
+        found = [_example(row, _place(path, rows, row), columns) for row in rows]
     except csv.Error as error:
-        raise TextError(f"{path} is not a table of the kind that its name says: {error}.") from error
+        raise TextError(f"{path} line {rows.reader.line_num} is not of a table of the kind that the file's name says: {error}.") from error
     if any(example is None for example in found):
-        known = "; ".join(" and ".join(names) for names in COLUMNS)
+        known = "; ".join(" and ".join(names) for names in columns)
         raise TextError(f"{path} has the columns {', '.join(rows.fieldnames or ['none'])}; a text is in one of: {known}.")
     return [example for example in found if example is not None]
 
 
-def _example(row: Mapping[str, Any], where: str) -> Example | None:
-    """What a row says, by the first of `COLUMNS` that it has."""
-    names = next((names for names in COLUMNS if all(isinstance(row.get(name), str) for name in names)), None)
+def _place(path: Path, rows: csv.DictReader[str], row: Mapping[str | None, Any]) -> str:
+    """Where a row stands.
+
+    Raises:
+        TextError: it has another number of cells than the header.
+    """
+    where = f"{path} line {rows.line_num}"
+    if None in row or any(value is None for value in row.values()):
+        cells = len(row.get(None) or []) + sum(value is not None for name, value in row.items() if name is not None)
+        raise TextError(f"{where} has {cells} cells and the header {len(rows.fieldnames or [])}; a cell with a comma or a line end is quoted.")
+    return where
+
+
+def _example(row: Mapping[str, Any], where: str, columns: Columns) -> Example | None:
+    """What a row says, by the first of `columns` that it has."""
+    names = next((names for names in columns if all(isinstance(row.get(name), str) for name in names)), None)
     if names is None:
         return None
     label, answers = ((said.strip() or None) if isinstance(said, str) else said for said in (row.get(LABEL), row.get(ANSWERS)))
-    texts = tuple(_spaced(str(row[name])) for name in names)
-    return Example(columns=names, texts=texts, label=label, answers=answers, context=str(row[names[-1]]) if answers is not None else "", where=where)
+    raw = tuple(str(row[name]) for name in names)
+    texts = tuple(map(_spaced, raw))
+    context = raw[-1] if answers is not None else ""
+    return Example(columns=names, texts=texts, raw=raw, label=label, answers=answers, context=context, where=where)
+
+
+_READERS: dict[str, Callable[[Path, str, Columns], list[Example]]] = {".jsonl": _json_rows, ".csv": _table_rows, ".tsv": _table_rows}
 
 
 def first_answer(row: Example) -> Answer:

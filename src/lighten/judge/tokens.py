@@ -49,6 +49,23 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         return found
 
+    def prompt(self, text: str) -> list[int]:
+        """A text to go on with: the marks that stand before it, and none after it."""
+        found = self.encode(text)
+        ids, marks = list(found.ids), list(found.special_tokens_mask)
+        while marks and marks[-1]:
+            ids.pop()
+            marks.pop()
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens, without marks."""
+        return str(self._tokenizer.decode(list(ids)))
+
+    def tokens_with(self, letters: str) -> set[int]:
+        """Tokens whose text holds so many letters."""
+        return {token for token in range(self._tokenizer.get_vocab_size()) if letters in self.decode([token])}
+
     def _strategy(self, texts: tuple[str, ...], length: int) -> str:
         """`only_second` fails where the first text leaves no room."""
         self._tokenizer.no_truncation()

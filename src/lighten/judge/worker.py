@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from lighten.errors import LightenError
+from lighten.formats.graph_inputs import encoder_inputs
 from lighten.model import ModelSpec, read_spec
 from lighten.model.pooling import pools_first_token
 from lighten.model.read import read_config
@@ -144,6 +145,22 @@ class Worker:
         np.save(out, np.concatenate(rows)[: len(texts)].astype(np.float32))
         return {}
 
+    def answer(self, rows: str, start: int, stop: int, tokenizer: str, batch_size: int) -> dict[str, Any]:
+        """What the model says to some of a task's rows, which lie in a JSON file (`task.written_rows`)."""
+        from lighten.judge.answers import by_head, by_words, by_writing
+        from lighten.judge.tokens import Tokenizer
+
+        session, spec = self._loaded()
+        asked = json.loads(Path(rows).read_text())
+        asked["rows"] = asked["rows"][start:stop]
+        reader = Tokenizer(Path(tokenizer))
+        if asked["way"] == "head":
+            one_shape = self.runtime is MODULES["torch-compile"]
+            return {"answers": by_head(session, spec, reader, asked, batch_size=batch_size, one_shape=one_shape)}
+        if asked["way"] == "words":
+            return {"answers": by_words(session, spec, reader, asked)}
+        return {"answers": by_writing(session, spec, reader, asked, asked["ends"])}
+
     def score(self, windows: str, reference: str, write: bool) -> dict[str, Any]:
         """Score [W, T] token windows: log-likelihoods, and against `reference` (an .npy of logits [W, T-1, V]) KL and top-1; or write it."""
         from lighten.judge.quality import score_window
@@ -197,9 +214,10 @@ def calibration_batches(source: Path, text: Path | None) -> list[dict[str, Any]]
     from lighten.judge.tokens import Tokenizer
 
     texts = load_text(text).calibration[:CALIBRATION_TEXTS]
-    longest = min(128, read_spec(source).max_positions or 128)
+    spec = read_spec(source)
+    longest = min(128, spec.max_positions or 128)
     batches = Tokenizer(source).batches(texts, batch_size=1, length=longest)
-    return [{"input_ids": ids[:, : mask.sum()], "attention_mask": mask[:, : mask.sum()]} for ids, mask in batches]
+    return [encoder_inputs(spec, ids[:, : mask.sum()], mask[:, : mask.sum()]) for ids, mask in batches]
 
 
 def device_peak_bytes() -> int:

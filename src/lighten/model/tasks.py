@@ -48,6 +48,33 @@ def has_head(spec: ModelSpec) -> bool:
     return any(isinstance(part, Linear) and part.component == "head" for part in spec.parts)
 
 
+def runs_with_head(spec: ModelSpec) -> bool:
+    """Whether runtimes run an encoder with its head: one that answers a question, or classifies a whole input. Other heads stay behind: what is
+    run is the body."""
+    name = str(spec.architecture)
+    generates = spec.is_decoder or spec.is_encoder_decoder
+    return name.endswith(("ForSequenceClassification", "ForQuestionAnswering")) and has_head(spec) and not generates
+
+
+def token_types(spec: ModelSpec) -> int:
+    """Kinds of tokens that a model tells apart: the first text's, the second's; 1: it does not."""
+    return next((part.num_embeddings for part in spec.parts if isinstance(part, Embedding) and "token_type" in part.name), 1)
+
+
+def takes_token_types(spec: ModelSpec) -> bool:
+    """Whether what runs is told which tokens are the second text's."""
+    return runs_with_head(spec) and token_types(spec) > 1
+
+
+def class_name(number: int, config: Mapping[str, Any]) -> str:
+    """The name of a class; its number where it has none.
+
+    >>> class_name(1, {"id2label": {"0": "bad", "1": "good"}}), class_name(1, {})
+    ('good', '1')
+    """
+    return {number: name for name, number in _names(config).items()}.get(number, str(number))
+
+
 def class_of(label: Any, config: Mapping[str, Any], where: str) -> int:
     """The number of a class that a file names.
 

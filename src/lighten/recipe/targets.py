@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from lighten.errors import RecipeError
 from lighten.model.ggml_types import exact_ggml_type
 from lighten.model.spec import PER_CHANNEL, PER_TENSOR, Embedding, Linear, ModelSpec, Part, WeightFormat
+from lighten.model.tasks import runs_with_head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,7 @@ class RuntimeKind:
         cuda: the types that it computes in on a CUDA device; none: it does not run there.
         exported: its artifact is made from the checkpoint for this runtime, in float32 where `stored` lacks the checkpoint's type.
         stored: the types in which its artifact can store weights that are not quantized.
+        heads: whether it runs an encoder with its head, which classifies or answers.
         formats: the quantized formats that it carries, for people.
         options: those of `OPTIONS` that it takes beside its type.
     """
@@ -31,6 +33,7 @@ class RuntimeKind:
     dtypes: tuple[str, ...]
     exported: bool
     stored: tuple[str, ...]
+    heads: bool = True
     formats: str
     options: tuple[str, ...] = ("batching",)
     cuda: tuple[str, ...] = ()
@@ -68,12 +71,12 @@ RUNTIMES: dict[str, RuntimeKind] = {
     ),
     "llama.cpp": RuntimeKind(
         extra="llama-cpp", builds=("torch", "gguf"), runs=("llama_cpp",),
-        dtypes=("float32",), exported=False, stored=("float32", "float16", "bfloat16"), options=(),
+        dtypes=("float32",), exported=False, stored=("float32", "float16", "bfloat16"), heads=False, options=(),
         formats="all types of ggml (format=q8_0 to q2_k), mxfp4, and whole-number codes in groups of a multiple of 32",
     ),
     "ctranslate2": RuntimeKind(
         extra="ctranslate2", builds=("torch", "transformers", "ctranslate2"),
-        dtypes=("float32",), exported=True, stored=("float32",),
+        dtypes=("float32",), exported=True, stored=("float32",), heads=False,
         formats="quantize(dynamic, embeddings=true), or symmetric codes of 8 bits by channel with activations=dynamic and symmetric_activations=true",
     ),
 }  # fmt: skip
@@ -92,8 +95,19 @@ def carries(runtime: str, weight: WeightFormat, *, decoder: bool) -> bool:
 
 
 def left_out(part: Part, spec: ModelSpec, runtime: str) -> bool:
-    """Whether a runtime's artifact goes without a part: an encoder is exported without pooler and head."""
-    return RUNTIMES[runtime].exported and not spec.is_decoder and part.component in ("pooler", "head")
+    """Whether a runtime's artifact goes without a part: an encoder is exported without pooler and head, but where both classify or answer."""
+    kind = RUNTIMES[runtime]
+    kept = kind.heads and runs_with_head(spec)
+    return kind.exported and not spec.is_decoder and not kept and part.component in ("pooler", "head")
+
+
+def require_head(runtime: str, spec: ModelSpec) -> None:
+    """Raises:
+    RecipeError: the runtime has no such heads, so that a model's classes or answers are not known there.
+    """
+    if not RUNTIMES[runtime].heads:
+        able = ", ".join(name for name, kind in RUNTIMES.items() if kind.heads)
+        raise RecipeError(f"runtime {runtime} runs {spec.architecture} without its head, so it gives no answers to a task; these do: {able}.")
 
 
 def refuse_mixture(runtime: str, spec: ModelSpec) -> None:

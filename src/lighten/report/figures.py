@@ -9,7 +9,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lighten.errors import ConstraintError
@@ -370,9 +370,17 @@ def read_limit(requirement: str, quality_metric: str) -> Limit | None:
     return Limit(figure=figures.get(name, name), at_least=at_least, value=value, bound=sign + text)
 
 
+def _of_original(choice: Record, limit: Limit | None) -> Limit | None:
+    """A limit times the original's figure of a task, where it is one; None where that is not known."""
+    if limit is None or not limit.bound.endswith("x") or limit.figure in METRICS:
+        return limit
+    original = quality_of(choice, choice.get("baseline") or {}, limit.figure)[0]
+    return None if original is None else replace(limit, value=limit.value * original)
+
+
 def limits_on(choice: Record, figure: str) -> list[tuple[str, Limit]]:
     """The requirements on one figure: their text and their limit."""
-    read = [(clean(text), read_limit(str(text), choice["quality_metric"])) for text in choice.get("require") or []]
+    read = [(clean(text), _of_original(choice, read_limit(str(text), choice["quality_metric"]))) for text in choice.get("require") or []]
     return [(text, limit) for text, limit in read if limit is not None and limit.figure == figure]
 
 

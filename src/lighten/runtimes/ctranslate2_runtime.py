@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 from lighten.errors import RuntimeUnavailable
 from lighten.formats.files import CTRANSLATE2
 from lighten.model.spec import ModelSpec
-from lighten.runtimes.session import Floats, Generated, Ids, Session, Setup, model_file
+from lighten.runtimes.session import Floats, Generated, Ids, Session, Setup, model_file, without_head
 
 
 def version() -> str:
@@ -57,10 +58,13 @@ class _CTranslate2Session:
         found = self._model.forward_batch(_view(input_ids), _view(lengths), token_type_ids=np.zeros_like(input_ids).tolist())
         return np.array(found.last_hidden_state)
 
+    def classify(self, input_ids: Ids, attention_mask: Ids, token_type_ids: Ids) -> Floats:
+        raise without_head("ctranslate2")
+
     def logits(self, input_ids: Ids) -> Floats:
         return np.array(self._model.forward_batch(_view(input_ids), _view(np.full(len(input_ids), input_ids.shape[1]))))
 
-    def generate(self, input_ids: Ids, new_tokens: int) -> Generated:
+    def generate(self, input_ids: Ids, new_tokens: int, ends: Collection[int] = ()) -> Generated:
         prompts = [[self._tokens[token] for token in row] for row in input_ids.tolist()]
         first = 0.0
 
@@ -71,11 +75,13 @@ class _CTranslate2Session:
 
         start = time.perf_counter()
         found = self._model.generate_batch(
-            prompts, max_length=new_tokens, min_length=new_tokens, include_prompt_in_result=False, beam_size=1, sampling_topk=1, end_token=[],
-            callback=told,
+            prompts, max_length=new_tokens, min_length=1 if ends else new_tokens, include_prompt_in_result=False, beam_size=1, sampling_topk=1,
+            end_token=sorted(ends), return_end_token=True, callback=told,
         )  # fmt: skip
         end = time.perf_counter()
-        ids = np.array([[self._places[token] for token in each.sequences[0]] for each in found])
+        rows = [[self._places[token] for token in each.sequences[0]] for each in found]
+        longest = max(map(len, rows))
+        ids = np.array([row + row[-1:] * (longest - len(row)) for row in rows])  # what ends a shorter one ends it again
         return Generated(ids=ids, first_s=first - start, rest_s=end - first)
 
 

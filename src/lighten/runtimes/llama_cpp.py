@@ -17,7 +17,7 @@ import numpy as np
 from lighten.errors import RuntimeUnavailable
 from lighten.formats.files import GGUF
 from lighten.model.spec import ModelSpec
-from lighten.runtimes.session import Floats, Ids, Session, Setup, Stepping
+from lighten.runtimes.session import Floats, Ids, Session, Setup, Stepping, without_head
 
 AT_ONCE = 512
 """Tokens that a decoder computes at once; llama.cpp's own default (`n_ubatch` in include/llama.h)."""
@@ -97,6 +97,9 @@ class LlamaSession(Stepping):
             for place, token in enumerate(kept):
                 hidden[row, token] = self._floats(self._api.llama_get_embeddings_ith(self._context, place), self._width)
         return hidden
+
+    def classify(self, input_ids: Ids, attention_mask: Ids, token_type_ids: Ids) -> Floats:
+        raise without_head("llama.cpp")
 
     def logits(self, input_ids: Ids) -> Floats:
         found = np.empty((*input_ids.shape, self._vocabulary), np.float32)

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from lighten.formats.files import ONNX
-from lighten.formats.graph_inputs import cache_names, decoder_inputs, empty_cache
+from lighten.formats.graph_inputs import HIDDEN, cache_names, decoder_inputs, empty_cache, encoder_inputs, encoder_outputs
 from lighten.formats.settings import onnxruntime_settings
 from lighten.model.spec import ModelSpec
-from lighten.runtimes.session import Floats, Ids, Setup, model_file
+from lighten.runtimes.session import Floats, Ids, Setup, model_file, without_head
 from lighten.runtimes.speculate import Croppable
 
 
@@ -82,8 +82,14 @@ class OnnxSession(Croppable):
         return _precision(self._path, dynamic=self._dynamic)
 
     def encode(self, input_ids: Ids, attention_mask: Ids) -> Floats:
-        output: Floats = self.session.run(None, {"input_ids": input_ids, "attention_mask": attention_mask})[0]
+        output: Floats = self.session.run([HIDDEN], encoder_inputs(self._spec, input_ids, attention_mask))[0]
         return output
+
+    def classify(self, input_ids: Ids, attention_mask: Ids, token_type_ids: Ids) -> Floats:
+        if not (outputs := encoder_outputs(self._spec)[1:]):
+            raise without_head("onnxruntime")
+        found: list[Floats] = self.session.run(outputs, encoder_inputs(self._spec, input_ids, attention_mask, token_type_ids))
+        return found[0] if len(found) == 1 else np.stack(found, -1)
 
     def logits(self, input_ids: Ids) -> Floats:
         output: Floats = self.session.run(["logits"], decoder_inputs(input_ids, 0) | empty_cache(self._spec, len(input_ids)))[0]

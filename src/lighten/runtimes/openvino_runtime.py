@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from lighten.formats.files import OPENVINO
-from lighten.formats.graph_inputs import decoder_inputs
+from lighten.formats.graph_inputs import decoder_inputs, encoder_inputs, encoder_outputs
 from lighten.formats.settings import openvino_settings
 from lighten.model.spec import ModelSpec
-from lighten.runtimes.session import Floats, Ids, Setup, model_file
+from lighten.runtimes.session import Floats, Ids, Setup, model_file, without_head
 from lighten.runtimes.speculate import Croppable
 
 NAMES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
@@ -39,7 +39,7 @@ def load(folder: Path, spec: ModelSpec, setup: Setup, *, profile: bool = False) 
     said = openvino_settings(setup.dtype, activations=setup.activations, decoder=spec.is_decoder)
     properties = {**said, "INFERENCE_NUM_THREADS": setup.threads, "NUM_STREAMS": 1, **({"PERF_COUNT": True} if profile else {})}
     compiled = openvino.Core().compile_model(model_file(folder, OPENVINO, "openvino"), "CPU", properties)
-    return OpenVINOSession(compiled)
+    return OpenVINOSession(compiled, spec)
 
 
 def _precision(compiled: Any) -> str:
@@ -70,9 +70,10 @@ def told(node: Any, key: str) -> str:
 class OpenVINOSession(Croppable):
     """See `Session`. A decoder's keys and values live in the request's state, set to no positions before each prompt."""
 
-    def __init__(self, compiled: Any) -> None:
+    def __init__(self, compiled: Any, spec: ModelSpec) -> None:
         self.compiled = compiled
         self.request: Any = compiled.create_infer_request()
+        self._spec = spec
         self._positions = 0
 
     @property
@@ -80,8 +81,15 @@ class OpenVINOSession(Croppable):
         return _precision(self.compiled)
 
     def encode(self, input_ids: Ids, attention_mask: Ids) -> Floats:
-        output: Floats = self.request.infer({"input_ids": input_ids, "attention_mask": attention_mask})[0]
+        output: Floats = self.request.infer(encoder_inputs(self._spec, input_ids, attention_mask))[0]
         return output
+
+    def classify(self, input_ids: Ids, attention_mask: Ids, token_type_ids: Ids) -> Floats:
+        if not (outputs := encoder_outputs(self._spec)[1:]):
+            raise without_head("openvino")
+        found = self.request.infer(encoder_inputs(self._spec, input_ids, attention_mask, token_type_ids))
+        heads = [np.array(found[name]) for name in outputs]
+        return heads[0] if len(heads) == 1 else np.stack(heads, -1)
 
     def logits(self, input_ids: Ids) -> Floats:
         self._reset(len(input_ids))

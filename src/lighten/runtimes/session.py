@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -87,12 +88,16 @@ class Session(Protocol):
         """An encoder's last hidden state, [B, S, D]."""
         ...
 
+    def classify(self, input_ids: Ids, attention_mask: Ids, token_type_ids: Ids) -> Floats:
+        """What an encoder's head says: logits of classes, [B, L], or of where an answer starts and of where it ends, [B, S, 2]."""
+        ...
+
     def logits(self, input_ids: Ids) -> Floats:
         """A decoder's logits at every position, without a cache that lives on, [B, S, V]."""
         ...
 
-    def generate(self, input_ids: Ids, new_tokens: int) -> Generated:
-        """Go on with [B, S] prompts, the likeliest token at a time, whatever ends a text."""
+    def generate(self, input_ids: Ids, new_tokens: int, ends: Collection[int] = ()) -> Generated:
+        """Go on with [B, S] prompts, the likeliest token at a time, whatever ends a text; no further than until each has one of `ends`."""
         ...
 
 
@@ -120,12 +125,15 @@ class Stepping(ABC):
     def decode(self, input_ids: Ids) -> Floats:
         """One more step of the generation with [B, 1] new tokens; their logits, [B, V]."""
 
-    def generate(self, input_ids: Ids, new_tokens: int) -> Generated:
+    def generate(self, input_ids: Ids, new_tokens: int, ends: Collection[int] = ()) -> Generated:
         """See `Session`."""
         start = time.perf_counter()
         found = [self.prefill(input_ids).argmax(-1)[:, None]]
         first = time.perf_counter()
+        stops = list(ends)
         for _ in range(new_tokens - 1):
+            if stops and np.isin(np.concatenate(found, 1), stops).any(1).all():
+                break
             found.append(self.decode(found[-1]).argmax(-1)[:, None])
         return Generated(ids=np.concatenate(found, 1), first_s=first - start, rest_s=time.perf_counter() - first)
 
@@ -160,14 +168,19 @@ class Checked:
             return np.zeros((*input_ids.shape, int(self._spec.config["vocab_size"])), np.float32)
         return self._session.logits(input_ids)
 
-    def generate(self, input_ids: Ids, new_tokens: int) -> Generated:
+    def classify(self, input_ids: Ids, attention_mask: Ids, token_type_ids: Ids) -> Floats:
+        """See `Session`."""
+        self._check(input_ids)
+        return self._session.classify(input_ids, attention_mask, token_type_ids)
+
+    def generate(self, input_ids: Ids, new_tokens: int, ends: Collection[int] = ()) -> Generated:
         """See `Session`."""
         if input_ids.shape[1] == 0:
             raise WorkloadError("a prompt without tokens cannot be gone on with.")
         self._check(input_ids, new_tokens)
         if not len(input_ids):
             return Generated(ids=np.zeros((0, new_tokens), np.int64), first_s=0.0, rest_s=0.0)
-        return self._session.generate(input_ids, new_tokens)
+        return self._session.generate(input_ids, new_tokens, ends)
 
     def _check(self, input_ids: Ids, more: int = 0) -> None:
         length, most = input_ids.shape[1] + more, self._spec.max_positions
@@ -197,6 +210,11 @@ def model_file(folder: Path, name: str, runtime: str) -> Path:
     if not path.is_file():
         raise RuntimeUnavailable(f"{folder} holds no {name}; compress the model @ {runtime}.")
     return path
+
+
+def without_head(runtime: str) -> RuntimeUnavailable:
+    """What is said where a model that runs without its head is asked what it answers."""
+    return RuntimeUnavailable(f"runtime {runtime} holds no head of this model, which could classify or answer.")
 
 
 def as_float32(value: Any) -> Floats:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Protocol
 
@@ -23,7 +23,7 @@ import numpy as np
 from lighten.errors import RuntimeUnavailable
 from lighten.model.spec import ModelSpec
 from lighten.recipe.options import PROMPT_LOOKUP, Speculation, draft_spec
-from lighten.runtimes.session import Accepted, Floats, Generated, Ids, Session, Setup, Stepping
+from lighten.runtimes.session import Accepted, Floats, Generated, Ids, Session, Setup, Stepping, without_head
 
 LONGEST_MATCH = 3
 """Newest tokens that are looked up, and fewer where they do not stand in the text: the default of prompt-lookup-decoding (Saxena 2023)."""
@@ -139,7 +139,11 @@ class Speculating:
         """See `Session`."""
         return self._session.logits(input_ids)
 
-    def generate(self, input_ids: Ids, new_tokens: int) -> Generated:
+    def classify(self, input_ids: Ids, attention_mask: Ids, token_type_ids: Ids) -> Floats:
+        """See `Session`."""
+        raise without_head("that speculates")
+
+    def generate(self, input_ids: Ids, new_tokens: int, ends: Collection[int] = ()) -> Generated:
         """See `Session`."""
         length = input_ids.shape[1]
         passes = proposed = accepted = 0
@@ -147,14 +151,17 @@ class Speculating:
         known = np.concatenate([input_ids, self._session.prefill(input_ids).argmax(-1)[:, None]], 1)
         first = time.perf_counter()
         self._proposer.start()
+        stops = list(ends)
         while (left := length + new_tokens - known.shape[1]) > 0:
+            if stops and np.isin(known[:, length:], stops).any(1).all():
+                break
             proposals = self._proposer.propose(known, min(self._tokens, left - 1)) if left > 1 else known[:, :0]
             said = self._session.verify(np.concatenate([known[:, -1:], proposals], 1)).argmax(-1)
             agreed = (said[:, :-1] == proposals).cumprod(1).sum(1)
             passes, proposed, accepted = passes + 1, proposed + proposals.size, accepted + int(agreed.sum())
             known = np.concatenate([known, said[:, : int(agreed.min()) + 1]], 1)
             self._session.crop(known.shape[1] - 1)
-        found = Accepted(passes=passes, tokens=new_tokens - 1, proposed=proposed, accepted=accepted)
+        found = Accepted(passes=passes, tokens=known.shape[1] - length - 1, proposed=proposed, accepted=accepted)
         return Generated(ids=known[:, length:], first_s=first - start, rest_s=time.perf_counter() - first, accepted=found)
 
 

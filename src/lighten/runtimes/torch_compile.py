@@ -11,7 +11,7 @@ Legend: B batch_size, H key/value heads, R positions that the cache has room for
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -52,8 +52,10 @@ def load(folder: Path, spec: ModelSpec, setup: Setup) -> Session:
         if session.kv is not None:
             raise RuntimeUnavailable(f"{folder} has a quantized cache, which runtime torch runs; torch-compile keeps floats.")
         return CompiledDecoder(session)
-    module = session.module
-    session.module = torch.compile(module, dynamic=False, mode="reduce-overhead" if setup.device == "cuda" else "default")
+    module, body = session.module, session.body
+    mode = "reduce-overhead" if setup.device == "cuda" else "default"
+    session.module = torch.compile(module, dynamic=False, mode=mode)
+    session.body = session.module if body is module else torch.compile(body, dynamic=False, mode=mode)
     return session
 
 
@@ -75,10 +77,13 @@ class CompiledDecoder(Stepping):
     def logits(self, input_ids: Ids) -> Floats:
         return self._eager.logits(input_ids)
 
-    def generate(self, input_ids: Ids, new_tokens: int) -> Generated:
+    def classify(self, input_ids: Ids, attention_mask: Ids, token_type_ids: Ids) -> Floats:
+        return self._eager.classify(input_ids, attention_mask, token_type_ids)
+
+    def generate(self, input_ids: Ids, new_tokens: int, ends: Collection[int] = ()) -> Generated:
         """See `Session`; the cache gets room for all tokens beforehand."""
         self._asked = input_ids.shape[1] + new_tokens
-        return super().generate(input_ids, new_tokens)
+        return super().generate(input_ids, new_tokens, ends)
 
     def prefill(self, input_ids: Ids) -> Floats:
         logits = self._eager.prefill(input_ids)

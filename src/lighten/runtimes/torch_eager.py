@@ -5,10 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lighten.errors import RuntimeUnavailable
+from lighten.formats.graph_inputs import encoder_inputs, encoder_outputs
 from lighten.model.quantized.kv import KVFormat, read_kv_format
 from lighten.model.spec import ModelSpec
-from lighten.runtimes.session import Floats, Ids, Session, Setup, as_float32
+from lighten.model.tasks import runs_with_head
+from lighten.runtimes.session import Floats, Ids, Session, Setup, as_float32, without_head
 from lighten.runtimes.speculate import Croppable
 
 
@@ -31,7 +35,7 @@ def load(folder: Path, spec: ModelSpec, setup: Setup) -> Session:
     require_device(setup.device)
     torch.set_num_threads(setup.threads)
     module = load_module(folder, spec, dtype=setup.dtype, attention="sdpa")
-    return TorchSession(module.to(setup.device), read_kv_format(spec.config))
+    return TorchSession(module.to(setup.device), read_kv_format(spec.config), spec)
 
 
 def require_device(device: str) -> None:
@@ -60,8 +64,10 @@ class TorchSession(Croppable):
     What is given back lies on the CPU: it is there when the device has finished.
     """
 
-    def __init__(self, module: Any, kv: KVFormat | None = None) -> None:
+    def __init__(self, module: Any, kv: KVFormat | None = None, spec: ModelSpec | None = None) -> None:
         self.module = module
+        self.body = module.base_model if spec is not None and runs_with_head(spec) else module
+        self.spec = spec
         self.kv = kv
         self.cache: Any = None
 
@@ -87,8 +93,19 @@ class TorchSession(Croppable):
         import torch
 
         with torch.inference_mode():
-            output = self.module(input_ids=self.on_device(input_ids), attention_mask=self.on_device(attention_mask))
+            output = self.body(input_ids=self.on_device(input_ids), attention_mask=self.on_device(attention_mask))
         return as_float32(output.last_hidden_state)
+
+    def classify(self, input_ids: Ids, attention_mask: Ids, token_type_ids: Ids) -> Floats:
+        import torch
+
+        if self.spec is None or not runs_with_head(self.spec):
+            raise without_head("torch")
+        inputs = encoder_inputs(self.spec, input_ids, attention_mask, token_type_ids)
+        with torch.inference_mode():
+            output = self.module(**{name: self.on_device(value) for name, value in inputs.items()})
+        found = [as_float32(output[name]) for name in encoder_outputs(self.spec)[1:]]
+        return found[0] if len(found) == 1 else np.stack(found, -1)
 
     def logits(self, input_ids: Ids) -> Floats:
         import torch
