@@ -19,7 +19,7 @@ import numpy as np
 import openvino
 
 from lighten.formats.onnx_export import export_onnx
-from lighten.formats.openvino_static import quantize_static, quantize_tables
+from lighten.formats.openvino_static import described, quantize_static, quantize_tables
 from lighten.formats.settings import openvino_settings
 from lighten.judge import worker
 from lighten.judge.quality import embedding_fidelity
@@ -66,7 +66,7 @@ def main() -> None:
                 start = time.monotonic()
                 if options is None:
                     model = core.read_model(exported)
-                    quantize_static(model, data)
+                    print("\n".join(described(quantize_static(model, data))))
                     quantize_tables(model)
                 else:
                     options = {"subset_size": len(data), "model_type": nncf.ModelType.TRANSFORMER, **options}
