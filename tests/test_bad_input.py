@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
-from tiny_models import bert_config, llama_config, save
+from tiny_models import bert_config, save
 
 import lighten.device
 from lighten import runtimes, verbs
@@ -220,11 +220,10 @@ def test_options_of_a_runtime_that_cannot_be(refused, model, asked, says):
     assert says in refused("measure", model, *asked)
 
 
-def test_lengths_of_prompts(refused, tmp_path):
-    decoder = save(llama_config(), tmp_path / "llama")
+def test_lengths_of_prompts(refused, tiny_llama, tmp_path):
     said = "--lengths text has no effect in phase prefill: a batch of prompts has one length; it has one in: encode."
-    assert said in refused("measure", decoder, "--lengths", "text")
-    assert said in refused("choose", decoder, "--lengths", "text", "-o", tmp_path / "out")
+    assert said in refused("measure", tiny_llama, "--lengths", "text")
+    assert said in refused("choose", tiny_llama, "--lengths", "text", "-o", tmp_path / "out")
 
 
 @pytest.mark.parametrize(("runtime", "extra"), [("openvino", "openvino"), ("onnxruntime", "onnx"), ("torch", "torch")])
