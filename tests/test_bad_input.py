@@ -282,7 +282,7 @@ def test_a_text_that_is_not_there(refused, model, tmp_path):
         (("--minimize", "beauty"), "one of size, memory, latency"),
         (("--budget", "10"), "units of budget"),
         (("--budget", "0min"), "not positive"),
-        (("--engine", "ray"), "invalid choice"),
+        (("--engine", "spark"), "invalid choice"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )

@@ -50,8 +50,8 @@ MEASURED = {
     "runtime_version", "quality",
 }  # fmt: skip
 CHOICE = {
-    "lighten", "command", "model", "workload", "require", "objective", "goal", "quality_metric", "machine", "versions", "text", "seconds", "baseline",
-    "candidates", "chosen", "stopped", "finals", "elsewhere", "closest", "looser", "warnings", "accuracy",
+    "lighten", "command", "model", "workload", "require", "objective", "goal", "quality_metric", "machine", "versions", "text", "task", "seconds",
+    "baseline", "candidates", "chosen", "stopped", "finals", "elsewhere", "closest", "looser", "warnings", "accuracy",
     "ablation", "profile", "components",
 }  # fmt: skip
 TRIAL = {"id", "recipe", "runtime", "status", "failure", "predicted", "measured", "ratio", "pareto", "meets", "seconds"}
