@@ -112,6 +112,11 @@ def journal(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
 
 
+def tried(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The trials of a journal, without its proxies, finals and profiles."""
+    return [line for line in lines if line["status"] in ("measured", "failed")]
+
+
 def starting(run: Run) -> bool:
     return (run.out / ".lock").exists()
 
@@ -187,7 +192,7 @@ def kill_and_finish(command: Sequence[str], out: Path, *, log: Callable[[str], N
         problem = f"the last run ended with {code}: {last.lines[-1:]}"
     doubled = sorted(name for name, times in Counter(trial["id"] for trial in trials).items() if times > 1)
     return {
-        "kills": tally.kills, "trials": len(trials), "measured": sum(trial["status"] == "measured" for trial in trials),
+        "kills": tally.kills, "trials": len(tried(trials)), "measured": sum(trial["status"] == "measured" for trial in trials),
         "repeated": tally.repeated, "lost": tally.lost, "doubled": doubled, "orphans": tally.orphans, "left_over": left_over,
         "exit_code": code, "complete": problem is None, "problem": problem,
     }  # fmt: skip
@@ -202,7 +207,7 @@ def incomplete(out: Path, trials: Sequence[dict[str, Any]]) -> str | None:
         return str(error)
     shown = [trial for trial in [choice["baseline"], *choice["candidates"]] if trial["status"] != "skipped"]
     ids = {trial["id"] for trial in [*shown, *choice["ablation"]] if trial["status"] != "skipped"}
-    if ids != {trial["id"] for trial in trials if trial["status"] in ("measured", "failed")}:
+    if ids != {trial["id"] for trial in tried(trials)}:
         return "choice.json and trials.jsonl have different trials"
     if not page.rstrip().endswith("</html>"):
         return "report.html is cut off"

@@ -74,7 +74,7 @@ def test_what_the_script_finds_missing(tmp_path):
     """The script itself can tell a run that is not whole."""
     trial = {"id": "a", "recipe": "", "runtime": "torch", "status": "measured"}
     assert "choice.json" in kill_choose.incomplete(tmp_path, [trial])
-    choice = {"baseline": trial, "candidates": [], "chosen": "a"}
+    choice = {"baseline": trial, "candidates": [], "chosen": "a", "ablation": []}
     (tmp_path / "choice.json").write_text(json.dumps(choice))
     assert "report.html" in kill_choose.incomplete(tmp_path, [trial])
     (tmp_path / "report.html").write_text("<html>")
