@@ -77,7 +77,8 @@ def test_a_cluster_gives_the_answer_of_this_machine_though_a_node_is_lost(scene,
 
 def site(model: Path) -> Site:
     return Site(
-        model=model, text=None, workload=Workload(phase="encode", batch_size=1, seq_len=8), threads=THREADS, memory_bytes=None, timeout_s=60.0
+        model=model, text=None, workload=Workload(phase="encode", batch_size=1, seq_len=8), threads=THREADS, memory_bytes=None, timeout_s=60.0,
+        task=None, metrics=(),
     )  # fmt: skip
 
 
