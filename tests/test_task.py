@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -445,3 +447,22 @@ def test_measure_shows_a_task_beside_the_originals(models: Mapping[str, Path], t
     task = task_of(models["classes"], path)
     assert found["original_quality"]["accuracy"]["value"] == task.scores(answered(models["classes"], task, tmp_path))["accuracy"].value
     assert found["task"]["rows"] == 16
+
+
+# ---- what is handed on ----
+
+
+@pytest.mark.parametrize("recipe", ["@ torch", "@ onnxruntime", "@ openvino", "quantize(static) @ openvino"])
+@pytest.mark.parametrize("kind", ["classes", "answers"])
+def test_the_script_of_a_head_prints_its_answers(models: Mapping[str, Path], tmp_path: Path, kind: str, recipe: str) -> None:
+    verbs.compress(models[kind], recipe, tmp_path / "made")
+    texts = ["true loop while", "a value"] if kind == "classes" else ["what is true", "the value of a loop is true"]
+    ran = subprocess.run([sys.executable, "run.py", *texts], cwd=tmp_path / "made", capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    lines = ran.stdout.splitlines()
+    if kind == "answers":
+        assert len(lines) == 1
+        assert lines[0] in texts[1]
+    else:
+        assert len(lines) == 2
+        assert all(line.rpartition(" ")[0] in LABELLED["label2id"] for line in lines)

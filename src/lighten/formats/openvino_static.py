@@ -173,7 +173,7 @@ def look(model: Any, sites: Sequence[Site], batches: Sequence[Batch]) -> dict[tu
 def _rows(values: np.ndarray[Any, Any], batch: Batch) -> Tensor:
     """[T, I] of [B, S, I], those that count; of [B, I] all."""
     mask = batch.get("attention_mask")
-    if mask is not None and values.shape[:2] == mask.shape:
+    if mask is not None and values.ndim == 3 and values.shape[:2] == mask.shape:
         return torch.from_numpy(values[mask.astype(bool)])
     return torch.from_numpy(values.reshape(-1, values.shape[-1]))
 
