@@ -10,6 +10,8 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it once, when it is imported
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["KERAS_BACKEND"] = "torch"
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several workers that wait for each other in turn make small products a hundred times slower
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from hypothesis import HealthCheck, settings
