@@ -42,7 +42,7 @@ FILES = {".lock", "artifact", "choice.json", "report.html", "trials.jsonl"}
 MODEL_KEYS = {"name", "family", "source", "dtype", "parameters"}
 PREDICTED = {
     "size_bytes", "peak_memory_bytes", "latency_s", "latency_low_s", "latency_high_s", "time_to_first_token_s", "throughput", "energy_j",
-    "usd_per_million_tokens",
+    "usd_per_million_tokens", "tokens_per_pass",
 }  # fmt: skip
 CORRECTED = {"quality", "size_low_bytes", "size_high_bytes", "peak_memory_low_bytes", "peak_memory_high_bytes"}
 MEASURED = {
