@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -564,7 +564,7 @@ def test_without_time_what_steps_contributed_is_predicted_and_marked(winner_of_t
 
 def test_what_a_runtime_does_not_tell_is_said(copied, monkeypatch):
     said = "runtime llama.cpp does not tell what its operators take: it has no profiler of operators; these do: torch, onnxruntime, openvino."
-    monkeypatch.setattr(trial_module, "require_profiler", lambda runtime: require_profiler("llama.cpp"))
+    monkeypatch.setattr(trial_module, "require_profiler", lambda recipe, workload: require_profiler(replace(recipe, runtime="llama.cpp"), workload))
     fresh = Finished(copied.scene, copied.model, copied.scene.folder / "fresh", copied.ran)
     assert fresh.again("--minimize", "size", "--fresh", recipes=(BF16,)).code == 0
     told = fresh.choice["profile"]["original"]

@@ -73,8 +73,7 @@ def test_a_cluster_gives_the_answer_of_this_machine_though_a_node_is_lost(scene,
     chosen = [next(trial for trial in [choice["baseline"], *choice["candidates"]] if trial["id"] == choice["chosen"]) for choice in (here, there)]
     assert chosen[0]["recipe"] == chosen[1]["recipe"]
     nodes = {trial.get("node") for trial in read_trials(out)}
-    assert len(nodes) in (1, 2)  # where the machine is busy, one may have done everything before the other is ready
-    assert None not in nodes
+    assert len(nodes) == 2
     assert (out / "artifact" / "lighten.json").is_file()
 
 

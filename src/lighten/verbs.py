@@ -429,9 +429,9 @@ def measure(  # noqa: PLR0913 - one keyword for each option of the command
     from lighten.choose.run import task_of_options
     from lighten.choose.trial import Rates, predict, predict_operators
     from lighten.compress.walk import check_finite
-    from lighten.formats.artifact import MANIFEST, read_artifact
+    from lighten.formats.artifact import MANIFEST, folder_bytes, read_artifact
     from lighten.judge.child import WorkerFailed
-    from lighten.judge.measure import Judge, Limits, Target, artifact_target, model_bytes
+    from lighten.judge.measure import Judge, Limits, artifact_target, model_bytes, recipe_target
     from lighten.judge.measure import own_lengths as lengthen
     from lighten.judge.text import load_text
     from lighten.recipe.options import check_effect
@@ -447,8 +447,6 @@ def measure(  # noqa: PLR0913 - one keyword for each option of the command
         raise WorkloadError(f"{folder} is an artifact for runtime {own.runtime}; it does not run on {said.runtime_text}.")
     recipe = replace(own, options=said.options) if runtime else own
     require_runtime(recipe.runtime, device=recipe.device)
-    if profile:
-        require_profiler(recipe.runtime)
     original = made.original if made else folder
     if not original.is_dir():
         raise ModelError(f"{folder} was made from {original}, which is not there any more; quality is measured against it.")
@@ -465,18 +463,17 @@ def measure(  # noqa: PLR0913 - one keyword for each option of the command
     if own_lengths:
         asked = lengthen(asked, original, judged_by)
     check_effect(dict(recipe.options), asked)
+    if profile:
+        require_profiler(recipe, asked)
     check_finite(original)
     machine = _profile_or_none()
     cores = threads or usable_cores()
     told = None
     with tempfile.TemporaryDirectory(prefix="lighten-") as work, contextlib.ExitStack() as stack:
         if made:
-            target = replace(artifact_target(folder), speculation=recipe.speculation, batching=recipe.batching)
+            target = recipe_target(folder, recipe, dtype=made.dtype, size_bytes=folder_bytes(folder))
         elif recipe.runtime in ("torch", "torch-compile"):
-            target = Target(
-                folder=folder, runtime=recipe.runtime, dtype=compute_dtype(recipe, spec), size_bytes=model_bytes(folder),
-                speculation=recipe.speculation, batching=recipe.batching,
-            )  # fmt: skip
+            target = recipe_target(folder, recipe, dtype=compute_dtype(recipe, spec), size_bytes=model_bytes(folder))
         else:
             log(f"writing an artifact for {recipe.runtime}")
             written = compress(folder, str(recipe), Path(work) / "artifact")

@@ -39,6 +39,8 @@ def variants(recipe: Recipe) -> list[Variant]:
     with dtype=bfloat16 → @ openvino(dtype=bfloat16)
     with cast(float16) → cast(float16) @ openvino(dtype=bfloat16)
     without dtype=bfloat16 → cast(float16) @ openvino
+    >>> [str(each.recipe) for each in variants(parse_recipe("@ torch(dtype=bfloat16, batching=sorted)"))][2:]
+    ['@ torch(dtype=bfloat16, batching=sorted)', '@ torch(batching=sorted)']
     """
     found: dict[Recipe, Variant] = {}
     for each in (*_way(recipe), *_without(recipe)):
@@ -48,10 +50,11 @@ def variants(recipe: Recipe) -> list[Variant]:
 
 def _way(recipe: Recipe) -> Iterator[Variant]:
     yield Variant(recipe=Recipe(), role="original", step="")
-    bare = Recipe(runtime=recipe.runtime)
-    yield Variant(recipe=bare, role="with", step=f"@ {recipe.runtime}")
-    bare = replace(bare, dtype=recipe.dtype)
-    yield Variant(recipe=bare, role="with", step=f"dtype={recipe.dtype}")
+    bare = Recipe(runtime=recipe.runtime, device=recipe.device)
+    yield Variant(recipe=bare, role="with", step=f"@ {bare.runtime_text}")
+    for said, own, _ in _settings(recipe):
+        bare = replace(bare, **own)
+        yield Variant(recipe=bare, role="with", step=said)
     for count, step in enumerate(recipe.steps, start=1):
         yield Variant(recipe=replace(bare, steps=recipe.steps[:count]), role="with", step=str(step))
 
@@ -60,7 +63,19 @@ def _without(recipe: Recipe) -> Iterator[Variant]:
     for place, step in enumerate(recipe.steps):
         rest = recipe.steps[:place] + recipe.steps[place + 1 :]
         yield Variant(recipe=replace(recipe, steps=rest), role="without", step=str(step))
-    yield Variant(recipe=replace(recipe, dtype=None), role="without", step=f"dtype={recipe.dtype}")
+    for said, _, none in _settings(recipe):
+        yield Variant(recipe=replace(recipe, **none), role="without", step=said)
+
+
+def _settings(recipe: Recipe) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """What a recipe says of its runtime: as text, as fields, and those fields as they are where it is not said. Options are one thing: some have an
+    effect together alone."""
+    found: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
+    if recipe.dtype is not None:
+        found.append((f"dtype={recipe.dtype}", {"dtype": recipe.dtype}, {"dtype": None}))
+    if recipe.options:
+        found.append((", ".join(f"{name}={value}" for name, value in recipe.options), {"options": recipe.options}, {"options": ()}))
+    return found
 
 
 def better_without(rows: Sequence[Record], chosen: Record, baseline: Record, constraints: Sequence[Constraint], objective: Objective) -> list[str]:

@@ -23,7 +23,7 @@ LISTED = 2_000
 DRAWN = 2_000
 """Combinations that are predicted of a larger space."""
 KEPT = 300
-"""Of them so many are searched, the best fronts first: more than a day of trials."""
+"""Of them so many are searched, the best fronts first: hours of trials."""
 WHOLE_BITS = 16
 """A weight of more bits keeps no more of a function than one of as many: bfloat16 is what models are trained in."""
 

@@ -23,7 +23,7 @@ from lighten.judge.measure import Judge, Target, artifact_target
 from lighten.model import ModelSpec
 from lighten.model.spec import Linear
 from lighten.recipe import Recipe, apply_recipe
-from lighten.recipe.estimate import Estimate, estimate, forward_passes
+from lighten.recipe.estimate import Estimate, batch_passes, estimate
 from lighten.recipe.on_machine import engine_name, operator_seconds
 from lighten.recipe.predict import compute_dtype
 from lighten.recipe.speculated import tokens_per_pass
@@ -150,7 +150,7 @@ def predict_operators(spec: ModelSpec, workload: Workload, recipe: Recipe, profi
     changed = apply_recipe(recipe, spec)
     asked = replace(workload, dtype=compute_dtype(recipe, changed))
     try:
-        return operator_seconds(forward_passes(changed, asked), changed, recipe, profile)
+        return operator_seconds(batch_passes(changed, asked, recipe.batching), changed, recipe, profile)
     except DeviceError:
         return None
 
@@ -267,7 +267,7 @@ class Bench:
         start = time.monotonic()
         record: dict[str, Any] = {"id": candidate.profile_id, "status": "profile", "failure": None, "operators": None}
         try:
-            require_profiler(candidate.recipe.runtime)
+            require_profiler(candidate.recipe, self.judge.workload)
             record["operators"] = self.judge.profile(self._target(candidate))
         except OutputError:
             raise

@@ -27,6 +27,7 @@ from lighten.judge.tokens import Tokenizer
 from lighten.model import ModelSpec
 from lighten.model.read import SIDE_FILES, read_config, weight_files
 from lighten.model.text_ends import end_tokens
+from lighten.recipe import Recipe
 from lighten.recipe.options import Batching, Speculation
 
 MOST_TEXTS = 1000
@@ -378,10 +379,14 @@ def model_bytes(folder: Path) -> int:
 def artifact_target(folder: Path) -> Target:
     """The target that an artifact folder is."""
     made = read_artifact(folder)
+    return recipe_target(folder, made.recipe, dtype=made.dtype, size_bytes=folder_bytes(folder))
+
+
+def recipe_target(folder: Path, recipe: Recipe, *, dtype: str, size_bytes: int) -> Target:
+    """A folder, run as a recipe says."""
     return Target(
-        folder=folder, runtime=made.recipe.runtime, dtype=made.dtype, size_bytes=folder_bytes(folder), activations=made.recipe.activations,
-        speculation=made.recipe.speculation, batching=made.recipe.batching,
-        device=made.recipe.device or "cpu",
+        folder=folder, runtime=recipe.runtime, dtype=dtype, size_bytes=size_bytes, activations=recipe.activations, speculation=recipe.speculation,
+        batching=recipe.batching, device=recipe.device or "cpu",
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -300,8 +300,3 @@ def _number(label: Any) -> float | None:
         return float(label)
     except (TypeError, ValueError):
         return None
-
-
-def scores_json(scores: dict[str, Score]) -> dict[str, Any]:
-    """Figures as documents have them."""
-    return {name: asdict(score) for name, score in scores.items()}

@@ -16,7 +16,7 @@ from lighten.errors import LightenError, WorkloadError
 from lighten.model.spec import ModelSpec
 from lighten.recipe.acceptance import ACCEPTED, expected_tokens
 from lighten.recipe.case import Case, Cost, Target, cost_of, priced
-from lighten.recipe.options import PHASES, vocabulary
+from lighten.recipe.options import PHASES, misfit
 from lighten.recipe.predict import compute_dtype
 from lighten.recipe.recipe import Recipe
 
@@ -47,11 +47,8 @@ def check_draft(spec: ModelSpec, draft: ModelSpec, workload: Workload) -> None:
     if not draft.is_decoder or not spec.is_decoder:
         other = draft if not draft.is_decoder else spec
         raise WorkloadError(f"draft {draft.name}: {other.name} is no decoder alone; a draft and its model both have to be.")
-    if draft.total_parameters >= spec.total_parameters:
-        sizes = f"{draft.total_parameters:,} parameters against {spec.total_parameters:,}"
-        raise WorkloadError(f"draft {draft.name} is no smaller than {spec.name}: {sizes}; a draft has to be faster than its model.")
-    if (mine := vocabulary(draft)) != (other_size := vocabulary(spec)):
-        raise WorkloadError(f"draft {draft.name} has {mine:,} tokens, {spec.name} has {other_size:,}; a draft has to have the model's vocabulary.")
+    if problem := misfit(draft, spec):
+        raise WorkloadError(f"draft {draft.name} {problem}")
 
 
 def speculate(case: Case, target: Target, draft: ModelSpec, *, plain: Cost | None = None) -> Speculation:

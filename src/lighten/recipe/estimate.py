@@ -23,7 +23,7 @@ from lighten.parallel.plan import Plan
 from lighten.recipe.batching import dense_workloads
 from lighten.recipe.notes import notes
 from lighten.recipe.on_machine import Passes, place_followed, place_on_machine
-from lighten.recipe.options import check_effect
+from lighten.recipe.options import Batching, check_effect
 from lighten.recipe.placement import Placed, Use
 from lighten.recipe.predict import apply_recipe, artifact_bytes
 from lighten.recipe.recipe import Recipe
@@ -217,9 +217,7 @@ def _placed(  # noqa: PLR0913  what is asked, and of what
         return None
     if recipe.speculation is not None:
         return place_speculating(spec, workload, recipe, memory, device)
-    dense = dense_workloads(workload, recipe.batching, most=spec.max_positions)
-    passes: Passes = [(ops, count * times) for each, count in dense.items() for ops, times in forward_passes(spec, each)]
-    return place_on_machine(passes, spec, workload, recipe, memory, device)
+    return place_on_machine(batch_passes(spec, workload, recipe.batching), spec, workload, recipe, memory, device)
 
 
 def _once(spec: ModelSpec) -> ModelSpec:
@@ -283,6 +281,12 @@ def forward_passes(spec: ModelSpec, workload: Workload) -> list[tuple[list[Op], 
         ends = (step_forward(spec, workload, step) for step in (1, steps))
         passes.extend((forward_operators(spec, forward, workload.dtype), steps) for forward in ends)
     return passes
+
+
+def batch_passes(spec: ModelSpec, workload: Workload, batching: Batching) -> Passes:
+    """The forward passes of all batches of a workload; of one whose texts have one length they are its own."""
+    dense = dense_workloads(workload, batching, most=spec.max_positions)
+    return [(ops, count * times) for each, count in dense.items() for ops, times in forward_passes(spec, each)]
 
 
 def _assumptions(workload: Workload, recipe: Recipe, placed: Placed | None) -> tuple[str, ...]:

@@ -105,11 +105,18 @@ def _check_draft(folder: Path, spec: ModelSpec) -> None:
     draft = draft_spec(folder)
     if not draft.is_decoder:
         raise RecipeError(f"speculate={folder}: {draft.name} is no decoder alone; a draft has to be one.")
+    if problem := misfit(draft, spec):
+        raise RecipeError(f"speculate={folder} {problem}")
+
+
+def misfit(draft: ModelSpec, spec: ModelSpec) -> str | None:
+    """Why a decoder is no draft of another, to be said after its name; None: it may be one."""
     if draft.total_parameters >= spec.total_parameters:
         sizes = f"{draft.total_parameters:,} parameters against {spec.total_parameters:,}"
-        raise RecipeError(f"speculate={folder} is no smaller than {spec.name}: {sizes}; a draft has to be faster than its model.")
+        return f"is no smaller than {spec.name}: {sizes}; a draft has to be faster than its model."
     if (mine := vocabulary(draft)) != (other := vocabulary(spec)):
-        raise RecipeError(f"speculate={folder} has {mine:,} tokens, {spec.name} has {other:,}; a draft has to have the model's vocabulary.")
+        return f"has {mine:,} tokens, {spec.name} has {other:,}; a draft has to have the model's vocabulary."
+    return None
 
 
 @lru_cache(maxsize=4)

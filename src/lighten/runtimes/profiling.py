@@ -10,9 +10,11 @@ from typing import Protocol
 
 import numpy as np
 
+from lighten.cost import Workload
 from lighten.device.roofline import OPERATOR_KINDS
 from lighten.errors import RuntimeUnavailable
 from lighten.model.spec import ModelSpec
+from lighten.recipe import Recipe
 from lighten.runtimes import profile_onnx, profile_openvino, profile_torch
 from lighten.runtimes.session import Floats, Ids, Session, Setup
 
@@ -119,19 +121,26 @@ def _run(recorder: Recorder, phase: str, ids: Ids, new_tokens: int, *, recorded:
     return seconds
 
 
-def require_profiler(runtime: str) -> None:
+def require_profiler(recipe: Recipe, workload: Workload) -> None:
     """Raises:
-    RuntimeUnavailable: a runtime without a profiler.
+    RuntimeUnavailable: what a run of the recipe takes is not told by operator: its runtime has no profiler, or none of a device; or a run is more
+        than the passes that are profiled.
     """
-    if runtime not in PROFILERS:
-        raise RuntimeUnavailable(f"runtime {runtime} does not tell what its operators take: {UNTOLD[runtime]}; these do: {', '.join(PROFILERS)}.")
+    if recipe.runtime not in PROFILERS:
+        known = ", ".join(PROFILERS)
+        raise RuntimeUnavailable(f"runtime {recipe.runtime} does not tell what its operators take: {UNTOLD[recipe.runtime]}; these do: {known}.")
+    if recipe.device is not None:
+        raise RuntimeUnavailable(f"what operators take on device={recipe.device} is not told; it is on the CPU.")
+    if recipe.speculation is not None:
+        raise RuntimeUnavailable("what operators take is told of plain decoding; leave speculate out.")
+    if workload.lengths:
+        raise RuntimeUnavailable("what operators take is told of one batch of one length; leave --lengths text out.")
 
 
 def open_recorder(runtime: str, folder: Path, spec: ModelSpec, setup: Setup) -> Recorder:
-    """What a folder holds, loaded with the runtime's profiler on.
+    """What a folder holds, loaded with the profiler on of a runtime of `PROFILERS`.
 
     Raises:
-        RuntimeUnavailable: it has none, or the folder holds nothing that it runs.
+        RuntimeUnavailable: the folder holds nothing that it runs.
     """
-    require_profiler(runtime)
     return PROFILERS[runtime](folder, spec, setup)
