@@ -41,7 +41,7 @@ from lighten.model.spec import WeightFormat
 Batch: TypeAlias = Mapping[str, np.ndarray[Any, Any]]
 ALPHAS = (0.75, 0.85, 1.0)
 SPOILED = 3e-4
-"""Squared error of a product over its square. Two of MiniLM's 24 sites are beyond it: activation functions of two blocks (benchmarks/LOG.md)."""
+"""Squared error of a product over its square. Choice; benchmarks/static_int8.py prints what each site of a model has."""
 AT_ONCE = 4
 """Sites between two looks at the graph as it is then; an encoder's block has four: choice."""
 ROWS = 16_384

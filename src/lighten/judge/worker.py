@@ -31,8 +31,7 @@ from lighten.runtimes.profiling import RUNS, WARM_UP_RUNS, open_recorder, profil
 from lighten.runtimes.session import Ids
 
 CALIBRATION_TEXTS = 512
-"""Calibration passages of `quantize(static)` at most: of MiniLM 426 leave 16e-4 of the embeddings' energy as error, 128 leave 23e-4
-(benchmarks/static_int8.py)."""
+"""Calibration passages of `quantize(static)` at most; benchmarks/static_int8.py compares numbers of them. Choice."""
 
 
 class Worker:
