@@ -519,6 +519,11 @@ def test_a_text_that_no_step_looks_at(refused, model, tmp_path):
             "runtime torch-compile does not tell what its operators take: its kernels join operators of several kinds; "
             "these do: torch, onnxruntime, openvino.",
         ),
+        (("bert", "--profile", "--lengths", "text"), "what operators take is told of one batch of one length; leave --lengths text out."),
+        (
+            ("llama", "--profile", "--phase", "decode", "--runtime", "torch(speculate=prompt-lookup)"),
+            "what operators take is told of plain decoding; leave speculate out.",
+        ),
         (("orphan",), "which is not there any more; quality is measured against it"),
         (("torn",), "no readable lighten.json"),
         (("bare",), "no config.json"),

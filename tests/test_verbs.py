@@ -8,7 +8,10 @@ import sys
 import pytest
 
 import lighten
-from lighten.errors import ModelError
+from lighten.errors import ModelError, WorkloadError
+from lighten.judge.child import WorkerFailed
+from lighten.judge.measure import Judge
+from lighten.runtimes import torch_eager
 
 PROGRAM = """
 import lighten
@@ -34,3 +37,18 @@ def test_a_stage_that_is_called_is_its_verb(tmp_path):
 def test_an_unknown_verb_names_those_that_exist():
     with pytest.raises(AttributeError, match="verbs: advise, choose, compare, compress, estimate, export, measure, plan, probe, summary"):
         lighten.prune  # noqa: B018 - the access is the test
+
+
+def test_what_is_measured_runs_where_its_recipe_says(tiny_bert, monkeypatch):
+    asked = []
+
+    def measure(judge, target):
+        asked.append(target)
+        raise WorkerFailed("enough")
+
+    monkeypatch.setattr(torch_eager, "require_device", lambda device: None)
+    monkeypatch.setattr(Judge, "measure", measure)
+    for runtime in ("torch(device=cuda, dtype=float16)", "torch"):
+        with pytest.raises(WorkloadError, match="could not be measured: enough"):
+            lighten.measure(tiny_bert, runtime=runtime)
+    assert [(target.device, target.dtype) for target in asked] == [("cuda", "float16"), ("cpu", "float32")]
