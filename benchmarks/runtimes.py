@@ -48,9 +48,11 @@ OURS = {
     "encoder": (
         "@ torch",
         "@ torch(dtype=bfloat16)",
+        "cast(bfloat16) @ torch-compile",
         "@ onnxruntime",
         "quantize(dynamic, embeddings=true) @ onnxruntime",
         "@ openvino(dtype=bfloat16)",
+        "quantize(dynamic, embeddings=true) @ openvino(dtype=bfloat16)",
         "quantize(static) @ openvino(dtype=bfloat16)",
         "quantize(dynamic, embeddings=true) @ ctranslate2",
     ),
@@ -59,7 +61,9 @@ OURS = {
         "@ onnxruntime",
         "@ openvino(dtype=bfloat16)",
         "quantize(rtn, symmetric=true, embeddings=true) @ openvino(dtype=bfloat16)",
+        "quantize(rtn, bits=4, group_size=32) | quantize(rtn, embeddings=true, targets=embed) @ openvino(dtype=bfloat16)",
         "quantize(dynamic, embeddings=true) @ ctranslate2",
+        "quantize(rtn, embeddings=true, format=q8_0) @ llama.cpp",
     ),
 }
 PEERS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
@@ -79,8 +83,16 @@ PEERS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
     "decoder": (
         ("torch", {"dtype": "bfloat16", "compiled": False}),
         ("torch", {"dtype": "bfloat16", "compiled": False, "quantization": "int8-weights"}),
+        ("onnxruntime-genai", {"precision": "fp32"}),
+        ("onnxruntime-genai", {"precision": "int4"}),
+        ("optimum-intel", {"weights": "fp16", "precision": "bf16"}),
+        ("optimum-intel", {"weights": "int8", "precision": "bf16"}),
+        ("optimum-intel", {"weights": "int4", "precision": "bf16"}),
         ("ctranslate2", {"quantization": "float32"}),
         ("ctranslate2", {"quantization": "int8"}),
+        ("llama-cpp", {"type": "F16"}),
+        ("llama-cpp", {"type": "Q8_0"}),
+        ("llama-cpp", {"type": "Q4_K_M"}),
     ),
 }
 SHOWN = ("neighbour_agreement", "cosine", "perplexity_ratio")
@@ -145,7 +157,7 @@ class Bench(Judge):
 
 
 def script_of(peer: str) -> Path:
-    return HERE / "peers" / f"runtime_{peer}.py"
+    return HERE / "peers" / f"runtime_{peer.replace('-', '_')}.py"
 
 
 def engines(arguments: argparse.Namespace) -> list[Engine]:

@@ -26,6 +26,10 @@ EAGER_PRIOR_SPREAD = {
 }  # fmt: skip
 """The same where models run the very operators that were measured, one by one, and cold weights were measured too: what is left is how warm the
 caches are. With wider ones the classes take over each other's noise: a busy machine gave pointwise operators 3.9 and linears 0.8."""
+BORROWED_PRIOR_SPREAD = PRIOR_SPREAD | {"linear": 1.0, "call": 1.0}
+"""The same where single operators and calls are another runtime's: int8 products, say, beside torch's in float32."""
+BORROWING = ("ctranslate2",)
+"""Runtimes that run models and no operators."""
 NOISE = 0.1
 """Standard deviation of log measured that is taken for granted: repeated blocks on a shared 2-core machine differ by about that."""
 DISTURBED_NOISE = 0.3
@@ -51,7 +55,7 @@ def fit_blocks(engine: EngineProfile, bandwidth: Sequence[Bandwidth]) -> Calibra
     blocks = _trustworthy(engine.blocks)
     sums = np.array([_block_parts(block, engine, bandwidth) for block in blocks])
     measured = np.array([block.seconds for block in blocks])
-    prior = EAGER_PRIOR_SPREAD if engine.runtime == "torch" and any(sample.kind == "cold" for sample in engine.samples) else PRIOR_SPREAD
+    prior = _prior(engine)
     noise = np.array([NOISE if block.calm else DISTURBED_NOISE for block in blocks])
     factors = _fit(sums, measured, noise, prior)
     return Calibration(
@@ -59,6 +63,12 @@ def fit_blocks(engine: EngineProfile, bandwidth: Sequence[Bandwidth]) -> Calibra
         spread=_spread(_left_out_errors(sums, measured, noise, prior)),
         blocks=len(measured),
     )
+
+
+def _prior(engine: EngineProfile) -> Mapping[str, float]:
+    if engine.runtime in BORROWING:
+        return BORROWED_PRIOR_SPREAD
+    return EAGER_PRIOR_SPREAD if engine.runtime == "torch" and any(sample.kind == "cold" for sample in engine.samples) else PRIOR_SPREAD
 
 
 def block_operators(block: BlockSample, dtype: str) -> list[Any]:

@@ -27,7 +27,7 @@ TIMEOUT_S = {"torch-compile": 600.0}
 DEFAULT_TIMEOUT_S = 300.0
 BUSY = 0.25
 """Above this share of disturbed points the log says that the machine was busy."""
-PACKAGES = ("torch", "onnx", "onnxruntime", "openvino", "nncf", "numpy")
+PACKAGES = ("torch", "onnx", "onnxruntime", "openvino", "nncf", "ctranslate2", "numpy")
 
 
 class ChildFailed(Exception):

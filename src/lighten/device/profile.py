@@ -20,9 +20,10 @@ VERSION = 1
 
 ENGINES = (
     "torch/float32", "torch/bfloat16", "torch-compile/float32", "torch-compile/bfloat16", "onnxruntime/float32", "onnxruntime/int8",
-    "openvino/float32", "openvino/bfloat16", "openvino/int8",
+    "openvino/float32", "openvino/bfloat16", "openvino/int8", "ctranslate2/float32", "ctranslate2/int8",
 )  # fmt: skip
-"""Runtime and the type that it computes linears in. int8: dynamic, per channel, in ONNX Runtime; static by NNCF in OpenVINO."""
+"""Runtime and the type that it computes linears in. int8: dynamic, per channel, in ONNX Runtime; static by NNCF in OpenVINO; dynamic, by token, in
+CTranslate2."""
 
 
 @dataclass(frozen=True, kw_only=True)

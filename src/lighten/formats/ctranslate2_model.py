@@ -140,8 +140,9 @@ def _encoder(weights: Weights, spec: ModelSpec) -> Any:
     body = next(name for name in weights if name.endswith("embeddings.word_embeddings.weight")).removesuffix("embeddings.word_embeddings.weight")
     put = _Putter(weights)
     put.matrix(encoder.embeddings[0], f"{body}embeddings.word_embeddings")
-    put.matrix(encoder.embeddings[1], f"{body}embeddings.token_type_embeddings")
-    encoder.position_encodings.encodings = put.floats(f"{body}embeddings.position_embeddings.weight")
+    kinds = put.floats(f"{body}embeddings.token_type_embeddings.weight")
+    encoder.embeddings[1].weight = kinds - kinds[0]  # of which the first is exact in 8 bits too: all tokens of one text have it
+    encoder.position_encodings.encodings = put.floats(f"{body}embeddings.position_embeddings.weight") + kinds[0]
     put.norm(encoder.layernorm_embedding, f"{body}embeddings.LayerNorm")
     for number, layer in enumerate(encoder.layer):
         at = f"{body}encoder.layer.{number}"

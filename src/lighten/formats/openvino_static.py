@@ -37,10 +37,11 @@ from lighten.compress.rtn import quantize_rtn
 from lighten.compress.statistics import Moments
 from lighten.formats.settings import STATIC_GROUP
 from lighten.model.spec import WeightFormat
+from lighten.recipe.words import FEW_ROWS
 
 Batch: TypeAlias = Mapping[str, np.ndarray[Any, Any]]
 ALPHAS = (0.75, 0.85, 1.0)
-SPOILED = 3e-4
+SPOILED = 1e-4
 """Squared error of a product over its square. Choice; benchmarks/static_int8.py prints what each site of a model has."""
 AT_ONCE = 4
 """Sites between two looks at the graph as it is then; an encoder's block has four: choice."""
@@ -112,9 +113,9 @@ def quantize_static(model: Any, batches: Sequence[Batch]) -> dict[str, Rounding]
 
 
 def quantize_tables(model: Any) -> None:
-    """Put 8-bit codes in the place of every table of two dimensions that rows are gathered from, in place."""
+    """Put 8-bit codes in the place of every table [R, D] of more than `FEW_ROWS` rows that are gathered, in place."""
     for node in model.get_ordered_ops():
-        if node.get_type_name() == "Gather" and (table := _constant(node.input_value(0))) is not None and table.ndim == 2:
+        if node.get_type_name() == "Gather" and (table := _constant(node.input_value(0))) is not None and table.ndim == 2 and len(table) > FEW_ROWS:
             codes = quantize_rtn(torch.from_numpy(table), bits=8, group_size=FORMAT.group_size, symmetric=True)
             node.input(0).replace_source_output(_expanded(codes, turned=False).output(0))
 

@@ -8,6 +8,7 @@ from lighten.errors import RecipeError
 from lighten.model.ggml_types import exact_ggml_type
 from lighten.model.spec import PER_CHANNEL, PER_TENSOR, Embedding, Linear, ModelSpec, Part, WeightFormat
 from lighten.model.tasks import runs_with_head
+from lighten.recipe.words import FEW_ROWS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +118,7 @@ def refuse_mixture(runtime: str, spec: ModelSpec) -> None:
     if runtime != "ctranslate2":
         return
     parts = [part for part in spec.parts if isinstance(part, Linear | Embedding) and part.tensors() and not left_out(part, spec, runtime)]
-    parts = [part for part in parts if isinstance(part, Linear) or "position" not in part.name]  # which are added, and stay floats
+    parts = [part for part in parts if isinstance(part, Linear) or ("position" not in part.name and part.num_embeddings > FEW_ROWS)]  # floats stay
     quantized = [part for part in parts if part.weight.bits is not None]
     if quantized and len(quantized) < len(parts):
         other = next(part for part in parts if part.weight.bits is None)

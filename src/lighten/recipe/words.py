@@ -45,16 +45,21 @@ class StepKind:
     implied: Callable[[Arguments], Arguments] = field(default=lambda arguments: {})
 
 
+FEW_ROWS = 16
+"""Rows of a table that is left as it is: one that has a row for each kind of token adds that row's rounding to all of them alike, where it does not
+average out. Of what MiniLM's tables lose in 8 bits five sixths were from the 2 rows of one of them (benchmarks/LOG.md)."""
+
+
 def quantizable(part: Part, arguments: Arguments) -> bool:
     """Whether a quantizing or pruning step changes this part's weight.
 
     By default every linear but the head; `targets`, a regular expression searched in module names, narrows it; `embeddings=true` adds
-    the embedding tables and the head. A head tied to an embedding follows that embedding.
+    the embedding tables of more than `FEW_ROWS` rows and the head. A head tied to an embedding follows that embedding.
     """
     if isinstance(part, Linear):
         found = arguments.get("embeddings", False) if part.component == "head" else True
     else:
-        found = isinstance(part, Embedding) and arguments.get("embeddings", False)
+        found = isinstance(part, Embedding) and part.num_embeddings > FEW_ROWS and arguments.get("embeddings", False)
     return bool(found) and bool(re.search(arguments.get("targets", ""), part.name))
 
 

@@ -29,9 +29,15 @@ class Bench(Protocol):
         """Write a micro-model as this engine's artifacts are written; its path and the bytes of its weights."""
 
 
-BENCHES = {"torch": "torch_bench", "torch-compile": "torch_bench", "onnxruntime": "onnxruntime_bench", "openvino": "openvino_bench"}
+BENCHES = {
+    "torch": "torch_bench", "torch-compile": "torch_bench", "onnxruntime": "onnxruntime_bench", "openvino": "openvino_bench",
+    "ctranslate2": "ctranslate2_bench",
+}  # fmt: skip
 _TORCH = ("torch", "transformers", "safetensors")
-MODULES = {"torch": _TORCH, "torch-compile": _TORCH, "onnxruntime": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino")}
+MODULES = {
+    "torch": _TORCH, "torch-compile": _TORCH, "onnxruntime": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino"),
+    "ctranslate2": (*_TORCH, "ctranslate2"),
+}  # fmt: skip
 """Runtime → the modules that its probe imports; openvino/int8 needs nncf too."""
 
 
