@@ -8,12 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 from tiny_models import bert_config, llama_config, save
 
 from lighten.errors import RecipeError
 from lighten.formats.artifact import write_artifact
 from lighten.formats.ctranslate2_model import vocabulary
+from lighten.model import read_spec
 from lighten.recipe import parse_recipe
+from lighten.runtimes import open_session
+from lighten.runtimes.session import Setup
 
 INT8 = "quantize(rtn, symmetric=true, embeddings=true, activations=dynamic, symmetric_activations=true) @ ctranslate2"
 LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
@@ -59,3 +63,18 @@ def test_its_codes_are_the_recipes(tmp_path):
     chosen = quantize_rtn(Checkpoint(source)["model.layers.0.mlp.down_proj.weight"], bits=8, group_size=-1, symmetric=True)
     codes = (chosen.codes.numpy().astype(np.int16) - 128).astype(np.int8)
     assert codes.tobytes() in (made.folder / "ctranslate2" / "model.bin").read_bytes()
+
+
+def test_the_kind_of_a_token_is_exact_in_8_bits(tmp_path):
+    """All tokens of a text have the first row of the table of kinds; its rounding would be in all of them alike."""
+    source = save(bert_config(), tmp_path / "model")
+    weights = load_file(source / "model.safetensors")
+    name = next(name for name in weights if "token_type" in name)
+    weights[name] = 100 * weights[name]
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    made = write_artifact(source, parse_recipe("quantize(dynamic, embeddings=true) @ ctranslate2"), tmp_path / "out", calibration=list)
+    ids = np.arange(20, 36)[None]
+    setup = Setup(dtype="float32", threads=1)
+    found = open_session("ctranslate2", made.folder, read_spec(source), setup).encode(ids, np.ones_like(ids))
+    exact = open_session("torch", source, read_spec(source), setup).encode(ids, np.ones_like(ids))
+    assert np.square(found - exact).sum() < 1e-3 * np.square(exact).sum()

@@ -24,6 +24,7 @@ from lighten.formats.openvino_static import (
     static_range,
 )
 from lighten.formats.settings import openvino_settings
+from lighten.recipe.words import FEW_ROWS
 
 openvino = pytest.importorskip("openvino")
 from openvino import opset13 as op  # noqa: E402 - where it is installed
@@ -159,3 +160,11 @@ def test_tables_become_codes():
     compiled = openvino.Core().compile_model(model, "CPU")
     found = compiled({"ids": np.arange(50)})[0]
     assert np.abs(found - table.numpy()).max() <= float(table.abs().max()) / 127
+
+
+def test_a_table_of_few_rows_stays_as_it_is():
+    ids = op.parameter([-1], np.int64, name="ids")
+    table = torch.randn(FEW_ROWS, 32, generator=torch.Generator().manual_seed(3))
+    model = openvino.Model([op.result(op.gather(constant(table), ids, op.constant(0, np.int64)))], [ids], "table")
+    quantize_tables(model)
+    assert np.array_equal(openvino.Core().compile_model(model, "CPU")({"ids": np.arange(FEW_ROWS)})[0], table.numpy())

@@ -7,18 +7,20 @@ import json
 import math
 import os
 import sys
+from dataclasses import replace
 
 import pytest
 
 from lighten.device import probe as probe_engines
 from lighten.device.bandwidth import measure_bandwidth
-from lighten.device.calibration import MIN_CALM
+from lighten.device.calibration import MIN_CALM, block_operators, fit_blocks
 from lighten.device.cases import BLOCKS, CALL, CHAIN, COLD_ROWS, EMPTY, LARGE_WIDTH, LINEARS, STACK, Case, all_cases, in_graphs, sizes
 from lighten.device.clock import involuntary_switches, time_all, time_call, waited_s
 from lighten.device.engines.bench import open_bench, open_loader, required_modules
 from lighten.device.probe_child import _believable as believable
 from lighten.device.probe_child import main, measure_engine
-from lighten.device.profile import ENGINES, Bandwidth, Sample, engine_from_json
+from lighten.device.profile import ENGINES, Bandwidth, BlockSample, EngineProfile, Sample, engine_from_json
+from lighten.device.roofline import sum_parts
 from lighten.errors import DeviceError
 
 PROBE = sys.modules["lighten.device.probe"]  # the package exports a function of the same name
@@ -130,6 +132,43 @@ def test_what_eager_runtimes_alone_measure_runs(dtype: str, tmp_path, monkeypatc
     assert [(each["kind"], each["rows"]) for each in found["samples"]] == expected
     assert [(each["num_key_value_heads"], each["intermediate_size"], each["layers"]) for each in found["blocks"]] == [(2, 96, 1)]
     assert all(each["seconds"] > 0 for each in [*found["samples"], *found["blocks"]])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_runtime_of_whole_models_measures_those_and_borrows_the_rest(dtype: str, tmp_path, monkeypatch) -> None:
+    engine = f"ctranslate2/{dtype}"
+    needs(engine)
+    decoder, block = Case("decoder", (64, 4, 2, 96, 1)), Case("block", (64, 4, 128, 2))
+    monkeypatch.setattr("lighten.device.cases.LINEARS", {(64, 64): (1, 8)})
+    monkeypatch.setattr("lighten.device.cases.DECODERS", {decoder.shape: ((2, 6), (1, 1))})
+    monkeypatch.setattr("lighten.device.cases.BLOCKS", {block.shape: ((2, 6),)})
+    asked = []
+    monkeypatch.setattr("lighten.device.engines.torch_bench.TorchBench.runner", lambda self, case, size: asked.append(case.kind) or (lambda: None))
+    found = measure_engine(engine, 1, tmp_path, [*SMALL, decoder, block, Case("fresh"), Case("cold", (64, 64, 3))])
+    assert [(each["num_key_value_heads"], each["layers"], each["seq_len"]) for each in found["blocks"]] == [(None, 2, 6), (2, 1, 6), (2, 1, 1)]
+    assert set(asked) == {"empty", "call", "chain", "linear"}
+    assert found["precision"] == "float32"
+
+
+def test_borrowed_products_may_be_far_off() -> None:
+    """int8 products that take a third of what stands for them: the fit finds it, which it would not take for granted of a runtime's own."""
+    linears = [Sample(kind="linear", rows=rows, shape=(i, o), seconds=rows * i * o / 1e11) for i, o in LINEARS for rows in (1, 64, 4096)]
+    rest = [Sample(kind="attention", rows=heads, shape=(s, s, 32), seconds=heads * s * s / 1e11) for heads in (8, 512) for s in (16, 512)]
+    rest += [Sample(kind=kind, rows=n, shape=(), seconds=n / 1e12) for kind in ("layernorm", "gelu", "add") for n in (1000, 10_000_000)]
+    engine = EngineProfile(
+        name="ctranslate2/int8", version="1", precision="float32", samples=(*linears, *rest), call_overhead_s=1e-7, operator_overhead_s=1e-8
+    )
+    block = BlockSample(hidden_size=512, num_attention_heads=8, intermediate_size=2048, layers=4, batch_size=1, seq_len=1, seconds=1.0)
+    sizes = [(1, 64), (2, 64), (1, 256), (4, 128), (8, 64), (1, 512), (2, 256), (4, 256), (8, 128), (8, 256)]
+    blocks = [replace(block, batch_size=b, seq_len=s) for b, s in sizes]
+    fast = (Bandwidth(working_set_bytes=2**20, read_bytes_per_s=1e14, copy_bytes_per_s=1e14),)
+    truth = [sum_parts(block_operators(each, "float32"), engine, fast).by_class["linear"] / 3 for each in blocks]
+    blocks = tuple(replace(each, seconds=seconds) for each, seconds in zip(blocks, truth, strict=True))
+    factors = {
+        name: fit_blocks(replace(engine, name=name, blocks=blocks), fast).factors["linear"] for name in ("ctranslate2/int8", "onnxruntime/int8")
+    }  # fmt: skip
+    assert factors["ctranslate2/int8"] == pytest.approx(1 / 3, rel=0.15)
+    assert factors["onnxruntime/int8"] > factors["ctranslate2/int8"]
 
 
 @pytest.mark.parametrize("engine", [name for name in ENGINES if not name.startswith("torch-compile")])

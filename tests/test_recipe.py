@@ -415,6 +415,15 @@ def is_possible(kind: StepKind, options: dict[str, Any]) -> bool:
     return refusal(lambda: make_step(verb, method, options)) is None
 
 
+def test_a_table_of_few_rows_is_left_as_it_is():
+    spec = spec_of("BertModel")
+    changed = apply_recipe(parse_recipe("quantize(rtn, embeddings=true)"), spec)
+    bits = {part.name.rpartition(".")[2]: part.weight.bits for part in changed.parts if isinstance(part, Embedding)}
+    assert bits == {"word_embeddings": 8, "position_embeddings": 8, "token_type_embeddings": None}
+    with pytest.raises(RecipeError, match="'token_type' matches no weight of BertModel that this step changes"):
+        apply_recipe(parse_recipe("quantize(rtn, embeddings=true, targets=token_type)"), spec)
+
+
 def test_a_step_is_predicted_and_done_under_the_same_name():
     assert STEPS.keys() == METHODS.keys()
 
