@@ -63,6 +63,7 @@ OURS = {
         "quantize(rtn, symmetric=true, embeddings=true) @ openvino(dtype=bfloat16)",
         "quantize(rtn, bits=4, group_size=32) | quantize(rtn, embeddings=true, targets=embed) @ openvino(dtype=bfloat16)",
         "quantize(dynamic, embeddings=true) @ ctranslate2",
+        "quantize(smoothquant, symmetric_activations=true, embeddings=true, tokens=4096) @ ctranslate2",
         "quantize(rtn, embeddings=true, format=q8_0) @ llama.cpp",
     ),
 }
