@@ -5,20 +5,19 @@ What its own products, fused layers and calls take beside them is what the block
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import ctranslate2
-import torch
+import numpy as np
+from ctranslate2.specs import transformer_spec
+from ctranslate2.specs.common_spec import Activation
 
-from lighten.device.cases import DECODERS, Case, in_graphs
+from lighten.device.cases import Case, in_graphs
 from lighten.device.engines.ctranslate2_load import first_tokens
 from lighten.device.engines.torch_bench import TorchBench
-from lighten.model.read import config_spec
-from lighten.model.spec import ModelSpec
 
 WHOLE = ("block", "decoder", "stack")
 POSITIONS, VOCABULARY = 512, 64
@@ -37,7 +36,7 @@ class CTranslate2Bench(TorchBench):
         self.models: dict[Case, Callable[[tuple[int, int]], Callable[[], object]]] = {}
 
     def cases(self, wanted: Sequence[Case]) -> list[Case]:
-        return [*in_graphs(wanted), *(case for case in wanted if case.kind == "decoder" and case.shape in DECODERS)]
+        return [*in_graphs(wanted), *(case for case in wanted if case.kind == "decoder")]
 
     def runner(self, case: Case, size: tuple[int, ...]) -> Callable[[], object]:
         if case.kind not in WHOLE:
@@ -49,33 +48,76 @@ class CTranslate2Bench(TorchBench):
         return self.models[case]((batch, length))
 
     def store(self, case: Case, folder: Path) -> tuple[Path, int]:
-        from lighten.formats.ctranslate2_model import write_ctranslate2
-        from lighten.formats.files import CTRANSLATE2
-        from lighten.recipe import apply_recipe, parse_recipe
-
-        spec = synthetic_spec(case)
-        random = {name: torch.randn(shape) / shape[-1] ** 0.5 for part in spec.parts for name, shape in part.tensors().items()}
-        if self.quantized:
-            spec = apply_recipe(parse_recipe("quantize(dynamic, embeddings=true) @ ctranslate2"), spec)
-        out = folder / case.name
-        shutil.rmtree(out, ignore_errors=True)
-        out.mkdir()
-        write_ctranslate2(random, spec, out, out)
-        return out / CTRANSLATE2, (out / CTRANSLATE2 / "model.bin").stat().st_size
+        model = _decoder(*case.shape) if case.kind == "decoder" else _encoder(*_encoder_shape(case))
+        model.register_vocabulary([f"<{token}>" for token in range(VOCABULARY)])
+        model.config.unk_token = model.config.bos_token = model.config.eos_token = "<0>"
+        model.validate()
+        model.optimize("int8" if self.quantized else None)
+        path = folder / case.name
+        path.mkdir()
+        model.save(str(path))
+        return path, (path / "model.bin").stat().st_size
 
 
-def synthetic_spec(case: Case) -> ModelSpec:
-    """A case as a whole model: a BERT of its layers, a Llama of a decoder's; a stack as so many layers of as wide a BERT."""
-    if case.kind == "decoder":
-        hidden, heads, shared, inner, layers = case.shape
-        own: dict[str, Any] = {
-            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_key_value_heads": shared, "hidden_act": "silu", "rms_norm_eps": 1e-5
-        }  # fmt: skip
-    else:
-        hidden, heads, inner, layers = case.shape if case.kind == "block" else (case.shape[0], case.shape[0] // 16, *case.shape[1:])
-        own = {"architectures": ["BertModel"], "model_type": "bert", "hidden_act": "gelu", "layer_norm_eps": 1e-5, "type_vocab_size": 2}
-    sizes = {
-        "hidden_size": hidden, "num_attention_heads": heads, "intermediate_size": inner, "num_hidden_layers": layers, "vocab_size": VOCABULARY,
-        "max_position_embeddings": POSITIONS,
-    }  # fmt: skip
-    return config_spec(own | sizes, name="synthetic", source="the probe")
+def _encoder_shape(case: Case) -> tuple[int, int, int, int]:
+    """(hidden, heads, intermediate, layers); a stack as so many layers of its width."""
+    if case.kind == "block":
+        hidden, heads, inner, layers = case.shape
+        return hidden, heads, inner, layers
+    width, inner, pairs = case.shape
+    return width, width // 16, inner, pairs
+
+
+def _encoder(hidden: int, heads: int, inner: int, layers: int) -> Any:
+    """BERT's layers after a table of tokens and one of positions."""
+    encoder = transformer_spec.TransformerEncoderSpec(layers, heads, pre_norm=False, activation=Activation.GELU, layernorm_embedding=True)
+    encoder.scale_embeddings = False
+    _put(encoder.embeddings[0], VOCABULARY, hidden)
+    encoder.position_encodings.encodings = _random(POSITIONS, hidden)
+    _norm(encoder.layernorm_embedding, hidden, bias=True)
+    for layer in encoder.layer:
+        _put(layer.self_attention.linear[0], 3 * hidden, hidden, bias=True)
+        _put(layer.self_attention.linear[1], hidden, hidden, bias=True)
+        _put(layer.ffn.linear_0, inner, hidden, bias=True)
+        _put(layer.ffn.linear_1, hidden, inner, bias=True)
+        for norm in (layer.self_attention.layer_norm, layer.ffn.layer_norm):
+            _norm(norm, hidden, bias=True)
+    return transformer_spec.TransformerEncoderModelSpec(encoder, pooling_layer=False)
+
+
+def _decoder(hidden: int, heads: int, shared: int, inner: int, layers: int) -> Any:
+    """Llama's layers, with a head of as few tokens as the table has."""
+    model = transformer_spec.TransformerDecoderModelSpec.from_config(
+        layers, heads, activation=Activation.SWISH, pre_norm=True, ffn_glu=True, rms_norm=True, rotary_dim=0, rotary_interleave=False,
+        rotary_base=10_000.0, num_heads_kv=None if shared == heads else shared,
+    )  # fmt: skip
+    decoder, keys = model.decoder, hidden // heads * shared
+    decoder.scale_embeddings = False
+    _put(decoder.embeddings, VOCABULARY, hidden)
+    _put(decoder.projection, VOCABULARY, hidden)
+    _norm(decoder.layer_norm, hidden)
+    for layer in decoder.layer:
+        _put(layer.self_attention.linear[0], hidden + 2 * keys, hidden)
+        _put(layer.self_attention.linear[1], hidden, hidden)
+        _put(layer.ffn.linear_0, inner, hidden)
+        _put(layer.ffn.linear_0_noact, inner, hidden)
+        _put(layer.ffn.linear_1, hidden, inner)
+        for norm in (layer.self_attention.layer_norm, layer.ffn.layer_norm):
+            _norm(norm, hidden)
+    return model
+
+
+def _random(*shape: int) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(0).standard_normal(shape, dtype=np.float32) / np.float32(shape[-1] ** 0.5)
+
+
+def _put(layer: Any, outputs: int, columns: int, *, bias: bool = False) -> None:
+    layer.weight = _random(outputs, columns)
+    if bias:
+        layer.bias = np.zeros(outputs, np.float32)
+
+
+def _norm(layer: Any, size: int, *, bias: bool = False) -> None:
+    layer.gamma = np.ones(size, np.float32)
+    if bias:
+        layer.beta = np.zeros(size, np.float32)

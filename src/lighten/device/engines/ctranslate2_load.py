@@ -23,6 +23,6 @@ def first_tokens(path: Path, threads: int, *, decoder: bool) -> Callable[[tuple[
         given = [ctranslate2.StorageView.from_array(value) for value in (ids, lengths)]
         if decoder:
             return lambda: np.array(model.forward_batch(*given))
-        return lambda: np.array(model.forward_batch(*given, token_type_ids=ids.tolist()).last_hidden_state)
+        return lambda: np.array(model.forward_batch(*given).last_hidden_state)
 
     return runner
