@@ -108,7 +108,8 @@ def _decoder(hidden: int, heads: int, shared: int, inner: int, layers: int) -> A
 
 
 def _random(*shape: int) -> np.ndarray[Any, Any]:
-    return np.random.default_rng(0).standard_normal(shape, dtype=np.float32) / np.float32(shape[-1] ** 0.5)
+    values: np.ndarray[Any, Any] = np.random.default_rng(0).standard_normal(shape, dtype=np.float32) / np.float32(shape[-1] ** 0.5)
+    return values
 
 
 def _put(layer: Any, outputs: int, columns: int, *, bias: bool = False) -> None:
