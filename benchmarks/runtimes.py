@@ -53,6 +53,7 @@ OURS = {
         "quantize(dynamic, embeddings=true) @ onnxruntime",
         "@ openvino(dtype=bfloat16)",
         "quantize(dynamic, embeddings=true) @ openvino(dtype=bfloat16)",
+        "quantize(static) @ openvino",
         "quantize(static) @ openvino(dtype=bfloat16)",
         "quantize(dynamic, embeddings=true) @ ctranslate2",
     ),
