@@ -26,6 +26,7 @@ from lighten.compress.grid import Quantized, QuantizedTensor
 from lighten.formats import files
 from lighten.formats.onnx_export import INLINE_BYTES, dense_weights, write_onnx
 from lighten.model.spec import PER_CHANNEL, PER_TENSOR, Embedding, Linear, ModelSpec
+from lighten.recipe.words import FEW_ROWS
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -68,9 +69,18 @@ def _quantize_dynamic(plain: Path, shaped: Path, out: Path, operators: list[str]
         quant_pre_process(str(plain), str(shaped), skip_symbolic_shape=True)
         _forget_weight_shapes(shaped)
         quantize_dynamic(
-            str(shaped), str(out), per_channel=True, weight_type=QuantType.QInt8, op_types_to_quantize=operators,
+            str(shaped), str(out), per_channel=True, weight_type=QuantType.QInt8, op_types_to_quantize=operators, nodes_to_exclude=_small(shaped),
             extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
         )  # fmt: skip
+
+
+def _small(path: Path) -> list[str]:
+    """What gathers from a table that recipes leave as it is."""
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    tables = {initializer.name for initializer in graph.initializer if len(initializer.dims) == 2 and initializer.dims[0] <= FEW_ROWS}
+    return [node.name for node in graph.node if node.op_type == "Gather" and node.input[0] in tables]
 
 
 def _forget_weight_shapes(path: Path) -> None:
