@@ -42,9 +42,9 @@ from lighten.recipe import parse_recipe
 
 HERE = Path(__file__).parent
 SHAPES = {
-    "encoder": ("encode:1x16", "encode:1x128", "encode:1x512", "encode:32x128"), "decoder": ("prefill:1x512", "decode:1x64+64", "decode:8x64+64"),
+    "encoder": ("encode:1x128", "encode:1x16", "encode:1x512", "encode:32x128"), "decoder": ("prefill:1x512", "decode:1x64+64", "decode:8x64+64"),
 }  # fmt: skip
-"""phase:batch x length + new tokens."""
+"""phase:batch x length + new tokens; the first is that of quality."""
 OURS = {
     "encoder": (
         "@ torch",

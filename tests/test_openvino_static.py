@@ -22,6 +22,7 @@ from lighten.formats.openvino_static import (
     round_groups,
     round_static,
     static_range,
+    statistics_of,
 )
 from lighten.formats.settings import openvino_settings
 from lighten.recipe.words import FEW_ROWS
@@ -117,7 +118,7 @@ def test_a_few_huge_rows_are_rounded_by_row():
 
 def test_weights_by_moments_beat_the_nearest_ones():
     x, weight = inputs() @ torch.randn(COLUMNS, COLUMNS, generator=torch.Generator().manual_seed(2)), weights()
-    found: Rounding = round_by(x, weight, torch.ones(COLUMNS))
+    found: Rounding = round_by(x, weight, torch.ones(COLUMNS), statistics=statistics_of(x))
     judged = torch.arange(len(x)) % 4 == 3
     nearest = quantize_rtn(weight["product 0"], bits=8, group_size=-1, symmetric=True).dequantize()
     rounded = round_static(x, found.low or 0.0, found.high or 0.0)
@@ -127,7 +128,7 @@ def test_weights_by_moments_beat_the_nearest_ones():
 
 def test_nothing_is_shifted_on_average():
     x = inputs()
-    found = round_by(x, weights(2), torch.full((COLUMNS,), 2.0))
+    found = round_by(x, weights(2), torch.full((COLUMNS,), 2.0), statistics=statistics_of(x))
     rounded = round_static(x / 2, found.low or 0.0, found.high or 0.0)
     for name, weight in weights(2).items():
         left = (x @ weight.T - rounded @ found.weights[name].dequantize().T - found.shifts[name]).mean(0)

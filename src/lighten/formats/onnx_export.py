@@ -31,6 +31,9 @@ from lighten.trace.onnx_weights import SCOPES
 INLINE_BYTES = 1_800_000_000
 """Weights above this lie in a file beside the graph: a protobuf file holds less than 2 GiB (protobuf's own limit)."""
 
+MASKED = -65504.0
+"""Added to the scores of keys that are not seen: the least float16, of which the exponential is 0 in every type, and finite in all."""
+
 
 def export_onnx(folder: Path, spec: ModelSpec, path: Path) -> None:
     """Write `path` with the folder's weights in float32, and beside it `path.weights.json`: which initializer holds which tensor.
@@ -142,7 +145,8 @@ class _Encoder(nn.Module):
         self.outputs = outputs
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> tuple[Tensor, ...]:
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        masked = torch.where(attention_mask[:, None, None] == 0, MASKED, 0.0)  # [B, 1, 1, S]; its class would look up a table for each query too
+        inputs = {"input_ids": input_ids, "attention_mask": masked}
         hidden, output = run_encoder(self.model, inputs if token_type_ids is None else inputs | {TYPES: token_type_ids})
         return tuple(hidden if name == HIDDEN else output[name] for name in self.outputs)
 

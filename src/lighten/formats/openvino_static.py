@@ -22,7 +22,7 @@ Shape legend: B batch_size, S length, T rows (tokens), I columns (input features
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, TypeAlias
 
@@ -34,7 +34,7 @@ from lighten.compress.fake_quant import round_dynamic
 from lighten.compress.gptq import quantize_gptq
 from lighten.compress.grid import QuantizedTensor
 from lighten.compress.rtn import quantize_rtn
-from lighten.compress.statistics import Moments
+from lighten.compress.statistics import InputStatistics, Moments
 from lighten.formats.settings import STATIC_GROUP
 from lighten.model.spec import WeightFormat
 from lighten.recipe.words import FEW_ROWS
@@ -190,10 +190,12 @@ def choose_rounding(x: Tensor, weights: Mapping[str, Tensor]) -> Rounding:
         x: [T, I].
         weights: [O, I] each.
     """
-    best = min((round_by(x, weights, smooth_scales(x, weights, alpha)) for alpha in ALPHAS), key=lambda found: found.error)
+    statistics = statistics_of(x)
+    tried = (round_by(x, weights, smooth_scales(x, weights, alpha), statistics=statistics) for alpha in ALPHAS)
+    best = min(tried, key=lambda found: found.error)
     if best.error <= SPOILED or x.shape[1] % STATIC_GROUP:
         return best
-    other = round_by(x, weights, torch.ones(x.shape[1]), static=False)
+    other = round_by(x, weights, torch.ones(x.shape[1]), static=False, statistics=statistics)
     return other if other.error < best.error / 2 else best
 
 
@@ -205,15 +207,36 @@ def smooth_scales(x: Tensor, weights: Mapping[str, Tensor], alpha: float) -> Ten
     return scales / scales.log().mean().exp()
 
 
-def round_by(x: Tensor, weights: Mapping[str, Tensor], scales: Tensor, *, static: bool = True) -> Rounding:
-    """A site rounded with given scales, and how far off its products then are."""
-    smoothed = x / scales
+def statistics_of(x: Tensor) -> InputStatistics:
+    """The moments of x [T, I], those of its held-out rows apart."""
+    moments, held_out = Moments(x.shape[1]), _held_out(x)
+    moments.add(x[~held_out])
+    moments.add(x[held_out], held_out=True)
+    return moments.finish()
+
+
+def _held_out(x: Tensor) -> Tensor:
+    return torch.arange(len(x)) % HELD_OUT == HELD_OUT - 1
+
+
+def _of_divided(found: InputStatistics, scales: Tensor) -> InputStatistics:
+    """The moments of x / scales, from those of x."""
+    both = scales[:, None] * scales
+    return replace(
+        found, hessian=found.hessian / both, held_out=None if found.held_out is None else found.held_out / both,
+        mean_abs=found.mean_abs / scales, abs_max=found.abs_max / scales,
+    )  # fmt: skip
+
+
+def round_by(x: Tensor, weights: Mapping[str, Tensor], scales: Tensor, *, statistics: InputStatistics, static: bool = True) -> Rounding:
+    """A site rounded with given scales, and how far off its products then are.
+
+    Args:
+        statistics: of x.
+    """
+    smoothed, held_out = x / scales, _held_out(x)
     low, high = static_range(smoothed) if static else (None, None)
-    moments = Moments(x.shape[1])
-    held_out = torch.arange(len(x)) % HELD_OUT == HELD_OUT - 1
-    moments.add(smoothed[~held_out])
-    moments.add(smoothed[held_out], held_out=True)
-    codes = quantize_gptq({name: weight * scales for name, weight in weights.items()}, moments.finish(), FORMAT)
+    codes = quantize_gptq({name: weight * scales for name, weight in weights.items()}, _of_divided(statistics, scales), FORMAT)
     rounded = round_static(smoothed, low, high) if low is not None and high is not None else round_groups(smoothed)
     wrong = total = 0.0
     shifts = {}

@@ -76,7 +76,7 @@ class _Graph:
             case "attention":
                 return self.attention(x["q"], x["k"], x["v"], self.padding(x["mask"]), (HEADS, case.shape[0]))
             case "block":
-                return self.block(x["x"], self.padding(x["mask"], square=True), case.shape)
+                return self.block(x["x"], self.padding(x["mask"]), case.shape)
             case "layernorm":
                 return self.layernorm(x["x"], case.shape[0])
             case "rmsnorm":
@@ -127,12 +127,9 @@ class _Graph:
         turned = self.op("Concat", self.op("Neg", high), low, axis=-1)
         return self.op("Add", self.op("Mul", x, z), self.op("Mul", turned, z))
 
-    def padding(self, mask: str, *, square: bool = False) -> str:
-        """0 or -∞ for each key, as [B, 1, 1, K], or as exports have it for each query and key, [B, 1, Q, K]."""
-        seen = self.op("Cast", mask, to=TensorProto.BOOL)
-        keep = self.op("Unsqueeze", seen, self.whole(1, 2))
-        if square:
-            keep = self.op("And", keep, self.op("Unsqueeze", seen, self.whole(1, 3)))
+    def padding(self, mask: str) -> str:
+        """0 or -∞ for each key, [B, 1, 1, K]."""
+        keep = self.op("Unsqueeze", self.op("Cast", mask, to=TensorProto.BOOL), self.whole(1, 2))
         return self.op("Where", keep, self.constant(np.array(0, np.float32)), self.constant(np.array(-np.inf, np.float32)))
 
     def heads(self, x: str, heads: tuple[int, int], order: tuple[int, ...]) -> str:
