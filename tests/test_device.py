@@ -524,4 +524,4 @@ def test_only_torch_s_threads_are_bound_to_cores() -> None:
     assert pinned_environment(3, runtime="torch-compile")["OMP_PROC_BIND"] == "close"
     assert "OMP_PROC_BIND" not in pinned_environment(3, runtime="openvino")
     assert pinned_environment(3, runtime="openvino")["OMP_NUM_THREADS"] == "3"
-    assert len(set(ENGINES)) == 9
+    assert len(set(ENGINES)) == 11
