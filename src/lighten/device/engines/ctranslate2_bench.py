@@ -5,18 +5,15 @@ What its own products, fused layers and calls take beside them is what the block
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import ctranslate2
 import numpy as np
-from ctranslate2.specs import transformer_spec
-from ctranslate2.specs.common_spec import Activation
 
 from lighten.device.cases import Case, in_graphs
-from lighten.device.engines.ctranslate2_load import first_tokens
 from lighten.device.engines.torch_bench import TorchBench
 
 WHOLE = ("block", "decoder", "stack")
@@ -31,6 +28,8 @@ def open_bench(engine: str, threads: int) -> CTranslate2Bench:
 class CTranslate2Bench(TorchBench):
     def __init__(self, engine: str, threads: int) -> None:
         super().__init__("torch/float32", threads)
+        import ctranslate2  # after torch: each has an OpenMP of its own, and where this one's came first, torch's threads shared one core
+
         self.quantized, self.threads = engine.endswith("/int8"), threads
         self.version = ctranslate2.__version__
         self.models: dict[Case, Callable[[tuple[int, int]], Callable[[], object]]] = {}
@@ -42,6 +41,8 @@ class CTranslate2Bench(TorchBench):
         if case.kind not in WHOLE:
             return super().runner(case, size)
         if case not in self.models:
+            from lighten.device.engines.ctranslate2_load import first_tokens
+
             with tempfile.TemporaryDirectory(prefix="lighten-probe-") as folder:
                 self.models[case] = first_tokens(self.store(case, Path(folder))[0], self.threads, decoder=case.kind == "decoder")
         batch, length = size
@@ -54,6 +55,7 @@ class CTranslate2Bench(TorchBench):
         model.validate()
         model.optimize("int8" if self.quantized else None)
         path = folder / case.name
+        shutil.rmtree(path, ignore_errors=True)  # of another engine
         path.mkdir()
         model.save(str(path))
         return path, (path / "model.bin").stat().st_size
@@ -70,7 +72,10 @@ def _encoder_shape(case: Case) -> tuple[int, int, int, int]:
 
 def _encoder(hidden: int, heads: int, inner: int, layers: int) -> Any:
     """BERT's layers after a table of tokens and one of positions."""
-    encoder = transformer_spec.TransformerEncoderSpec(layers, heads, pre_norm=False, activation=Activation.GELU, layernorm_embedding=True)
+    from ctranslate2.specs.common_spec import Activation
+    from ctranslate2.specs.transformer_spec import TransformerEncoderModelSpec, TransformerEncoderSpec
+
+    encoder = TransformerEncoderSpec(layers, heads, pre_norm=False, activation=Activation.GELU, layernorm_embedding=True)
     encoder.scale_embeddings = False
     _put(encoder.embeddings[0], VOCABULARY, hidden)
     encoder.position_encodings.encodings = _random(POSITIONS, hidden)
@@ -82,12 +87,15 @@ def _encoder(hidden: int, heads: int, inner: int, layers: int) -> Any:
         _put(layer.ffn.linear_1, hidden, inner, bias=True)
         for norm in (layer.self_attention.layer_norm, layer.ffn.layer_norm):
             _norm(norm, hidden, bias=True)
-    return transformer_spec.TransformerEncoderModelSpec(encoder, pooling_layer=False)
+    return TransformerEncoderModelSpec(encoder, pooling_layer=False)
 
 
 def _decoder(hidden: int, heads: int, shared: int, inner: int, layers: int) -> Any:
     """Llama's layers, with a head of as few tokens as the table has."""
-    model = transformer_spec.TransformerDecoderModelSpec.from_config(
+    from ctranslate2.specs.common_spec import Activation
+    from ctranslate2.specs.transformer_spec import TransformerDecoderModelSpec
+
+    model = TransformerDecoderModelSpec.from_config(
         layers, heads, activation=Activation.SWISH, pre_norm=True, ffn_glu=True, rms_norm=True, rotary_dim=0, rotary_interleave=False,
         rotary_base=10_000.0, num_heads_kv=None if shared == heads else shared,
     )  # fmt: skip
