@@ -69,12 +69,12 @@ def _quantize_dynamic(plain: Path, shaped: Path, out: Path, operators: list[str]
         quant_pre_process(str(plain), str(shaped), skip_symbolic_shape=True)
         _forget_weight_shapes(shaped)
         quantize_dynamic(
-            str(shaped), str(out), per_channel=True, weight_type=QuantType.QInt8, op_types_to_quantize=operators, nodes_to_exclude=_small(shaped),
-            extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
+            str(shaped), str(out), per_channel=True, weight_type=QuantType.QInt8, op_types_to_quantize=operators,
+            nodes_to_exclude=_of_few_rows(shaped), extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
         )  # fmt: skip
 
 
-def _small(path: Path) -> list[str]:
+def _of_few_rows(path: Path) -> list[str]:
     """What gathers from a table that recipes leave as it is."""
     import onnx
 

@@ -47,7 +47,7 @@ class StepKind:
 
 FEW_ROWS = 16
 """Rows of a table that is left as it is: one that has a row for each kind of token adds that row's rounding to all of them alike, where it does not
-average out. Of what MiniLM's tables lose in 8 bits five sixths were from the 2 rows of one of them (benchmarks/LOG.md)."""
+average out. Of what MiniLM's tables lose in 8 bits five sixths are from the 2 rows of one of them (benchmarks/tables_int8.py)."""
 
 
 def quantizable(part: Part, arguments: Arguments) -> bool:
