@@ -65,7 +65,7 @@ def test_its_codes_are_the_recipes(tmp_path):
 
 
 def test_the_kind_of_a_token_is_exact_in_8_bits(tmp_path):
-    """All tokens of a text have the first row of the table of kinds: it is among the positions, which stay floats, and 0 in the table that is rounded."""
+    """All tokens of a text have the first row of the table of kinds: it is added to the positions, which stay floats, and 0 in what is rounded."""
     source = save(bert_config(), tmp_path / "model")
     weights = load_file(source / "model.safetensors")
     positions, kinds = (weights[f"embeddings.{name}_embeddings.weight"].numpy() for name in ("position", "token_type"))
