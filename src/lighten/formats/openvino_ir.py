@@ -22,6 +22,7 @@ from lighten.errors import RecipeError
 from lighten.formats import files
 from lighten.formats.graph_inputs import cache_names, kv_shape
 from lighten.formats.onnx_export import dense_weights, digest, tensor_table, write_onnx
+from lighten.formats.openvino_rewrite import join_heads, scale_queries
 from lighten.formats.openvino_static import quantize_static, quantize_tables
 from lighten.model.spec import Embedding, Linear, ModelSpec, WeightFormat
 from lighten.model.tasks import runs_with_head
@@ -61,6 +62,9 @@ def write_openvino(
             quantize_tables(model)
         elif by_runtime:
             model = _compress(model, values, by_runtime)
+        elif not spec.is_decoder and all(isinstance(weight, Tensor) for weight in weights.values()):
+            scale_queries(model)
+            join_heads(model)
         _put_codes(model, {name: weight for name, weight in weights.items() if isinstance(weight, QuantizedTensor)}, values, spec)
         openvino.save_model(model, folder / files.OPENVINO, compress_to_fp16=spec.dtype == "float16")
     del model

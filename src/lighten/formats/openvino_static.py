@@ -31,27 +31,41 @@ import torch
 from torch import Tensor
 
 from lighten.compress.fake_quant import round_dynamic
-from lighten.compress.gptq import quantize_gptq
+from lighten.compress.gptq import GptqSettings, quantize_gptq
 from lighten.compress.grid import QuantizedTensor
 from lighten.compress.rtn import quantize_rtn
 from lighten.compress.statistics import InputStatistics, Moments
+from lighten.formats.openvino_rewrite import (
+    bias_of,
+    constant_of,
+    divide_source,
+    find_products,
+    join_heads,
+    make_constant,
+    scale_queries,
+    weight_of,
+)
 from lighten.formats.settings import STATIC_GROUP
 from lighten.model.spec import WeightFormat
 from lighten.recipe.words import FEW_ROWS
 
 Batch: TypeAlias = Mapping[str, np.ndarray[Any, Any]]
 ALPHAS = (0.75, 0.85, 1.0)
-SPOILED = 1e-4
+SPOILED = 3e-4
 """Squared error of a product over its square. Choice; benchmarks/static_int8.py prints what each site of a model has."""
 AT_ONCE = 4
 """Sites between two looks at the graph as it is then; an encoder's block has four: choice."""
 ROWS = 16_384
 """Calibration rows of a site at most, evenly spread: choice, 100 MB of an input of 1,536 columns."""
+SEQUENCES = 16
+"""In a batch of calibration: choice."""
 HELD_OUT = 4
 """Every so many-th row judges what the others chose."""
 LEAST = 1e-5
 """Maxima below it count as this much, as in `smoothquant.py`."""
 FORMAT = WeightFormat(bits=8, scale_dtype="float32")
+PLAIN = GptqSettings(damping=0.03, refine=0, search=False)
+"""At 8 bits the rest of GPTQ's settings lowers a product's error by 1 to 3 %, of which most is the inputs', for five times the time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,12 +114,14 @@ def quantize_static(model: Any, batches: Sequence[Batch]) -> dict[str, Rounding]
     Returns:
         how each site was rounded, by the operator that gives its input.
     """
-    sites, found = find_sites(model), {}
-    left = iter(sites)
+    batches, found = together(batches), {}
+    scale_queries(model)
+    join_heads(model)
+    left = iter(find_sites(model))
     while group := list(islice(left, AT_ONCE)):
         inputs = look(model, group, batches)
         for site in group:
-            weights = {name: weight_of(_operator(model, name)) for name in site.operators}
+            weights = {name: torch.from_numpy(weight_of(_operator(model, name))) for name in site.operators}
             rounding = choose_rounding(inputs.pop(site.source), weights)
             _put(model, site, rounding)
             found[site.source[0]] = rounding
@@ -115,7 +131,7 @@ def quantize_static(model: Any, batches: Sequence[Batch]) -> dict[str, Rounding]
 def quantize_tables(model: Any) -> None:
     """Put 8-bit codes in the place of every table [R, D] of more than `FEW_ROWS` rows that are gathered, in place."""
     for node in model.get_ordered_ops():
-        if node.get_type_name() == "Gather" and (table := _constant(node.input_value(0))) is not None and table.ndim == 2 and len(table) > FEW_ROWS:
+        if node.get_type_name() == "Gather" and (table := constant_of(node.input_value(0))) is not None and table.ndim == 2 and len(table) > FEW_ROWS:
             codes = quantize_rtn(torch.from_numpy(table), bits=8, group_size=FORMAT.group_size, symmetric=True)
             node.input(0).replace_source_output(_expanded(codes, turned=False).output(0))
 
@@ -123,32 +139,10 @@ def quantize_tables(model: Any) -> None:
 def find_sites(model: Any) -> list[Site]:
     """Every input of products with constant weights, in the order of the graph."""
     operators: dict[tuple[str, int], list[str]] = {}
-    for node in model.get_ordered_ops():
-        if node.get_type_name() == "MatMul" and _is_product(node):
-            source = node.input_value(0)
-            operators.setdefault((source.get_node().get_friendly_name(), source.get_index()), []).append(node.get_friendly_name())
+    for node in find_products(model):
+        source = node.input_value(0)
+        operators.setdefault((source.get_node().get_friendly_name(), source.get_index()), []).append(node.get_friendly_name())
     return [Site(source=source, operators=tuple(names)) for source, names in operators.items()]
-
-
-def _is_product(node: Any) -> bool:
-    """Whether it is x W or x Wᵀ, W a constant."""
-    weight = _constant(node.input_value(1))
-    return weight is not None and weight.ndim == 2 and not node.get_attributes()["transpose_a"] and _constant(node.input_value(0)) is None
-
-
-def _constant(output: Any) -> np.ndarray[Any, Any] | None:
-    """The values of a constant of floats; None: it is something else."""
-    node = output.get_node()
-    if node.get_type_name() != "Constant" or node.get_element_type().to_string() not in ("f32", "f16", "bf16"):
-        return None
-    return np.array(node.data, np.float32)
-
-
-def weight_of(node: Any) -> Tensor:
-    """[O, I]."""
-    values = _constant(node.input_value(1))
-    assert values is not None, "a site's weight is constant"
-    return torch.from_numpy(values if node.get_attributes()["transpose_b"] else values.T.copy())
 
 
 def look(model: Any, sites: Sequence[Site], batches: Sequence[Batch]) -> dict[tuple[str, int], Tensor]:
@@ -171,6 +165,23 @@ def look(model: Any, sites: Sequence[Site], batches: Sequence[Batch]) -> dict[tu
     return {site.source: _spread(torch.cat(rows)) for site, rows in zip(sites, seen, strict=True)}
 
 
+def together(batches: Sequence[Batch]) -> list[Batch]:
+    """The same sequences, `SEQUENCES` in a batch beside others of about their length, padded where a mask hides it."""
+    if any("attention_mask" not in batch for batch in batches):
+        return list(batches)
+    single = [{name: value[row] for name, value in batch.items()} for batch in batches for row in range(len(batch["attention_mask"]))]
+    single.sort(key=lambda each: len(each["attention_mask"]))
+    return [_padded(single[start : start + SEQUENCES]) for start in range(0, len(single), SEQUENCES)]
+
+
+def _padded(sequences: Sequence[Batch]) -> Batch:
+    longest = max(len(each["attention_mask"]) for each in sequences)
+    return {
+        name: np.stack([np.pad(each[name], [(0, longest - len(each[name]))] + [(0, 0)] * (each[name].ndim - 1)) for each in sequences])
+        for name in sequences[0]
+    }  # fmt: skip
+
+
 def _rows(values: np.ndarray[Any, Any], batch: Batch) -> Tensor:
     """[T, I] of [B, S, I], those that count; of [B, I] all."""
     mask = batch.get("attention_mask")
@@ -190,67 +201,78 @@ def choose_rounding(x: Tensor, weights: Mapping[str, Tensor]) -> Rounding:
         x: [T, I].
         weights: [O, I] each.
     """
-    statistics = statistics_of(x)
-    tried = (round_by(x, weights, smooth_scales(x, weights, alpha), statistics=statistics) for alpha in ALPHAS)
-    best = min(tried, key=lambda found: found.error)
+    seen = Seen.of(x)
+    best = min((round_by(seen, weights, smooth_scales(seen, weights, alpha)) for alpha in ALPHAS), key=lambda found: found.error)
     if best.error <= SPOILED or x.shape[1] % STATIC_GROUP:
         return best
-    other = round_by(x, weights, torch.ones(x.shape[1]), static=False, statistics=statistics)
+    other = round_by(seen, weights, torch.ones(x.shape[1]), static=False)
     return other if other.error < best.error / 2 else best
 
 
-def smooth_scales(x: Tensor, weights: Mapping[str, Tensor], alpha: float) -> Tensor:
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What rounding needs to know of an input's rows x.
+
+    Attributes:
+        low, high: [I], of all rows.
+        statistics: moments, those of the held-out rows apart.
+        held_out: [T / HELD_OUT, I].
+    """
+
+    low: Tensor
+    high: Tensor
+    statistics: InputStatistics
+    held_out: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor) -> Seen:
+        """
+        Args:
+            x: [T, I].
+        """
+        moments, held_out = Moments(x.shape[1]), torch.arange(len(x)) % HELD_OUT == HELD_OUT - 1
+        moments.add(x[~held_out])
+        moments.add(x[held_out], held_out=True)
+        return cls(low=x.amin(0), high=x.amax(0), statistics=moments.finish(), held_out=x[held_out])
+
+    def divided(self, scales: Tensor) -> Seen:
+        """Of x / scales [I]."""
+        own, both = self.statistics, scales[:, None] * scales
+        statistics = replace(
+            own, hessian=own.hessian / both, held_out=None if own.held_out is None else own.held_out / both,
+            mean_abs=own.mean_abs / scales, abs_max=own.abs_max / scales,
+        )  # fmt: skip
+        return Seen(low=self.low / scales, high=self.high / scales, statistics=statistics, held_out=self.held_out / scales)
+
+
+def smooth_scales(seen: Seen, weights: Mapping[str, Tensor], alpha: float) -> Tensor:
     """[I], their geometric mean 1."""
-    inputs = x.abs().amax(0).clamp(min=LEAST)
+    inputs = torch.maximum(-seen.low, seen.high).clamp(min=LEAST)
     columns = torch.stack([weight.abs().amax(0) for weight in weights.values()]).amax(0).clamp(min=LEAST)
     scales = inputs**alpha / columns ** (1 - alpha)
     return scales / scales.log().mean().exp()
 
 
-def statistics_of(x: Tensor) -> InputStatistics:
-    """The moments of x [T, I], those of its held-out rows apart."""
-    moments, held_out = Moments(x.shape[1]), _held_out(x)
-    moments.add(x[~held_out])
-    moments.add(x[held_out], held_out=True)
-    return moments.finish()
-
-
-def _held_out(x: Tensor) -> Tensor:
-    return torch.arange(len(x)) % HELD_OUT == HELD_OUT - 1
-
-
-def _of_divided(found: InputStatistics, scales: Tensor) -> InputStatistics:
-    """The moments of x / scales, from those of x."""
-    both = scales[:, None] * scales
-    return replace(
-        found, hessian=found.hessian / both, held_out=None if found.held_out is None else found.held_out / both,
-        mean_abs=found.mean_abs / scales, abs_max=found.abs_max / scales,
-    )  # fmt: skip
-
-
-def round_by(x: Tensor, weights: Mapping[str, Tensor], scales: Tensor, *, statistics: InputStatistics, static: bool = True) -> Rounding:
-    """A site rounded with given scales, and how far off its products then are.
-
-    Args:
-        statistics: of x.
-    """
-    smoothed, held_out = x / scales, _held_out(x)
-    low, high = static_range(smoothed) if static else (None, None)
-    codes = quantize_gptq({name: weight * scales for name, weight in weights.items()}, _of_divided(statistics, scales), FORMAT)
-    rounded = round_static(smoothed, low, high) if low is not None and high is not None else round_groups(smoothed)
+def round_by(seen: Seen, weights: Mapping[str, Tensor], scales: Tensor, *, static: bool = True) -> Rounding:
+    """A site rounded with given scales, and how far off its products then are."""
+    divided = seen.divided(scales)
+    low, high = static_range(float(divided.low.min()), float(divided.high.max())) if static else (None, None)
+    codes = quantize_gptq({name: weight * scales for name, weight in weights.items()}, divided.statistics, FORMAT, PLAIN)
+    x = divided.held_out
+    rounded = round_static(x, low, high) if low is not None and high is not None else round_groups(x)
     wrong = total = 0.0
     shifts = {}
     for name, weight in weights.items():
-        exact, coded = x @ weight.T, rounded @ codes[name].dequantize().T
-        wrong += float((coded - exact)[held_out].square().sum())
-        total += float(exact[held_out].square().sum())
+        exact, coded = seen.held_out @ weight.T, rounded @ codes[name].dequantize().T
+        wrong += float((coded - exact).square().sum())
+        total += float(exact.square().sum())
         shifts[name] = (exact - coded).mean(0)
     return Rounding(error=wrong / total if total else 0.0, scales=scales, low=low, high=high, weights=codes, shifts=shifts)
 
 
-def static_range(x: Tensor) -> tuple[float, float]:
-    """The least range of 256 steps that holds all of x and of which 0 is a value."""
-    low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
+def static_range(low: float, high: float) -> tuple[float, float]:
+    """The least range of 256 steps that holds all between two values and of which 0 is one."""
+    low, high = min(low, 0.0), max(high, 0.0)
     step = max((high - low) / 255, float(np.finfo(np.float32).tiny))
     zero = round(-low / step)
     return -zero * step, (255 - zero) * step
@@ -276,16 +298,15 @@ def _operator(model: Any, name: str) -> Any:
 
 def _put(model: Any, site: Site, rounding: Rounding) -> None:
     """Put a site's rounding into the graph."""
-    import openvino
     from openvino import opset13 as op
 
     nodes = [_operator(model, name) for name in site.operators]
     source = nodes[0].input_value(0)
     if rounding.is_static:
-        shape = [1] * (len(source.get_partial_shape()) - 1) + [-1]
-        divided = _divided(source, rounding.scales.numpy().reshape(shape))
-        low, high = (openvino.op.Constant(np.full([1] * len(shape), end, np.float32)) for end in (rounding.low, rounding.high))
-        rounded = op.fake_quantize(divided, low, high, low, high, 256)
+        scales = rounding.scales.numpy()
+        source = divide_source(source, scales) or op.multiply(source, make_constant(1 / scales)).output(0)
+        low, high = (make_constant(np.full([1] * len(source.get_partial_shape()), end)) for end in (rounding.low, rounding.high))
+        rounded = op.fake_quantize(source, low, high, low, high, 256)
         rounded.set_friendly_name(f"{site.source[0]}/rounded")
         source = rounded.output(0)
     for node in nodes:
@@ -297,35 +318,15 @@ def _put(model: Any, site: Site, rounding: Rounding) -> None:
 
 def _shift(node: Any, shift: Tensor) -> None:
     """Add to the bias that follows a product, or put one there."""
-    import openvino
     from openvino import opset13 as op
 
+    if (bias := bias_of(node)) is not None:
+        bias.replace_source_output(make_constant(constant_of(bias.get_source_output()) + shift.numpy()).output(0))
+        return
     targets = list(node.output(0).get_target_inputs())
-    if len(targets) == 1 and targets[0].get_node().get_type_name() == "Add":
-        add = targets[0].get_node()
-        other = 1 - targets[0].get_index()
-        if (bias := _constant(add.input_value(other))) is not None:
-            add.input(other).replace_source_output(openvino.op.Constant(bias + shift.numpy()).output(0))
-            return
-    added = op.add(node, openvino.op.Constant(shift.numpy()))
+    added = op.add(node, make_constant(shift.numpy()))
     for target in targets:
         target.replace_source_output(added.output(0))
-
-
-def _divided(source: Any, scales: np.ndarray[Any, Any]) -> Any:
-    """source / scales. Of a norm, x · weight + bias, both are divided beside it, so that it is computed and rounded in one go."""
-    import openvino
-    from openvino import opset13 as op
-
-    def constant(values: np.ndarray[Any, Any]) -> Any:
-        return openvino.op.Constant(np.ascontiguousarray(values, np.float32))
-
-    add = source.get_node()
-    if add.get_type_name() == "Add" and (bias := _constant(add.input_value(1))) is not None:
-        multiply = add.input_value(0).get_node()
-        if multiply.get_type_name() == "Multiply" and (weight := _constant(multiply.input_value(1))) is not None:
-            return op.add(op.multiply(multiply.input_value(0), constant(weight / scales)), constant(bias / scales))
-    return op.multiply(source, constant(1 / scales))
 
 
 def _expanded(weight: QuantizedTensor, *, turned: bool) -> Any:
