@@ -39,8 +39,9 @@ DECODERS = [f"@ {name}" for name in INSTALLED] + [
     "quantize(rtn, bits=4, group_size=16, embeddings=true) @ onnxruntime",
     "quantize(rtn, symmetric=true, embeddings=true) @ openvino", "quantize(dynamic, embeddings=true) @ ctranslate2",
 ]  # fmt: skip
-TOLERANCES = {"float32": 1e-4, "bfloat16": 0.05, "int8": 0.35}
-"""Relative error of the output (Frobenius) by the precision that a session says; codes are compared with the weights that they stand for."""
+TOLERANCES = {"float32": 1e-4, "F32": 1e-3, "bfloat16": 0.05, "int8": 0.35}
+"""Relative error of the output (Frobenius) by the precision that a session says; codes are compared with the weights that they stand for. F32 is
+llama.cpp's, which looks GELU up in a table of float16."""
 
 
 @pytest.fixture(scope="module")

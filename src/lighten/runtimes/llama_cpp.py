@@ -8,6 +8,7 @@ Shape legend: B sequences, S tokens of each, V vocabulary, D hidden size.
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,13 @@ def _api() -> Any:
         raise RuntimeUnavailable("runtime llama.cpp is not installed (no llama_cpp); pip install 'lighten[llama-cpp]', built from source.") from error
 
 
-def _quiet(level: int, text: bytes, data: Any) -> None:
-    """llama.cpp's own log, which would fill stderr."""
+@cache
+def _silenced() -> Any:
+    """llama.cpp's own log goes nowhere, it would fill stderr. It calls back as long as the process lives: what is kept here must not be freed."""
+    llama_cpp = _api()
+    callback = llama_cpp.llama_log_callback(lambda level, text, data: None)
+    llama_cpp.llama_log_set(callback, None)
+    return callback
 
 
 class LlamaSession(Stepping):
@@ -64,8 +70,7 @@ class LlamaSession(Stepping):
 
     def __init__(self, path: Path, threads: int, *, decoder: bool) -> None:
         self._api = llama_cpp = _api()
-        self._log = llama_cpp.llama_log_callback(_quiet)
-        llama_cpp.llama_log_set(self._log, None)
+        _silenced()
         llama_cpp.llama_backend_init()
         parameters = llama_cpp.llama_model_default_params()
         parameters.n_gpu_layers = 0
