@@ -31,7 +31,8 @@ from environments import interpreter
 from lighten.cost import Workload
 from lighten.device.environment import pinned_environment
 from lighten.errors import LightenError
-from lighten.formats.artifact import write_artifact
+from lighten.formats.artifact import Work, write_artifact
+from lighten.judge.calibration import text_windows
 from lighten.judge.child import Child, WorkerFailed
 from lighten.judge.latency import time_beside
 from lighten.judge.measure import Judge, Limits, Target, artifact_target
@@ -181,7 +182,11 @@ def target_of(engine: Engine, bench: Bench, arguments: argparse.Namespace) -> Ta
             def calibration() -> Any:
                 return calibration_batches(arguments.model, arguments.text)
 
-            write_artifact(arguments.model, parse_recipe(engine.recipe), folder, calibration=calibration, exports=arguments.work / "exports")
+            text = load_text(arguments.text)
+            work = Work(windows=text_windows(arguments.model, bench.spec, text), text=text.fingerprint)
+            write_artifact(
+                arguments.model, parse_recipe(engine.recipe), folder, calibration=calibration, exports=arguments.work / "exports", work=work
+            )
         return artifact_target(folder)
     bench.peers[folder] = (engine, interpreter(script_of(str(engine.peer)), arguments.environments / f"runtime-{engine.peer}"))
     return Target(folder=folder, runtime=str(engine.peer), dtype="", size_bytes=0)

@@ -23,6 +23,7 @@ from lighten.formats.openvino_static import (
     round_groups,
     round_static,
     static_range,
+    together,
 )
 from lighten.formats.settings import openvino_settings
 from lighten.recipe.words import FEW_ROWS
@@ -107,6 +108,17 @@ def test_rows_that_are_masked_do_not_count():
     [plain] = quantize_static(graph(norm=True, bias=True, transposed=False), [{"x": x[None].numpy()}]).values()
     [found] = quantize_static(model, [{"x": padded[None].numpy(), "attention_mask": mask[None]}]).values()
     assert (found.low, found.high) == (plain.low, plain.high)
+
+
+def test_sequences_are_looked_at_together_and_none_is_lost():
+    lengths = [5, 9, 1, *range(2, 40)]
+    single = [{"input_ids": np.full((1, n), n), "attention_mask": np.ones((1, n), np.int64)} for n in lengths]
+    made = together(single)
+    assert len(made) < len(single) / 8
+    rows = [row[kept] for each in made for row, kept in zip(each["input_ids"], each["attention_mask"].astype(bool), strict=True)]
+    assert sorted((len(row), set(row)) for row in rows) == sorted((n, {n}) for n in lengths)
+    bare = [{"pixels": np.zeros((1, 3))}]
+    assert together(bare) == bare
 
 
 def test_a_few_huge_rows_are_rounded_by_row():

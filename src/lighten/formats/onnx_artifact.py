@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lighten.compress.grid import Quantized, QuantizedTensor
 from lighten.formats import files
+from lighten.formats.onnx_attention import fuse_attention
 from lighten.formats.onnx_export import INLINE_BYTES, dense_weights, write_onnx
 from lighten.model.spec import PER_CHANNEL, PER_TENSOR, Embedding, Linear, ModelSpec
 from lighten.recipe.words import FEW_ROWS
@@ -47,10 +48,14 @@ def write_onnx_artifact(exported: Path, weights: Mapping[str, Tensor | Quantized
     if codes:
         dynamic = {f"{part.name}.weight" for part in spec.parts if isinstance(part, Linear) and part.weight.activations == "dynamic"}
         return _write_codes(exported, weights, dynamic & codes.keys(), spec, folder / files.ONNX)
+
+    def fuse(model: Any) -> None:
+        fuse_attention(model, spec)
+
     if not linears:
-        return write_onnx(exported, dense_weights(weights, spec), folder / files.ONNX)
+        return write_onnx(exported, dense_weights(weights, spec), folder / files.ONNX, rewrite=fuse)
     plain, shaped = folder / "plain.onnx", folder / "shaped.onnx"
-    write_onnx(exported, dense_weights(weights, spec), plain)
+    write_onnx(exported, dense_weights(weights, spec), plain, rewrite=fuse)
     _quantize_dynamic(plain, shaped, folder / files.ONNX, ["MatMul", "Gemm"] + (["Gather"] if embeddings else []))
     for path in folder.glob("plain.onnx*"):
         path.unlink()
@@ -126,7 +131,8 @@ def _write_codes(exported: Path, weights: Mapping[str, Tensor | Quantized], dyna
     for imported in model.opset_import:
         if imported.domain == "":
             imported.version = max(imported.version, OPSET)
-    model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    if not fuse_attention(model, spec):
+        model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
     large = sum(len(initializer.raw_data) for initializer in model.graph.initializer) > INLINE_BYTES
     onnx.save(model, path, save_as_external_data=large, location=path.name + ".data")
 

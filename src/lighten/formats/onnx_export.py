@@ -14,7 +14,7 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,12 @@ def is_exported(path: Path) -> bool:
     return path.with_suffix(".weights.json").is_file()
 
 
-def write_onnx(exported: Path, weights: Mapping[str, Tensor], path: Path) -> None:
-    """Write an exported graph with the given tensors in place of those that it was exported with."""
+def write_onnx(exported: Path, weights: Mapping[str, Tensor], path: Path, *, rewrite: Callable[[Any], object] | None = None) -> None:
+    """Write an exported graph with the given tensors in place of those that it was exported with.
+
+    Args:
+        rewrite: changes the graph in place, when the tensors are in it.
+    """
     import onnx
 
     model = onnx.load(exported)
@@ -69,6 +73,8 @@ def write_onnx(exported: Path, weights: Mapping[str, Tensor], path: Path) -> Non
             name, transposed = places[initializer.name]
             value = weights[name].float().numpy()
             _replace(initializer, value.T if transposed else value)
+    if rewrite is not None:
+        rewrite(model)
     large = sum(len(initializer.raw_data) for initializer in model.graph.initializer) > INLINE_BYTES
     onnx.save(model, path, save_as_external_data=large, location=path.name + ".data")
 

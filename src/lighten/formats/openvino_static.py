@@ -10,7 +10,7 @@ which is quantized already:
 
 α is the one of `ALPHAS` whose product is nearest to x Wᵀ on rows that nothing was fitted to. Where a few tokens have activations far beyond all
 others', one scale for all leaves nothing of the rest: a site whose product is then farther off than `SPOILED`, and less than half as far with scales
-of each token's groups of columns, keeps float inputs, which OpenVINO rounds itself.
+of each token's groups of columns, keeps float inputs, which OpenVINO rounds itself in float32, and multiplies as they are in bfloat16.
 
 Source: Xiao et al. 2022 (arXiv:2211.10438), eq. 4; Frantar et al. 2022 (arXiv:2210.17323); Nagel et al. 2019 (arXiv:1906.04721), section 4.2, for the
 bias. Deviations: (1) channels are divided where the input is rounded, so that norms and residual sums stay as they are; (2) α by site; (3) the
@@ -44,7 +44,7 @@ from lighten.formats.openvino_rewrite import (
     make_constant,
     scale_queries,
     weight_of,
-)
+)  # fmt: skip
 from lighten.formats.settings import STATIC_GROUP
 from lighten.model.spec import WeightFormat
 from lighten.recipe.words import FEW_ROWS
