@@ -68,6 +68,7 @@ OURS = {
         "quantize(dynamic, embeddings=true) @ ctranslate2",
         "quantize(smoothquant, symmetric_activations=true, embeddings=true, tokens=4096) @ ctranslate2",
         "quantize(rtn, embeddings=true, format=q8_0) @ llama.cpp",
+        "quantize(gptq, embeddings=true, format=q8_0) @ llama.cpp",
     ),
 }
 PEERS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {

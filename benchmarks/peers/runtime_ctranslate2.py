@@ -10,7 +10,7 @@ import ctranslate2
 import numpy as np
 import runtime_job
 
-REQUIREMENTS = ("torch==2.13.0", "ctranslate2==4.8.5", "transformers==4.57.3", "tokenizers")
+REQUIREMENTS = ("torch==2.13.0", "ctranslate2==4.8.5", "transformers==5.23.0", "tokenizers")
 
 
 class CTranslate2(runtime_job.Engine):

@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime_genai as genai
 import runtime_job
 
-REQUIREMENTS = ("torch==2.13.0", "onnxruntime-genai==0.18.0", "onnx==1.23.2", "onnx-ir==1.1.0", "transformers==4.57.3", "tokenizers")
+REQUIREMENTS = ("torch==2.13.0", "onnxruntime-genai==0.18.0", "onnx==1.23.2", "onnx-ir==1.1.0", "transformers==5.23.0", "tokenizers")
 
 
 class GenAI(runtime_job.Engine):

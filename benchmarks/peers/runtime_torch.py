@@ -10,7 +10,7 @@ import runtime_job
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
-REQUIREMENTS = ("torch==2.13.0", "torchao==0.18.0", "transformers==4.57.3", "tokenizers")
+REQUIREMENTS = ("torch==2.13.0", "torchao==0.18.0", "transformers==5.23.0", "tokenizers")
 
 
 class Torch(runtime_job.Engine):
