@@ -5,6 +5,8 @@ Shape legend: B sequences, P positions known, Q new tokens, H key/value heads, D
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,6 +20,8 @@ HIDDEN, LOGITS = "last_hidden_state", "logits"
 START, END = "start_logits", "end_logits"
 """What comes out of an encoder; its head's answer: of classes, or of where an answer starts and ends."""
 DECODER_INPUTS = ("input_ids", "attention_mask", "position_ids")
+BEAMS = "beam_idx"
+"""[B] which sequence's cache each one goes on from, where a graph keeps its cache inside."""
 
 
 def encoder_inputs(
@@ -53,6 +57,11 @@ def decoder_inputs(input_ids: NDArray[np.int64], past: int) -> dict[str, NDArray
     batch, new = input_ids.shape
     positions = np.tile(np.arange(past, past + new), (batch, 1))
     return dict(zip(DECODER_INPUTS, (input_ids, np.ones((batch, past + new), np.int64), positions), strict=True))
+
+
+def stateful_inputs(input_ids: NDArray[np.int64], past: int) -> dict[str, NDArray[Any]]:
+    """The same of a decoder that keeps its cache inside; each sequence goes on from its own."""
+    return {**decoder_inputs(input_ids, past), BEAMS: np.arange(len(input_ids), dtype=np.int32)}
 
 
 def empty_cache(spec: ModelSpec, batch: int) -> dict[str, NDArray[np.float32]]:

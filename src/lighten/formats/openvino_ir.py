@@ -20,9 +20,9 @@ from torch import Tensor
 from lighten.compress.grid import Quantized, QuantizedTensor, to_groups
 from lighten.errors import RecipeError
 from lighten.formats import files
-from lighten.formats.graph_inputs import cache_names, kv_shape
 from lighten.formats.onnx_export import dense_weights, digest, tensor_table, write_onnx
 from lighten.formats.openvino_rewrite import join_heads, scale_queries
+from lighten.formats.openvino_state import keep_state
 from lighten.formats.openvino_static import quantize_static, quantize_tables
 from lighten.model.spec import Embedding, Linear, ModelSpec, WeightFormat
 from lighten.model.tasks import runs_with_head
@@ -50,7 +50,7 @@ def write_openvino(
     with _quiet():
         model = openvino.convert_model(plain)
         if spec.is_decoder:
-            _keep_state(model, spec)
+            keep_state(model, spec)
         by_runtime = {
             p.name: p.weight for p in spec.parts
             if isinstance(p, Linear | Embedding) and p.weight.bits and isinstance(weights.get(f"{p.name}.weight"), Tensor)
@@ -70,13 +70,6 @@ def write_openvino(
     del model
     for path in folder.glob("plain.onnx*"):
         path.unlink()
-
-
-def _keep_state(model: Any, spec: ModelSpec) -> None:
-    from openvino._offline_transformations import apply_make_stateful_transformation
-
-    layers = kv_shape(spec)[2]
-    apply_make_stateful_transformation(model, dict(zip(cache_names(layers, "past"), cache_names(layers, "present"), strict=True)))
 
 
 # the recipe's own codes

@@ -118,17 +118,17 @@ class _Heads:
 def _heads_of(product: Any) -> _Heads | None:
     if (bias := bias_of(product)) is None:
         return None
-    shaped = _only_reader(bias.get_node(), "Reshape")
+    shaped = only_reader(bias.get_node(), "Reshape")
     if shaped is None or (width := shaped.get_output_partial_shape(0)[-1]).is_dynamic:
         return None
-    transpose = _only_reader(shaped, "Transpose")
+    transpose = only_reader(shaped, "Transpose")
     if transpose is None or _order(transpose) not in (HEADS_FIRST, KEYS_TURNED):
         return None
     values = bias.get_source_output().get_node().data
     return _Heads(product=product, weight=weight_of(product), bias=values, transpose=transpose, width=width.get_length())
 
 
-def _only_reader(node: Any, kind: str) -> Any | None:
+def only_reader(node: Any, kind: str) -> Any | None:
     """What alone reads a value, as its first input; None: it is of another kind, or they are several."""
     targets = list(node.output(0).get_target_inputs())
     return targets[0].get_node() if len(targets) == 1 and targets[0].get_index() == 0 and targets[0].get_node().get_type_name() == kind else None

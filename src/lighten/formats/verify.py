@@ -27,7 +27,7 @@ from lighten.compress.grid import Quantized, QuantizedTensor
 from lighten.compress.memory_plan import release_free, run_dtype
 from lighten.errors import OutputError
 from lighten.formats import files
-from lighten.formats.graph_inputs import HIDDEN, LOGITS, decoder_inputs, empty_cache, encoder_inputs, encoder_outputs
+from lighten.formats.graph_inputs import HIDDEN, LOGITS, decoder_inputs, empty_cache, encoder_inputs, encoder_outputs, stateful_inputs
 from lighten.formats.safetensors_folder import StoredWeights, masked_weights, read_weights, stored_specs
 from lighten.formats.settings import onnxruntime_settings
 from lighten.model.read import read_folder
@@ -257,13 +257,7 @@ def _run_openvino(folder: Path, spec: ModelSpec, ids: NDArray[np.int64], mask: N
     if spec.is_decoder:
         properties["KV_CACHE_PRECISION"] = "f32"
     request = openvino.Core().compile_model(folder / files.OPENVINO, "CPU", properties).create_infer_request()
-    inputs = encoder_inputs(spec, ids, mask)
-    if spec.is_decoder:
-        inputs, cache = decoder_inputs(ids, 0), empty_cache(spec, len(ids))
-        request.reset_state()
-        for state, value in zip(request.query_state(), cache.values(), strict=True):
-            state.state = openvino.Tensor(value)
-    found = request.infer(inputs)
+    found = request.infer(stateful_inputs(ids, 0) if spec.is_decoder else encoder_inputs(spec, ids, mask))
     return [np.array(found[place]) for place in range(1 if spec.is_decoder else len(encoder_outputs(spec)))]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lighten.formats.files import OPENVINO
-from lighten.formats.graph_inputs import decoder_inputs, encoder_inputs, encoder_outputs
+from lighten.formats.graph_inputs import encoder_inputs, encoder_outputs, stateful_inputs
 from lighten.formats.settings import openvino_settings
 from lighten.model.spec import ModelSpec
 from lighten.runtimes.session import Floats, Ids, Setup, model_file, without_head
@@ -68,7 +68,7 @@ def told(node: Any, key: str) -> str:
 
 
 class OpenVINOSession(Croppable):
-    """See `Session`. A decoder's keys and values live in the request's state, set to no positions before each prompt."""
+    """See `Session`. A decoder's keys and values live in the request's state, which has no positions before each prompt."""
 
     def __init__(self, compiled: Any, spec: ModelSpec) -> None:
         self.compiled = compiled
@@ -92,11 +92,11 @@ class OpenVINOSession(Croppable):
         return heads[0] if len(heads) == 1 else np.stack(heads, -1)
 
     def logits(self, input_ids: Ids) -> Floats:
-        self._reset(len(input_ids))
+        self._reset()
         return self._run(input_ids)
 
     def prefill(self, input_ids: Ids) -> Floats:
-        self._reset(len(input_ids))
+        self._reset()
         return self.decode(input_ids)
 
     def decode(self, input_ids: Ids) -> Floats:
@@ -114,16 +114,10 @@ class OpenVINOSession(Croppable):
             self._positions = length
 
     def _run(self, input_ids: Ids) -> Floats:
-        output: Floats = self.request.infer(decoder_inputs(input_ids, self._positions))[0]
+        output: Floats = self.request.infer(stateful_inputs(input_ids, self._positions))[0]
         self._positions += input_ids.shape[1]
         return output
 
-    def _reset(self, batch: int) -> None:
-        """No positions for `batch` sequences: the model takes its batch size from the state."""
-        import openvino
-
+    def _reset(self) -> None:
         self.request.reset_state()
         self._positions = 0
-        for state in self.request.query_state():
-            _, heads, _, head_dim = state.state.shape
-            state.state = openvino.Tensor(np.zeros((batch, heads, 0, head_dim), np.float32))

@@ -1,5 +1,5 @@
 """Micro-models as ONNX graphs, written as `torch.onnx.export(dynamo=True)` writes a Transformer (torch 2.13, opset 20,
-eager attention: what the runtimes recognise and fuse).
+eager attention: what the runtimes recognise and fuse), but for attention, which each runtime has as in its artifacts.
 
 The exporter itself takes seconds for each model; these take milliseconds. Weights are random: only their shapes matter to time.
 """
@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -19,17 +19,19 @@ from onnx import TensorProto, helper, numpy_helper
 from lighten.device.cases import HEADS, Case
 
 OPSET = 20
+OWN = "com.microsoft"
+"""Where ONNX Runtime's own operators are."""
 IR_VERSION = 10
 EPSILON = 1e-5
 
 
-def onnx_model(cases: Sequence[Case]) -> onnx.ModelProto:
+def onnx_model(cases: Sequence[Case], *, runtime: Literal["onnxruntime", "openvino"]) -> onnx.ModelProto:
     """One model with a branch for each case; a branch's inputs are `{case.name}.{input}`, its output `{case.name}.y`."""
-    graph = _Graph()
+    graph = _Graph(runtime)
     for case in cases:
         graph.branch(case)
     proto = helper.make_graph(graph.nodes, "probe", graph.inputs, graph.outputs, graph.constants, value_info=graph.shapes)
-    return helper.make_model(proto, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+    return helper.make_model(proto, opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(OWN, 1)], ir_version=IR_VERSION)
 
 
 def feed(case: Case, size: tuple[int, ...]) -> dict[str, np.ndarray[Any, Any]]:
@@ -43,6 +45,7 @@ def feed(case: Case, size: tuple[int, ...]) -> dict[str, np.ndarray[Any, Any]]:
 
 @dataclass
 class _Graph:
+    runtime: str
     nodes: list[Any] = field(default_factory=list)
     inputs: list[Any] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
@@ -128,7 +131,9 @@ class _Graph:
         return self.op("Add", self.op("Mul", x, z), self.op("Mul", turned, z))
 
     def padding(self, mask: str) -> str:
-        """0 or -∞ for each key, [B, 1, 1, K]."""
+        """0 or -∞ for each key, [B, 1, 1, K]; as ONNX Runtime's operator takes it, 0 for those that are not seen, [B, K]."""
+        if self.runtime == "onnxruntime":
+            return self.op("Cast", mask, to=TensorProto.INT32)
         keep = self.op("Unsqueeze", self.op("Cast", mask, to=TensorProto.BOOL), self.whole(1, 2))
         return self.op("Where", keep, self.constant(np.array(0, np.float32)), self.constant(np.array(-np.inf, np.float32)))
 
@@ -136,17 +141,36 @@ class _Graph:
         return self.op("Transpose", self.op("Reshape", x, self.whole(0, 0, *heads)), perm=order)
 
     def attention(self, q: str, k: str, v: str, mask: str, heads: tuple[int, int]) -> str:
-        scores = self.op("MatMul", self.heads(q, heads, (0, 2, 1, 3)), self.heads(k, heads, (0, 2, 3, 1)))
-        scaled = self.op("Mul", scores, self.constant(np.array(heads[1] ** -0.5, np.float32)))
-        shares = self.op("Softmax", self.op("Add", scaled, mask), axis=-1)
-        mixed = self.op("MatMul", shares, self.heads(v, heads, (0, 2, 1, 3)))
-        return self.op("Reshape", self.op("Transpose", mixed, perm=(0, 2, 1, 3)), self.whole(0, 0, heads[0] * heads[1]))
+        if self.runtime == "onnxruntime":
+            return self.op("MultiHeadAttention", q, k, v, "", mask, domain=OWN, num_heads=heads[0], scale=heads[1] ** -0.5)
+        return self.mixed(self.heads(q, heads, (0, 2, 1, 3)), self.heads(k, heads, (0, 2, 3, 1)), self.heads(v, heads, (0, 2, 1, 3)), mask, heads)
+
+    def joined_attention(self, x: str, mask: str, heads: tuple[int, int]) -> str:
+        """Query, key and value as one product; the scores' factor is in its weight."""
+        hidden = heads[0] * heads[1]
+        shaped = self.op("Reshape", self.linear(x, hidden, 3 * hidden), self.whole(0, 0, 3, *heads))
+        turned = self.op("Transpose", shaped, perm=(2, 0, 3, 1, 4))
+        parts = [f"{turned}.{place}" for place in range(3)]
+        self.nodes.append(helper.make_node("Split", [turned], parts, axis=0, num_outputs=3))
+        q, k, v = (self.op("Squeeze", part, self.whole(0)) for part in parts)
+        return self.mixed(q, self.op("Transpose", k, perm=(0, 1, 3, 2)), v, mask, heads, scaled=True)
+
+    def mixed(self, q: str, k: str, v: str, mask: str, heads: tuple[int, int], *, scaled: bool = False) -> str:
+        """softmax(Q Kᵀ) V of heads: q and v [B, H, S, D], k [B, H, D, S]."""
+        scores = self.op("MatMul", q, k)
+        scores = scores if scaled else self.op("Mul", scores, self.constant(np.array(heads[1] ** -0.5, np.float32)))
+        shares = self.op("Softmax", self.op("Add", scores, mask), axis=-1)
+        turned = self.op("Transpose", self.op("MatMul", shares, v), perm=(0, 2, 1, 3))
+        return self.op("Reshape", turned, self.whole(0, 0, heads[0] * heads[1]))
 
     def block(self, x: str, mask: str, shape: tuple[int, ...]) -> str:
         hidden, heads, inner, layers = shape
         for _ in range(layers):
-            q, k, v = (self.linear(x, hidden, hidden) for _ in range(3))
-            mixed = self.attention(q, k, v, mask, (heads, hidden // heads))
+            if self.runtime == "openvino":
+                mixed = self.joined_attention(x, mask, (heads, hidden // heads))
+            else:
+                q, k, v = (self.linear(x, hidden, hidden) for _ in range(3))
+                mixed = self.attention(q, k, v, mask, (heads, hidden // heads))
             self.shapes.append(self.typed(mixed, ("b", "s", hidden)))
             mixed = self.linear(mixed, hidden, hidden)
             x = self.layernorm(self.op("Add", mixed, x), hidden)

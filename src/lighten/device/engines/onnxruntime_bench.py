@@ -51,7 +51,7 @@ class OnnxRuntimeBench:
         return path, path.stat().st_size
 
     def _model(self, case: Case) -> onnx.ModelProto:
-        model = onnx_model([case])
+        model = onnx_model([case], runtime="onnxruntime")
         return _quantized(model) if self.int8 and case.kind in QUANTIZED else model
 
 

@@ -58,7 +58,7 @@ class OpenVinoBench:
         return path, path.with_suffix(".bin").stat().st_size
 
     def _float_model(self, case: Case) -> Any:
-        return self.core.read_model(onnx_model([case]).SerializeToString())
+        return self.core.read_model(onnx_model([case], runtime="openvino").SerializeToString())
 
     def _compile(self, model: Any) -> Any:
         return self.core.compile_model(model, "CPU", compile_options(self.engine, self.threads))
@@ -71,7 +71,7 @@ def _quantized(core: Any, cases: list[Case]) -> list[Any]:
     inputs: dict[str, Any] = {}
     for case in cases:
         inputs.update(feed(case, CALIBRATION_SIZES.get(case.kind, (8,))))
-    model = core.read_model(onnx_model(cases).SerializeToString())
+    model = core.read_model(onnx_model(cases, runtime="openvino").SerializeToString())
     whole = nncf.quantize(
         model, nncf.Dataset([inputs] * CALIBRATION_INPUTS), model_type=nncf.ModelType.TRANSFORMER, subset_size=CALIBRATION_INPUTS,
         advanced_parameters=nncf.AdvancedQuantizationParameters(disable_bias_correction=True),  # changes values, not the time of computing them
