@@ -63,6 +63,8 @@ OURS = {
         "@ torch(dtype=bfloat16)",
         "@ onnxruntime",
         "@ openvino(dtype=bfloat16)",
+        "cast(float16) @ openvino(dtype=bfloat16)",
+        "quantize(dynamic, embeddings=true) @ openvino(dtype=bfloat16)",
         "quantize(rtn, symmetric=true, embeddings=true) @ openvino(dtype=bfloat16)",
         "quantize(rtn, bits=4, group_size=32) | quantize(rtn, embeddings=true, targets=embed) @ openvino(dtype=bfloat16)",
         "quantize(dynamic, embeddings=true) @ ctranslate2",

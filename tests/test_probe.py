@@ -184,8 +184,9 @@ def test_a_stored_stack_loads_and_runs(engine: str, tmp_path) -> None:
     open_loader(engine)(engine, path, 1)()
 
 
-def test_the_graph_s_block_computes_what_torch_s_formulas_say() -> None:
-    """The micro-model is an encoder layer: its output equals one written with numpy, from the graph's own weights."""
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_the_graph_s_attention_computes_what_its_formula_says(runtime) -> None:
+    """The micro-model's output equals one written with numpy, in either form."""
     onnx = pytest.importorskip("onnx")
     ort = pytest.importorskip("onnxruntime")
     import numpy as np
@@ -193,7 +194,7 @@ def test_the_graph_s_block_computes_what_torch_s_formulas_say() -> None:
     from lighten.device.engines.graph import feed, onnx_model
 
     case = Case("attention", (4,))
-    model = onnx_model([case])
+    model = onnx_model([case], runtime=runtime)
     onnx.checker.check_model(model, full_check=True)
     inputs = feed(case, (2, 3, 5))
     got = ort.InferenceSession(model.SerializeToString()).run(None, inputs)[0]
@@ -201,6 +202,37 @@ def test_the_graph_s_block_computes_what_torch_s_formulas_say() -> None:
     scores = np.exp(q @ k.transpose(0, 1, 3, 2) / math.sqrt(4))
     expected = (scores / scores.sum(-1, keepdims=True)) @ v
     np.testing.assert_allclose(got, expected.transpose(0, 2, 1, 3).reshape(2, 3, 32), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_the_graph_s_block_is_an_encoder_s_layer(runtime) -> None:
+    """Its output equals torch's own layer with the graph's weights, in either form."""
+    onnx = pytest.importorskip("onnx")
+    ort = pytest.importorskip("onnxruntime")
+    import numpy as np
+    import torch
+
+    from lighten.device.engines.graph import EPSILON, feed, onnx_model
+
+    case = Case("block", (32, 4, 64, 1))
+    model = onnx_model([case], runtime=runtime)
+    inputs = feed(case, (2, 5))
+    got = ort.InferenceSession(model.SerializeToString()).run(None, inputs)[0]
+    constants = {each.name: torch.from_numpy(onnx.numpy_helper.to_array(each).copy()) for each in model.graph.initializer}
+    linears = [constants[node.input[1]] for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in constants]
+    biases = [constants[node.input[1]] for node in model.graph.node if node.op_type == "Add" and node.input[1] in constants]
+    norms = [[constants[name] for name in node.input[1:]] for node in model.graph.node if node.op_type == "LayerNormalization"]
+    *qkv, out, up, down = [(weight.T, bias) for weight, bias in zip(linears, biases, strict=True)]
+    in_weight, in_bias = torch.cat([weight for weight, _ in qkv]), torch.cat([bias for _, bias in qkv])
+    if runtime == "openvino":  # the scores' factor is in the weight
+        in_weight, in_bias = (torch.cat([value[:32] * math.sqrt(8), value[32:]]) for value in (in_weight, in_bias))
+    layer = torch.nn.TransformerEncoderLayer(32, 4, 64, 0.0, "gelu", EPSILON, batch_first=True).eval()
+    values = [in_weight, in_bias, *out, *up, *down, *norms[0], *norms[1]]
+    with torch.no_grad():
+        for parameter, value in zip(layer.parameters(), values, strict=True):
+            parameter.copy_(value)
+        expected = layer(torch.from_numpy(inputs[f"{case.name}.x"])).numpy()
+    np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_sizes_cover_what_the_tables_say() -> None:
