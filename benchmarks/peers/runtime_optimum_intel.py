@@ -17,7 +17,7 @@ REQUIREMENTS = ("torch==2.13.0", "optimum-intel==2.2.0", "openvino==2026.4.1", "
 
 
 class OptimumIntel(runtime_job.Engine):
-    """settings: weights, as `optimum-cli export openvino --weight-format` takes them; precision: f32 or bf16.
+    """settings: weights and group_size, as `optimum-cli export openvino --weight-format` takes them; precision: f32 or bf16.
 
     The request is asked without the package's own loop, which is Python and slower.
     """
@@ -27,7 +27,7 @@ class OptimumIntel(runtime_job.Engine):
     def __init__(self, model: Path, work: Path, settings: dict[str, Any]) -> None:
         self.folder = work / "model"
         if not (self.folder / "openvino_model.bin").exists():
-            build(model, self.folder, settings["weights"])
+            build(model, self.folder, settings)
         hints = {"INFERENCE_PRECISION_HINT": settings["precision"], "INFERENCE_NUM_THREADS": self.threads, "PERFORMANCE_HINT": "LATENCY"}
         compiled = ov.Core().compile_model(self.folder / "openvino_model.xml", "CPU", hints)
         self.request = compiled.create_infer_request()
@@ -59,10 +59,11 @@ class OptimumIntel(runtime_job.Engine):
         return runtime_job.folder_bytes(self.folder, "openvino_model.*")
 
 
-def build(model: Path, folder: Path, weights: str) -> None:
+def build(model: Path, folder: Path, settings: dict[str, Any]) -> None:
     command = [str(Path(sys.executable).with_name("optimum-cli")), "export", "openvino", "--model", str(model), "--task", "text-generation-with-past"]
+    asked = ["--weight-format", settings["weights"], *(["--group-size", str(settings["group_size"])] if "group_size" in settings else [])]
     shutil.rmtree(folder, ignore_errors=True)
-    subprocess.run([*command, "--weight-format", weights, str(folder)], check=True)
+    subprocess.run([*command, *asked, str(folder)], check=True)
 
 
 if __name__ == "__main__":
