@@ -68,3 +68,14 @@ def test_a_sequence_goes_on_from_the_cache_that_it_is_told(pair):
     with torch.no_grad():
         expected = module(torch.from_numpy(ids)).logits.numpy()[::-1, 4:]
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_logits_are_those_of_the_last_tokens(pair):
+    compiled, _ = pair
+    request = compiled.create_infer_request()
+    ids = np.random.default_rng(0).integers(5, 300, (2, 6))
+    every = np.array(request.infer(stateful_inputs(ids, 0))[0])
+    request.reset_state()
+    found = request.infer(stateful_inputs(ids, 0, last=True))[0]
+    assert found.shape == (2, 1, every.shape[2])
+    np.testing.assert_allclose(found, every[:, -1:], rtol=1e-4, atol=1e-5)

@@ -22,6 +22,8 @@ START, END = "start_logits", "end_logits"
 DECODER_INPUTS = ("input_ids", "attention_mask", "position_ids")
 BEAMS = "beam_idx"
 """[B] which sequence's cache each one goes on from, where a graph keeps its cache inside."""
+KEPT = "logits_to_keep"
+"""[1] of how many of the last tokens such a graph gives logits."""
 
 
 def encoder_inputs(
@@ -59,9 +61,14 @@ def decoder_inputs(input_ids: NDArray[np.int64], past: int) -> dict[str, NDArray
     return dict(zip(DECODER_INPUTS, (input_ids, np.ones((batch, past + new), np.int64), positions), strict=True))
 
 
-def stateful_inputs(input_ids: NDArray[np.int64], past: int) -> dict[str, NDArray[Any]]:
-    """The same of a decoder that keeps its cache inside; each sequence goes on from its own."""
-    return {**decoder_inputs(input_ids, past), BEAMS: np.arange(len(input_ids), dtype=np.int32)}
+def stateful_inputs(input_ids: NDArray[np.int64], past: int, *, last: bool = False) -> dict[str, NDArray[Any]]:
+    """The same of a decoder that keeps its cache inside; each sequence goes on from its own.
+
+    Args:
+        last: logits of the last token alone, and not of all.
+    """
+    beams, kept = np.arange(len(input_ids), dtype=np.int32), np.array([1 if last else input_ids.shape[1]])
+    return {**decoder_inputs(input_ids, past), BEAMS: beams, KEPT: kept}
 
 
 def empty_cache(spec: ModelSpec, batch: int) -> dict[str, NDArray[np.float32]]:

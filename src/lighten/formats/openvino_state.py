@@ -4,6 +4,7 @@
     K = [past, new]                    becomes     K = [past of the sequences beam_idx, new]
 
 Past, cache and attention are one operator then, which neither copies the past nor expands shared heads. The state begins with no positions by itself.
+The head is computed for as many of the last tokens as are asked for: of a prompt one does.
 
 Source: OpenVINO's guide on stateful models; its CPU plugin's StatefulSDPAFusion, for the form.
 
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from lighten.formats.graph_inputs import BEAMS, cache_names, kv_shape
+from lighten.formats.graph_inputs import BEAMS, KEPT, cache_names, kv_shape
 from lighten.formats.openvino_rewrite import constant_of, make_constant, only_reader
 from lighten.model.spec import ModelSpec
 
@@ -31,8 +32,11 @@ def keep_state(model: Any, spec: ModelSpec) -> None:
     fuse_attention(model)
     beams = op.parameter([-1], np.int32, name=BEAMS)
     beams.output(0).set_names({BEAMS})
+    kept = op.parameter([1], np.int64, name=KEPT)
+    kept.output(0).set_names({KEPT})
     _begin_empty(model, beams)
-    model.add_parameters([beams])
+    _keep_last(model, kept)
+    model.add_parameters([beams, kept])
     model.validate_nodes_and_infer_types()
 
 
@@ -78,3 +82,13 @@ def _begin_empty(model: Any, beams: Any) -> None:
             else:
                 target.replace_source_output(op.gather(state, beams, op.constant(0, np.int64)).output(0))
         state.set_arguments([op.broadcast(make_constant(np.zeros(())), sides(batch, heads, 0, width)).output(0)])
+
+
+def _keep_last(model: Any, kept: Any) -> None:
+    """[B, kept, V] logits of the last tokens in the place of all."""
+    from openvino import opset13 as op
+
+    head = model.output("logits").get_node().input_value(0).get_node()
+    axis, end, step = (op.constant([value], np.int64) for value in (1, np.iinfo(np.int64).max, 1))
+    hidden = head.input_value(0)
+    head.input(0).replace_source_output(op.slice(hidden, op.negative(kept), end, step, axis).output(0))

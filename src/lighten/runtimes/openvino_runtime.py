@@ -100,7 +100,7 @@ class OpenVINOSession(Croppable):
         return self.decode(input_ids)
 
     def decode(self, input_ids: Ids) -> Floats:
-        return self._run(input_ids)[:, -1]
+        return self._run(input_ids, last=True)[:, -1]
 
     def verify(self, input_ids: Ids) -> Floats:
         return self._run(input_ids)
@@ -113,8 +113,8 @@ class OpenVINOSession(Croppable):
                 state.state = openvino.Tensor(np.ascontiguousarray(state.state.data[:, :, :length]))
             self._positions = length
 
-    def _run(self, input_ids: Ids) -> Floats:
-        output: Floats = self.request.infer(stateful_inputs(input_ids, self._positions))[0]
+    def _run(self, input_ids: Ids, *, last: bool = False) -> Floats:
+        output: Floats = self.request.infer(stateful_inputs(input_ids, self._positions, last=last))[0]
         self._positions += input_ids.shape[1]
         return output
 
