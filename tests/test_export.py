@@ -183,6 +183,19 @@ def test_a_model_goes_to_graphs(target, codes, config, tmp_path):
     assert "from which no weights come back; export the folder that it was made from instead" in said
 
 
+def test_exported_graphs_are_for_any_program(llama, tmp_path):
+    """None of a runtime's own operators, and no input that other programs do not give."""
+    import onnx
+    import openvino
+
+    encoder = save(bert_config(num_hidden_layers=1), tmp_path / "encoder")
+    export(encoder, "onnx", tmp_path / "onnx")
+    assert {node.domain for node in onnx.load(tmp_path / "onnx" / "model.onnx").graph.node} == {""}
+    export(llama, "openvino", tmp_path / "openvino")
+    found = openvino.Core().read_model(tmp_path / "openvino" / "openvino_model.xml")
+    assert {each.get_any_name() for each in found.inputs} == {"input_ids", "attention_mask", "position_ids", "beam_idx"}
+
+
 @pytest.mark.parametrize(
     ("target", "says"),
     [

@@ -418,9 +418,9 @@ def _to_graph(format_name: str) -> Callable[[Source, Path], Exported]:
             exported = work / "graph.onnx"
             export_onnx(source.path, source.spec, exported)
             if runtime == "onnxruntime":
-                write_onnx_artifact(exported, weights if kept else values, spec, folder)
+                write_onnx_artifact(exported, weights if kept else values, spec, folder, fused=False)
             else:
-                write_openvino(exported, weights if kept else values, spec, folder, calibration=None)
+                write_openvino(exported, weights if kept else values, spec, folder, calibration=None, keeps_last=False)
         copy_side_files(source.path, folder)
         found = verify_graph(folder, runtime, source.path, spec, values)
         return Exported(

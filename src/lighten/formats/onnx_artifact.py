@@ -37,20 +37,24 @@ SMALLEST_BLOCK = 16
 """Of GatherBlockQuantized, whose blocks are powers of two. Source: onnxruntime's ContribOperators.md."""
 
 
-def write_onnx_artifact(exported: Path, weights: Mapping[str, Tensor | Quantized], spec: ModelSpec, folder: Path) -> None:
+def write_onnx_artifact(exported: Path, weights: Mapping[str, Tensor | Quantized], spec: ModelSpec, folder: Path, *, fused: bool = True) -> None:
     """Write `folder/model.onnx`. What the recipe left to the runtime (`quantize(dynamic)`) ONNX Runtime's own quantizer rounds.
 
     Per channel: per tensor, that quantizer's default, costs far more quality (all-MiniLM-L6-v2: cosine 0.960 against 0.9925).
+
+    Args:
+        fused: an encoder's attention is ONNX Runtime's own operator.
     """
     codes = {name: weight for name, weight in weights.items() if isinstance(weight, QuantizedTensor)}
     linears = any(isinstance(part, Linear) and part.weight.activations == "dynamic" for part in spec.parts)
     embeddings = any(isinstance(part, Embedding) and part.weight.activations == "dynamic" for part in spec.parts)
     if codes:
         dynamic = {f"{part.name}.weight" for part in spec.parts if isinstance(part, Linear) and part.weight.activations == "dynamic"}
-        return _write_codes(exported, weights, dynamic & codes.keys(), spec, folder / files.ONNX)
+        return _write_codes(exported, weights, dynamic & codes.keys(), spec, folder / files.ONNX, fused=fused)
 
     def fuse(model: Any) -> None:
-        fuse_attention(model, spec)
+        if fused:
+            fuse_attention(model, spec)
 
     if not linears:
         return write_onnx(exported, dense_weights(weights, spec), folder / files.ONNX, rewrite=fuse)
@@ -104,7 +108,7 @@ def _forget_weight_shapes(path: Path) -> None:
 # the recipe's own codes
 
 
-def _write_codes(exported: Path, weights: Mapping[str, Tensor | Quantized], dynamic: set[str], spec: ModelSpec, path: Path) -> None:
+def _write_codes(exported: Path, weights: Mapping[str, Tensor | Quantized], dynamic: set[str], spec: ModelSpec, path: Path, *, fused: bool) -> None:
     """Write an exported graph with the given weights in place of those that it was exported with, codes as codes.
 
     Args:
@@ -131,7 +135,7 @@ def _write_codes(exported: Path, weights: Mapping[str, Tensor | Quantized], dyna
     for imported in model.opset_import:
         if imported.domain == "":
             imported.version = max(imported.version, OPSET)
-    if not fuse_attention(model, spec):
+    if not (fused and fuse_attention(model, spec)):
         model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
     large = sum(len(initializer.raw_data) for initializer in model.graph.initializer) > INLINE_BYTES
     onnx.save(model, path, save_as_external_data=large, location=path.name + ".data")

@@ -32,7 +32,13 @@ Array: TypeAlias = np.ndarray[Any, Any]
 
 
 def write_openvino(
-    exported: Path, weights: Mapping[str, Tensor | Quantized], spec: ModelSpec, folder: Path, *, calibration: Sequence[Batch] | None
+    exported: Path,
+    weights: Mapping[str, Tensor | Quantized],
+    spec: ModelSpec,
+    folder: Path,
+    *,
+    calibration: Sequence[Batch] | None,
+    keeps_last: bool = True,
 ) -> None:
     """Write `folder/openvino_model.xml` and its `.bin`.
 
@@ -41,6 +47,7 @@ def write_openvino(
     Args:
         weights: by tensor name.
         calibration: inputs, where the spec has static activations.
+        keeps_last: a decoder takes `logits_to_keep`, which other programs do not give.
     """
     import openvino
 
@@ -50,7 +57,7 @@ def write_openvino(
     with _quiet():
         model = openvino.convert_model(plain)
         if spec.is_decoder:
-            keep_state(model, spec)
+            keep_state(model, spec, keeps_last=keeps_last)
         by_runtime = {
             p.name: p.weight for p in spec.parts
             if isinstance(p, Linear | Embedding) and p.weight.bits and isinstance(weights.get(f"{p.name}.weight"), Tensor)

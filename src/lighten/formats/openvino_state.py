@@ -22,21 +22,26 @@ from lighten.formats.openvino_rewrite import constant_of, make_constant, only_re
 from lighten.model.spec import ModelSpec
 
 
-def keep_state(model: Any, spec: ModelSpec) -> None:
-    """Make past and present keys and values of an exported decoder a state of it, in place."""
+def keep_state(model: Any, spec: ModelSpec, *, keeps_last: bool = True) -> None:
+    """Make past and present keys and values of an exported decoder a state of it, in place.
+
+    Args:
+        keeps_last: it takes `logits_to_keep`.
+    """
     from openvino import opset13 as op
     from openvino._offline_transformations import apply_make_stateful_transformation
 
     layers = kv_shape(spec)[2]
     apply_make_stateful_transformation(model, dict(zip(cache_names(layers, "past"), cache_names(layers, "present"), strict=True)))
     fuse_attention(model)
-    beams = op.parameter([-1], np.int32, name=BEAMS)
-    beams.output(0).set_names({BEAMS})
-    kept = op.parameter([1], np.int64, name=KEPT)
-    kept.output(0).set_names({KEPT})
+    beams, kept = op.parameter([-1], np.int32, name=BEAMS), op.parameter([1], np.int64, name=KEPT)
     _begin_empty(model, beams)
-    _keep_last(model, kept)
-    model.add_parameters([beams, kept])
+    if keeps_last:
+        _keep_last(model, kept)
+    added = {BEAMS: beams, **({KEPT: kept} if keeps_last else {})}
+    for name, parameter in added.items():
+        parameter.output(0).set_names({name})
+    model.add_parameters(list(added.values()))
     model.validate_nodes_and_infer_types()
 
 

@@ -256,8 +256,9 @@ def _run_openvino(folder: Path, spec: ModelSpec, ids: NDArray[np.int64], mask: N
     properties = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0, "INFERENCE_NUM_THREADS": 1}
     if spec.is_decoder:
         properties["KV_CACHE_PRECISION"] = "f32"
-    request = openvino.Core().compile_model(folder / files.OPENVINO, "CPU", properties).create_infer_request()
-    found = request.infer(stateful_inputs(ids, 0) if spec.is_decoder else encoder_inputs(spec, ids, mask))
+    compiled = openvino.Core().compile_model(folder / files.OPENVINO, "CPU", properties)
+    inputs, taken = stateful_inputs(ids, 0) if spec.is_decoder else encoder_inputs(spec, ids, mask), {each.get_any_name() for each in compiled.inputs}
+    found = compiled({name: value for name, value in inputs.items() if name in taken})
     return [np.array(found[place]) for place in range(1 if spec.is_decoder else len(encoder_outputs(spec)))]
 
 

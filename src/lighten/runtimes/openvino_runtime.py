@@ -74,6 +74,7 @@ class OpenVINOSession(Croppable):
         self.compiled = compiled
         self.request: Any = compiled.create_infer_request()
         self._spec = spec
+        self._taken = {name for each in compiled.inputs for name in each.names}
         self._positions = 0
 
     @property
@@ -114,7 +115,8 @@ class OpenVINOSession(Croppable):
             self._positions = length
 
     def _run(self, input_ids: Ids, *, last: bool = False) -> Floats:
-        output: Floats = self.request.infer(stateful_inputs(input_ids, self._positions, last=last))[0]
+        inputs = stateful_inputs(input_ids, self._positions, last=last)
+        output: Floats = self.request.infer({name: value for name, value in inputs.items() if name in self._taken})[0]
         self._positions += input_ids.shape[1]
         return output
 
