@@ -20,6 +20,8 @@ HIDDEN, LOGITS = "last_hidden_state", "logits"
 START, END = "start_logits", "end_logits"
 """What comes out of an encoder; its head's answer: of classes, or of where an answer starts and ends."""
 DECODER_INPUTS = ("input_ids", "attention_mask", "position_ids")
+HEADS_FIRST, KEYS_TURNED = [0, 2, 1, 3], [0, 2, 3, 1]
+"""[B, S, H, D] → [B, H, S, D] and back; → [B, H, D, S]."""
 BEAMS = "beam_idx"
 """[B] which sequence's cache each one goes on from, where a graph keeps its cache inside."""
 KEPT = "logits_to_keep"

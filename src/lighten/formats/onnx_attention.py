@@ -16,12 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from lighten.formats.graph_inputs import ENCODER_INPUTS
+from lighten.formats.graph_inputs import ENCODER_INPUTS, HEADS_FIRST, KEYS_TURNED
 from lighten.model.spec import Attention, ModelSpec
 
 MASK = ENCODER_INPUTS[1]
-HEADS_FIRST, KEYS_TURNED = [0, 2, 1, 3], [0, 2, 3, 1]
-"""[B, S, H, D] → [B, H, S, D] and back; → [B, H, D, S]."""
 PADDING = "attention_mask_int32"
 """The mask in the type that the operator takes."""
 

@@ -10,10 +10,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from lighten.formats.graph_inputs import HEADS_FIRST, KEYS_TURNED
+
 Array: TypeAlias = np.ndarray[Any, Any]
 
-HEADS_FIRST, KEYS_TURNED = [0, 2, 1, 3], [0, 2, 3, 1]
-"""[B, S, H, D] → [B, H, S, D] and back; → [B, H, D, S]."""
 JOINED_FIRST = [2, 0, 3, 1, 4]
 """[B, S, 3, H, D] → [3, B, H, S, D]."""
 

@@ -54,7 +54,7 @@ def fuse_attention(model: Any) -> int:
         added, mixed = softmax.input_value(0).get_node(), only_reader(softmax, "MatMul")
         scaled = added.input_value(0).get_node() if added.get_type_name() == "Add" else added
         scores = scaled.input_value(0).get_node() if scaled.get_type_name() == "Multiply" else scaled
-        if mixed is None or scaled is added or scores is scaled or scores.get_type_name() != "MatMul":
+        if mixed is None or mixed.get_attributes()["transpose_b"] or scaled is added or scores is scaled or scores.get_type_name() != "MatMul":
             continue
         scale, turned = constant_of(scaled.input_value(1)), scores.get_attributes()
         if scale is None or scale.size != 1 or turned["transpose_a"] or not turned["transpose_b"]:
