@@ -36,8 +36,15 @@ from lighten.compress.grid import QuantizedTensor
 from lighten.compress.rtn import quantize_rtn
 from lighten.compress.statistics import InputStatistics, Moments
 from lighten.formats.openvino_rewrite import (
-    bias_of, constant_of, divide_source, find_products, join_heads, make_constant, scale_queries, weight_of,
-)  # fmt: skip
+    bias_of,
+    constant_of,
+    divide_source,
+    find_products,
+    join_heads,
+    make_constant,
+    scale_queries,
+    weight_of,
+)
 from lighten.formats.settings import STATIC_GROUP
 from lighten.model.spec import WeightFormat
 from lighten.recipe.words import FEW_ROWS
