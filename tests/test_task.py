@@ -115,8 +115,9 @@ def test_graphs_hold_the_head(models: Mapping[str, Path], tmp_path: Path, recipe
     assert answered(models[kind], task, tmp_path, runtime, tmp_path / "made") == answered(models[kind], task, tmp_path)
 
 
-def test_the_dynamic_quantizer_takes_a_head(models: Mapping[str, Path], tmp_path: Path) -> None:
-    assert verbs.compress(models["classes"], "quantize(dynamic) @ onnxruntime", tmp_path / "made").size_bytes
+@pytest.mark.parametrize("recipe", ["quantize(dynamic) @ onnxruntime", "quantize(static) @ onnxruntime"])
+def test_onnxruntimes_quantizers_take_a_head(models: Mapping[str, Path], tmp_path: Path, recipe: str) -> None:
+    assert verbs.compress(models["classes"], recipe, tmp_path / "made").size_bytes
 
 
 # ---- answers to questions ----

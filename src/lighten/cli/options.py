@@ -47,7 +47,10 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
 
 def add_task(parser: argparse.ArgumentParser) -> None:
     """--task, --metric."""
-    parser.add_argument("--task", metavar="FILE", help="your own labelled file, .csv, .tsv or .jsonl: quality at what you use the model for")
+    parser.add_argument(
+        "--task", metavar="FILE|lm-eval:NAME",
+        help="your own labelled file, .csv, .tsv or .jsonl, or a task of lm-eval whose data is here: quality at what you use the model for",
+    )  # fmt: skip
     parser.add_argument(
         "--metric", action="append", default=[], metavar="NAME|FILE.py:FUNCTION",
         help="of the task (default: the usual one of its answers), or your own function (predictions, references), whose file is run; repeatable",

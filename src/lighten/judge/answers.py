@@ -1,11 +1,12 @@
-"""What a model answers to a task's rows, by its head, by how likely its words are, or in its own words.
+"""What a model answers to a task's rows, by its head, by how likely its words are, or in its own words; and to what lm-eval asks.
 
 Legend: B rows of a batch, S positions, L labels, T tokens of a continuation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -87,19 +88,45 @@ def _likeliest(session: Session, spec: ModelSpec, tokenizer: Tokenizer, text: st
     text = text.rstrip(" ")
     known = tokenizer.prompt(text)
     space = "" if text.endswith("\n") else " "
-    by_input: dict[tuple[int, ...], list[tuple[str, int, list[int]]]] = {}
+    rows = []
     for label in labels:
         whole = tokenizer.prompt(f"{text}{space}{label}")
         same = next((place for place, pair in enumerate(zip(known, whole, strict=False)) if pair[0] != pair[1]), min(len(known), len(whole)))
-        new = whole[same:]
-        kept = whole[:-1][-(spec.max_positions or len(whole)) :]
-        by_input.setdefault(tuple(kept), []).append((label, len(new), new))
-    found: dict[str, float] = {}
-    for ids, asked in by_input.items():
+        rows.append((whole[-((spec.max_positions or len(whole)) + 1) :], len(whole) - same))
+    found = [likelihood for likelihood, _ in by_continuations(session, rows)]
+    return labels[found.index(max(found))]
+
+
+def by_continuations(session: Session, rows: Sequence[tuple[Sequence[int], int]]) -> list[tuple[float, bool]]:
+    """Of each row, tokens and how many of their last go on: how likely those are to follow, in nats, and whether each is the likeliest. Rows with the
+    same tokens before their last take one pass."""
+    found: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
+    by_input: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
+    for place, (tokens, _) in enumerate(rows):
+        by_input[tuple(tokens[:-1])].append(place)
+    for ids, places in by_input.items():
         logits = session.logits(np.array([ids], np.int64))[0]
-        for label, count, new in asked:
-            found[label] = float(token_scores(logits[-count:], np.array(new)).sum())
-    return max(labels, key=found.__getitem__)
+        for place in places:
+            tokens, count = rows[place]
+            if count:
+                last, new = logits[-count:], np.array(tokens[-count:])
+                found[place] = float(token_scores(last, new).sum()), bool((last.argmax(-1) == new).all())
+    return found
+
+
+def by_prompts(session: Session, tokenizer: Tokenizer, rows: Sequence[tuple[Sequence[int], int, Sequence[str]]], ends: Collection[int]) -> list[str]:
+    """Of each row, a prompt's tokens, how many new ones at most and texts that end it: what a decoder writes up to the first of these, the likeliest
+    token at a time."""
+    stops: dict[str, set[int]] = {}
+    found = []
+    for prompt, new, until in rows:
+        for text in until:
+            if text not in stops:
+                stops[text] = tokenizer.tokens_with(text)
+        ids = session.generate(np.array([prompt], np.int64), new, {*ends, *(token for text in until for token in stops[text])}).ids[0].tolist()
+        written = tokenizer.decode(ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))])
+        found.append(written[: min((at for text in until if text and (at := written.find(text)) >= 0), default=len(written))])
+    return found
 
 
 def by_writing(session: Session, spec: ModelSpec, tokenizer: Tokenizer, asked: dict[str, Any], ends: Sequence[int]) -> list[str]:

@@ -40,7 +40,7 @@ PROMPTS = 64
 PROXY_TEXTS = 128
 PROXY_WINDOWS = 3
 """What a proxy of quality is measured on, of the calibration text: some seconds, with standard errors of one or two per cent."""
-AT_ONCE = {"head": 256, "words": 50, "writing": 10}
+AT_ONCE = {"head": 256, "words": 50, "writing": 10, "continuations": 64, "prompts": 5}
 """Rows of a task that a child answers before it is asked for more: what one answer takes stays within its time."""
 REFERENCE_BYTES = 1_000_000_000
 """Disk that the original's logits may take while candidates are compared with them."""
@@ -279,20 +279,31 @@ class Judge:
             self._by_original(lambda original: _write_whole(held, self._answers(original, self.original)))
         return self.task.scores(json.loads(held.read_text()))
 
-    def _answers(self, child: Child, folder: Path) -> list[Any]:
-        """What a loaded target says to each row of the task."""
+    def _answers(self, child: Child, folder: Path) -> Any:
+        """What a loaded target says to each row of the task, in the form that the task scores."""
         task, tokenizer = self.task, self._tokenizer_of(folder)
         assert task is not None, "asked for where there is one"
         if task.way == "embeddings":
             return self._answers_by_embeddings(child, tokenizer, task)
-        asked = self._reference("rows.json", self.test, task.fingerprint)
-        _write_whole(asked, written_rows(task) | {"ends": end_tokens(self.original)})
+        ends = end_tokens(self.original)
+        if task.harness is not None:
+            return task.harness.answer(
+                Tokenizer(tokenizer), self.spec, ends,
+                lambda way, rows: self._ask(child, tokenizer, {"way": way, "rows": rows, "ends": ends}),
+            )  # fmt: skip
+        return self._ask(child, tokenizer, written_rows(task) | {"ends": ends})
+
+    def _ask(self, child: Child, tokenizer: Path, asked: dict[str, Any]) -> list[Any]:
+        """The answer of a loaded target to each of the rows."""
+        held = self.work / f"asked-{os.getpid()}.json"
+        _write_whole(held, asked)
         found: list[Any] = []
-        for start in range(0, len(task.rows), AT_ONCE[task.way]):
+        for start in range(0, len(asked["rows"]), AT_ONCE[asked["way"]]):
             found += child.ask(
-                "answer", timeout_s=self.limits.timeout_s, rows=str(asked), start=start, stop=start + AT_ONCE[task.way], tokenizer=str(tokenizer),
-                batch_size=self.workload.batch_size,
+                "answer", timeout_s=self.limits.timeout_s, rows=str(held), start=start, stop=start + AT_ONCE[asked["way"]],
+                tokenizer=str(tokenizer), batch_size=self.workload.batch_size,
             )["answers"]  # fmt: skip
+        held.unlink()
         return found
 
     def _answers_by_embeddings(self, child: Child, tokenizer: Path, task: Task) -> list[Any]:

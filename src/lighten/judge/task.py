@@ -4,6 +4,7 @@
 - An encoder without one gives embeddings. Classes are read off them by a logistic regression that was fitted on the original's embeddings of one
   half of the file; the other half is scored. The value of two texts is the cosine of theirs.
 - A decoder says of each label how likely it goes on, and writes where a target is asked for.
+- What lm-eval asks it answers as lm-eval says (`judge/harness.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lighten.errors import TaskError
+from lighten.judge.harness import PREFIX, Harness, load_harness
 from lighten.judge.metrics import Kind, Metric, find_metric, require_package
 from lighten.judge.quality import Score
 from lighten.judge.text import Columns, Example, first_answer, read_examples
@@ -26,7 +28,7 @@ from lighten.model.spec import ModelSpec
 from lighten.model.tasks import class_name, class_of, runs_with_head, task_of
 from lighten.model.text_ends import longest_text
 
-Way = Literal["head", "embeddings", "words", "writing"]
+Way = Literal["head", "embeddings", "words", "writing", "lm-eval"]
 """How a model answers; see above."""
 
 COLUMNS: Columns = (
@@ -58,7 +60,7 @@ class Task:
     """What is asked and what is true.
 
     Attributes:
-        rows: that are scored.
+        rows: that are scored; none of lm-eval's, which holds them itself.
         references: what is true of each, in the form that the metrics take.
         fit: of embeddings, the rows that a classifier is fitted on.
         fitted: their classes.
@@ -68,10 +70,11 @@ class Task:
         stops_at_line: whether what is written ends at a line end.
         fingerprint: of all of it.
         notes: what was left out or cut.
+        harness: lm-eval's task, where it is one.
     """
 
     source: str
-    kind: Kind
+    kind: Kind | str
     way: Way
     rows: tuple[Example, ...]
     references: tuple[Any, ...]
@@ -83,6 +86,7 @@ class Task:
     stops_at_line: bool = True
     fingerprint: str = ""
     notes: tuple[str, ...] = ()
+    harness: Harness | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -92,11 +96,12 @@ class Task:
     def as_json(self) -> dict[str, Any]:
         """Its entry in documents."""
         return {
-            "source": self.source, "answers": self.kind, "by": self.way, "metrics": list(self.names), "rows": len(self.rows),
+            "source": self.source, "answers": self.kind, "by": self.way, "metrics": list(self.names),
+            "rows": self.harness.documents if self.harness else len(self.rows),
             "fitted_rows": len(self.fit), "notes": list(self.notes),
         }  # fmt: skip
 
-    def scores(self, predictions: Sequence[Any]) -> dict[str, Score]:
+    def scores(self, predictions: Any) -> dict[str, Score]:
         """Every metric of a model's answers.
 
         Raises:
@@ -108,7 +113,7 @@ class Task:
 def load_task(
     path: Path, spec: ModelSpec, folder: Path, *, metrics: Sequence[str] = (), taken: Collection[str] = (), without: Collection[str] = ()
 ) -> Task:
-    """A labelled file as a task of a model.
+    """A labelled file, or a task of lm-eval, as a task of a model.
 
     Args:
         folder: of the model, for its tokenizer.
@@ -120,6 +125,12 @@ def load_task(
         TextError: the file cannot be read, or a row has no such columns.
         TaskError: the rows are too few, or ask for what the model does not answer; a metric that does not fit.
     """
+    if str(path).startswith(PREFIX):
+        harness, digest, left_out = load_harness(str(path), spec, metrics=metrics, taken=taken, most=MOST_ROWS, most_written=MOST_WRITTEN)
+        return Task(
+            source=str(path), kind=harness.task.OUTPUT_TYPE, way="lm-eval", rows=(), references=(), metrics=harness.metrics, length=0,
+            fingerprint=digest, notes=left_out, harness=harness,
+        )  # fmt: skip
     rows, source = read_examples(path, COLUMNS)
     for row in rows:
         if not all(text for text in row.texts[: 1 if row.columns in _TARGETS else None]):

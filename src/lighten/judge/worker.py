@@ -146,7 +146,7 @@ class Worker:
 
     def answer(self, rows: str, start: int, stop: int, tokenizer: str, batch_size: int) -> dict[str, Any]:
         """What the model says to some of a task's rows, which lie in a JSON file (`task.written_rows`)."""
-        from lighten.judge.answers import by_head, by_words, by_writing
+        from lighten.judge.answers import by_continuations, by_head, by_prompts, by_words, by_writing
         from lighten.judge.tokens import Tokenizer
 
         session, spec = self._loaded()
@@ -156,6 +156,10 @@ class Worker:
         if asked["way"] == "head":
             one_shape = self.runtime is MODULES["torch-compile"]
             return {"answers": by_head(session, spec, reader, asked, batch_size=batch_size, one_shape=one_shape)}
+        if asked["way"] == "continuations":
+            return {"answers": by_continuations(session, asked["rows"])}
+        if asked["way"] == "prompts":
+            return {"answers": by_prompts(session, reader, asked["rows"], asked["ends"])}
         if asked["way"] == "words":
             return {"answers": by_words(session, spec, reader, asked)}
         return {"answers": by_writing(session, spec, reader, asked, asked["ends"])}
