@@ -144,6 +144,7 @@ def elements_stored_as(path: Path, types: tuple[str, ...]) -> int:
         ("quantize(dynamic, embeddings=true) @ onnxruntime", ("INT8", "UINT8")),
         ("quantize(dynamic) @ onnxruntime", ("INT8", "UINT8")),
         ("quantize(static) @ openvino", ("i8", "u8")),
+        ("quantize(static) @ onnxruntime", ("INT8", "UINT8")),
         ("quantize(dynamic) @ openvino", ("i8", "u8")),
         ("quantize(rtn) @ openvino", ("i8", "u8")),
         ("quantize(rtn, bits=4, group_size=32, embeddings=true, targets='embed|attention') @ openvino", ("i4", "u4")),
@@ -173,7 +174,7 @@ def test_a_table_of_few_rows_is_stored_as_floats(made, tiny_bert):
 
 
 INT8_ACTIVATIONS = [
-    "quantize(dynamic) @ onnxruntime", "quantize(static) @ openvino", "quantize(dynamic) @ openvino",
+    "quantize(dynamic) @ onnxruntime", "quantize(static) @ onnxruntime", "quantize(static) @ openvino", "quantize(dynamic) @ openvino",
     "quantize(rtn, activations=dynamic) @ onnxruntime",
 ]  # fmt: skip
 
@@ -285,6 +286,7 @@ def test_the_manifest_says_what_the_artifact_is(recipe, made, tiny_bert):
     ("recipe", "files"),
     [
         ("@ torch", {"model.safetensors"}), ("@ onnxruntime", {"model.onnx"}), ("quantize(dynamic) @ onnxruntime", {"model.onnx"}),
+        ("quantize(static) @ onnxruntime", {"model.onnx"}),
         ("@ openvino", {"openvino_model.xml", "openvino_model.bin"}), ("quantize(static) @ openvino", {"openvino_model.xml", "openvino_model.bin"}),
     ],
 )  # fmt: skip
@@ -305,10 +307,11 @@ def test_calibration_inputs_are_made_only_where_a_step_needs_them(tiny_bert, tmp
     write_artifact(tiny_bert, parse_recipe("quantize(rtn) @ torch"), tmp_path / "out", calibration=none)
 
 
-def test_static_quantization_without_calibration_is_refused(made, tiny_bert, tmp_path):
+@pytest.mark.parametrize("runtime", ["openvino", "onnxruntime"])
+def test_static_quantization_without_calibration_is_refused(runtime, made, tiny_bert, tmp_path):
     exports = made(tiny_bert, "@ openvino")[0].folder.parent / "exports"
     with pytest.raises(RecipeError, match=r"^quantize\(static\) needs calibration text, and none was given\.$"):
-        write_artifact(tiny_bert, parse_recipe("quantize(static) @ openvino"), tmp_path / "out", calibration=list, exports=exports)
+        write_artifact(tiny_bert, parse_recipe(f"quantize(static) @ {runtime}"), tmp_path / "out", calibration=list, exports=exports)
     assert list(tmp_path.iterdir()) == []
 
 

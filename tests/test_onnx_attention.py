@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny_models import bert_config, llama_config
 
-from lighten.formats.onnx_attention import fuse_attention
+from lighten.formats.onnx_attention import fuse_attention, join_products
 from lighten.model import read_spec
 
 onnx = pytest.importorskip("onnx")
@@ -96,3 +96,45 @@ def test_what_has_another_form_stays_as_it_is(changed, spec):
 
 def test_a_decoder_is_left_alone(tmp_path):
     assert fuse_attention(graph(), spec_of(llama_config(num_key_value_heads=4), tmp_path)) == 0
+
+
+PRODUCTS = """
+<ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]>
+attention (float[B, S, 32] x, int64[B, S] attention_mask) => (float[B, S, 16] y)
+{{
+    z = Relu(x)
+    padding = Cast<to = 6>(attention_mask)
+    q_product = MatMul(x, wq)
+    q = Add(q_product, bq)
+    k_product = MatMul({keys}, wk)
+    k = Add(bk, k_product)
+    v_product = MatMul(x, wv)
+    v = Add(v_product, {bias})
+    y = com.microsoft.MultiHeadAttention<num_heads = 4, scale = 0.4, mask_filter_value = -65504.0>({inputs}, , padding)
+}}
+"""
+
+
+def products(**changed: str) -> Any:
+    model = onnx.parser.parse_model(PRODUCTS.format(**{"keys": "x", "bias": "bv", "inputs": "q, k, v"} | changed))
+    random = np.random.default_rng(1)
+    for name in "qkv":
+        for stem, shape in (("w", (32, 16)), ("b", (16,))):
+            model.graph.initializer.append(onnx.numpy_helper.from_array(random.normal(0, 0.3, shape).astype(np.float32), stem + name))
+    return model
+
+
+def test_query_key_and_value_of_one_input_are_one_product():
+    model = products()
+    expected = run(model)
+    assert join_products(model) == 1
+    assert Counter(node.op_type for node in model.graph.node) == {"Cast": 1, "Attention": 1}
+    assert {each.name: tuple(each.dims) for each in model.graph.initializer} == {"y_joined_weight": (32, 48), "y_joined_bias": (48,)}
+    np.testing.assert_allclose(run(model), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("changed", [{"keys": "z"}, {"bias": "x"}, {"inputs": "q, q, v"}, {"inputs": "q, k_product, v"}])
+def test_others_stay_apart(changed):
+    model = products(**changed)
+    assert join_products(model) == 0
+    assert "MultiHeadAttention" in {node.op_type for node in model.graph.node}

@@ -12,20 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lighten.compress.rtn import quantize_rtn
-from lighten.formats.openvino_static import (
-    Rounding,
-    Seen,
-    choose_rounding,
-    find_sites,
-    quantize_static,
-    quantize_tables,
-    round_by,
-    round_groups,
-    round_static,
-    static_range,
-    together,
-)
+from lighten.formats.openvino_static import find_sites, quantize_static, quantize_tables
 from lighten.formats.settings import openvino_settings
+from lighten.formats.static_rounding import Rounding, Seen, choose_rounding, round_by, round_groups, round_static, static_range, together
 from lighten.recipe.words import FEW_ROWS
 
 openvino = pytest.importorskip("openvino")
@@ -124,8 +113,8 @@ def test_sequences_are_looked_at_together_and_none_is_lost():
 def test_a_few_huge_rows_are_rounded_by_row():
     x = inputs()
     x[::97] = x[::97] * 300
-    assert not choose_rounding(x, weights(3)).is_static
-    assert choose_rounding(inputs(), weights(3)).is_static
+    assert not choose_rounding(x, weights(3), round_groups).is_static
+    assert choose_rounding(inputs(), weights(3), round_groups).is_static
 
 
 def test_weights_by_moments_beat_the_nearest_ones():

@@ -314,8 +314,6 @@ IMPOSSIBLE = {
         "runtime torch cannot carry embeddings.word_embeddings as 8-bit codes by channel with static int8 activations; it carries float32 and ",
     "quantize(dynamic) @ torch-compile":
         f"runtime torch-compile cannot carry {LAYER} as 8-bit codes by channel with dynamic int8 activations; it carries float32 and ",
-    "quantize(static) @ onnxruntime":
-        "runtime onnxruntime cannot carry embeddings.word_embeddings as 8-bit codes by channel with static int8 activations; it carries float32 ",
 }  # fmt: skip
 
 

@@ -31,6 +31,7 @@ from lighten.runtimes.session import Setup
 INSTALLED = [name for name in RUNTIMES if not missing_packages(name)]
 ENCODERS = [f"@ {name}" for name in INSTALLED] + [
     "@ openvino(dtype=bfloat16)", "@ torch(dtype=bfloat16)", "quantize(dynamic, embeddings=true) @ onnxruntime", "quantize(static) @ openvino",
+    "quantize(static) @ onnxruntime",
     "quantize(dynamic, embeddings=true) @ ctranslate2",
     "quantize(rtn, symmetric=true, embeddings=true, activations=dynamic, symmetric_activations=true) @ ctranslate2",
 ]  # fmt: skip
@@ -38,8 +39,9 @@ DECODERS = [f"@ {name}" for name in INSTALLED] + [
     "@ openvino(dtype=bfloat16)", "@ torch(dtype=bfloat16)", "@ torch-compile(dtype=bfloat16)",
     "quantize(rtn, bits=4, group_size=16, embeddings=true) @ onnxruntime",
     "quantize(rtn, symmetric=true, embeddings=true) @ openvino", "quantize(dynamic, embeddings=true) @ ctranslate2",
+    *(["@ llama.cpp(dtype=float16)"] if "llama.cpp" in INSTALLED else []),
 ]  # fmt: skip
-TOLERANCES = {"float32": 1e-4, "F32": 1e-3, "bfloat16": 0.05, "int8": 0.35}
+TOLERANCES = {"float32": 1e-4, "F32": 1e-3, "F32, attention in float16": 1e-2, "bfloat16": 0.05, "int8": 0.35}
 """Relative error of the output (Frobenius) by the precision that a session says; codes are compared with the weights that they stand for. F32 is
 llama.cpp's, which looks GELU up in a table of float16."""
 
@@ -180,7 +182,7 @@ def test_a_row_of_a_batch_is_what_it_is_alone(recipe, opened):
 @pytest.mark.parametrize(("family", "recipe", "precision"), [
     ("bert", "@ torch", "float32"), ("bert", "@ torch(dtype=bfloat16)", "bfloat16"), ("bert", "@ onnxruntime", "float32"),
     ("bert", "quantize(dynamic, embeddings=true) @ onnxruntime", "int8"), ("bert", "@ openvino", "float32"),
-    ("bert", "quantize(static) @ openvino", "int8"), ("bert", "@ ctranslate2", "float32"),
+    ("bert", "quantize(static) @ openvino", "int8"), ("bert", "quantize(static) @ onnxruntime", "int8"), ("bert", "@ ctranslate2", "float32"),
     ("bert", "quantize(dynamic, embeddings=true) @ ctranslate2", "int8"),
     ("llama", "quantize(rtn, bits=4, group_size=16, embeddings=true) @ onnxruntime", "float32 with 4-bit weights"),
     ("llama", "@ torch-compile", "float32"), ("bert", "quantize(rtn) @ torch", "float32"),
@@ -316,9 +318,10 @@ def test_one_thread_is_one_thread(runtime, wider):
 
 @pytest.mark.parametrize("runtime", EAGER)
 def test_what_is_unloaded_is_gone(runtime, wider):
-    """Twelve sessions one after the other hold no more memory than a few of them would, and leave no threads of their own."""
+    """Twelve sessions one after the other hold no more memory than a few of them would, and leave no threads of their own; those of other tests may
+    start meanwhile."""
     folder, spec, ids = artifact(wider, runtime), read_spec(wider[0]), tokens(2, 16)
-    threads, held = threading.active_count(), []
+    threads, held = set(threading.enumerate()), []
     for _ in range(12):
         session = open_session(runtime, folder, spec, Setup(dtype="float32", threads=1))
         session.encode(ids, np.ones_like(ids))
@@ -326,4 +329,4 @@ def test_what_is_unloaded_is_gone(runtime, wider):
         gc.collect()
         held.append(psutil.Process().memory_info().rss)
     assert held[-1] - held[2] < 4 * 4 * spec.total_parameters
-    assert threading.active_count() == threads
+    assert len(set(threading.enumerate()) - threads) < 12

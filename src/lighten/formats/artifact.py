@@ -35,8 +35,9 @@ from lighten.formats import files
 from lighten.formats.deploy import copy_licenses, is_about, write_card, write_script
 from lighten.formats.onnx_artifact import write_onnx_artifact
 from lighten.formats.onnx_export import dense_weights, export_onnx, is_exported
-from lighten.formats.openvino_ir import Batch, write_openvino
+from lighten.formats.openvino_ir import write_openvino
 from lighten.formats.safetensors_folder import copy_side_files, other_loaders_refuse, write_dense, write_folder
+from lighten.formats.static_rounding import Batch
 from lighten.formats.step_facts import facts_before, facts_of_steps, run_facts
 from lighten.formats.verify import Witness, verify_folder, verify_graph
 from lighten.model import ModelSpec
@@ -394,10 +395,9 @@ def _write_exported(plan: _Plan, weights: Mapping[str, Weight], done: Done, scra
         from lighten.formats.ctranslate2_model import write_ctranslate2
 
         write_ctranslate2(weights, spec, source, folder)
-    elif runtime == "onnxruntime":
-        write_onnx_artifact(exported, weights, spec, folder)
     else:
-        write_openvino(exported, weights, spec, folder, calibration=plan.calibration() if _calibrated(plan.recipe) else None)
+        write: Callable[..., None] = write_onnx_artifact if runtime == "onnxruntime" else write_openvino
+        write(exported, weights, spec, folder, calibration=plan.calibration() if _calibrated(plan.recipe) else None)
     for path in folder.glob(f"{exported.stem}*") if exported.parent == folder else ():
         path.unlink()
     copy_side_files(source, folder)

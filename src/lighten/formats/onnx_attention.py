@@ -1,18 +1,21 @@
 """Attention of an exported encoder as one operator of ONNX Runtime's own.
 
     softmax(Q Kᵀ · scale + mask) V,  Q, K, V [B, S, H · D]   becomes   com.microsoft.MultiHeadAttention
+    where Q, K, V = x W + b of one x                         becomes   com.microsoft.Attention, one product for the three
 
 ONNX Runtime fuses norms, biases and activation functions by itself when it loads a graph, but attention only in the form of older exporters. What is
 not of exactly this form stays as it is: a mask that is more than which tokens are padding, positions inside of attention, shared key and value heads.
 
-Source: onnxruntime's contrib operators, com.microsoft.MultiHeadAttention.
+Source: onnxruntime's contrib operators, com.microsoft.MultiHeadAttention and com.microsoft.Attention.
 
 Shape legend: B batch_size, S length, H heads, D columns of a head.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -22,6 +25,8 @@ from lighten.model.spec import Attention, ModelSpec
 MASK = ENCODER_INPUTS[1]
 PADDING = "attention_mask_int32"
 """The mask in the type that the operator takes."""
+DOMAIN = "com.microsoft"
+Array: TypeAlias = np.ndarray[Any, Any]
 
 
 def fuse_attention(model: Any, spec: ModelSpec) -> int:
@@ -43,7 +48,7 @@ def fuse_attention(model: Any, spec: ModelSpec) -> int:
         if (found := graph.attention(softmax)) is not None:
             last, query, key, value, scale = found
             fused[last.output[0]] = helper.make_node(
-                "MultiHeadAttention", [query, key, value, "", PADDING], [last.output[0]], f"{last.name}/attention", domain="com.microsoft",
+                "MultiHeadAttention", [query, key, value, "", PADDING], [last.output[0]], f"{last.name}/attention", domain=DOMAIN,
                 num_heads=min(heads), scale=scale, mask_filter_value=graph.filtered(softmax),
             )  # fmt: skip
             fused[last.output[0]].metadata_props.extend(softmax.metadata_props)
@@ -52,10 +57,82 @@ def fuse_attention(model: Any, spec: ModelSpec) -> int:
     cast = helper.make_node("Cast", [MASK], [PADDING], "padding", to=TensorProto.INT32)
     nodes = [cast, *(fused.get(node.output[0], node) for node in model.graph.node)]
     del model.graph.node[:]
-    model.graph.node.extend(_needed(nodes, [output.name for output in model.graph.output]))
-    if "com.microsoft" not in {each.domain for each in model.opset_import}:
-        model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    model.graph.node.extend(needed(nodes, [output.name for output in model.graph.output]))
+    declare(model)
     return len(fused)
+
+
+def join_products(model: Any) -> int:
+    """Put one product and its attention in the place of every attention whose query, key and value are sums of a constant and a product of one input,
+    in place.
+
+    Args:
+        model: an ONNX graph after `fuse_attention`, with its weights.
+
+    Returns:
+        how many there are.
+    """
+    from onnx import helper, numpy_helper
+
+    graph, values = model.graph, constants_of(model.graph)
+    givers = {output: node for node in graph.node for output in node.output}
+    reads = Counter(name for node in graph.node for name in node.input)
+    joined = 0
+    for node in graph.node:
+        parts = [_weights_of(name, givers, reads, values) for name in node.input[:3]] if node.op_type == "MultiHeadAttention" else []
+        found = [part for part in parts if part is not None]
+        if len(found) < 3 or len({source for source, _, _ in found}) > 1 or len({weight.shape for _, weight, _ in found}) > 1:
+            continue
+        source, out, names = found[0][0], node.output[0], []
+        for kind, arrays in (("weight", [weight for _, weight, _ in found]), ("bias", [bias for _, _, bias in found])):
+            names.append(f"{out}_joined_{kind}")
+            graph.initializer.append(numpy_helper.from_array(np.concatenate(arrays, axis=-1), names[-1]))
+        told = {each.name: helper.get_attribute_value(each) for each in node.attribute}
+        one = helper.make_node("Attention", [source, *names, node.input[4]], [out], node.name, domain=DOMAIN, **told)
+        one.metadata_props.extend(node.metadata_props)
+        node.CopyFrom(one)
+        joined += 1
+    nodes = needed(list(graph.node), [output.name for output in graph.output])
+    del graph.node[:]
+    graph.node.extend(nodes)
+    keep_read(graph)
+    return joined
+
+
+def _weights_of(value: str, givers: Mapping[str, Any], reads: Mapping[str, int], values: Mapping[str, Array]) -> tuple[str, Array, Array] | None:
+    """x, W [I, O] and b [O] of a value that is x W + b and read once."""
+    added = givers.get(value)
+    if added is None or added.op_type != "Add" or reads[value] != 1:
+        return None
+    product, bias = next(((each, other) for each, other in (added.input, reversed(added.input)) if other in values), ("", ""))
+    node = givers.get(product)
+    if node is None or node.op_type != "MatMul" or reads[product] != 1 or node.input[1] not in values:
+        return None
+    weight = values[node.input[1]]
+    return (node.input[0], weight, values[bias]) if weight.ndim == 2 and values[bias].shape == weight.shape[1:] else None
+
+
+def constants_of(graph: Any) -> dict[str, Array]:
+    """Its initializers, by name."""
+    from onnx import numpy_helper
+
+    return {each.name: numpy_helper.to_array(each) for each in graph.initializer}
+
+
+def declare(model: Any) -> None:
+    """Say that a graph has operators of ONNX Runtime's own."""
+    from onnx import helper
+
+    if DOMAIN not in {each.domain for each in model.opset_import}:
+        model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+
+
+def keep_read(graph: Any) -> None:
+    """Drop the constants that nothing reads."""
+    read = {name for node in graph.node for name in node.input}
+    kept = [each for each in graph.initializer if each.name in read]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
 
 
 class _Graph:
@@ -126,7 +203,7 @@ def _order(transpose: Any) -> list[int]:
     return next(([int(axis) for axis in each.ints] for each in transpose.attribute if each.name == "perm"), [])
 
 
-def _needed(nodes: list[Any], outputs: list[str]) -> list[Any]:
+def needed(nodes: list[Any], outputs: Sequence[str]) -> list[Any]:
     """Those that an output comes from, in their order."""
     wanted, kept = set(outputs), []
     for node in reversed(nodes):

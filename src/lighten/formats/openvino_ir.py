@@ -24,10 +24,10 @@ from lighten.formats.onnx_export import dense_weights, digest, tensor_table, wri
 from lighten.formats.openvino_rewrite import join_heads, scale_queries
 from lighten.formats.openvino_state import keep_state
 from lighten.formats.openvino_static import quantize_static, quantize_tables
+from lighten.formats.static_rounding import Batch
 from lighten.model.spec import Embedding, Linear, ModelSpec, WeightFormat
 from lighten.model.tasks import runs_with_head
 
-Batch: TypeAlias = Mapping[str, np.ndarray[Any, Any]]
 Array: TypeAlias = np.ndarray[Any, Any]
 
 

@@ -6,7 +6,7 @@ OPENVINO_HINTS = {"float32": "f32", "bfloat16": "bf16"}
 DYNAMIC_GROUP = 32
 """Columns of an activation that share a scale in OpenVINO; its own default on CPUs."""
 STATIC_GROUP = 128
-"""The same of the few products of `quantize(static)` that are rounded dynamically: less exact than 32 columns, and faster."""
+"""The same, of ONNX Runtime too, of the few products of `quantize(static)` that are rounded dynamically: less exact than 32 columns, and faster."""
 
 
 GROUPS = {None: 0, "dynamic": DYNAMIC_GROUP, "static": STATIC_GROUP}

@@ -63,7 +63,7 @@ RUNTIMES: dict[str, RuntimeKind] = {
     "onnxruntime": RuntimeKind(
         extra="onnx", builds=("torch", "transformers", "onnx", "onnxscript", "onnxruntime"),
         dtypes=("float32",), exported=True, stored=("float32",), options=_SPECULATES,
-        formats="whole-number codes of 8 and 4 bits; for encoders quantize(dynamic), and codes of 8 bits by channel with activations=dynamic",
+        formats="whole-number codes of 8 and 4 bits; for encoders quantize(dynamic), quantize(static) and 8 bits by channel with activations=dynamic",
     ),
     "openvino": RuntimeKind(
         extra="openvino", builds=("torch", "transformers", "onnx", "onnxscript", "openvino", "nncf"),
@@ -72,7 +72,7 @@ RUNTIMES: dict[str, RuntimeKind] = {
     ),
     "llama.cpp": RuntimeKind(
         extra="llama-cpp", builds=("torch", "gguf"), runs=("llama_cpp",),
-        dtypes=("float32",), exported=False, stored=("float32", "float16", "bfloat16"), heads=False, options=(),
+        dtypes=("float32", "float16"), exported=False, stored=("float32", "float16", "bfloat16"), heads=False, options=(),
         formats="all types of ggml (format=q8_0 to q2_k), mxfp4, and whole-number codes in groups of a multiple of 32",
     ),
     "ctranslate2": RuntimeKind(
@@ -84,7 +84,7 @@ RUNTIMES: dict[str, RuntimeKind] = {
 
 
 def left_to_runtime(weight: WeightFormat) -> bool:
-    """Whether `quantize(dynamic)` or `quantize(static)` left the rounding to the runtime's own quantizer, whose scales are float32."""
+    """Whether `quantize(dynamic)` or `quantize(static)` left the rounding to what writes the runtime's graph, whose scales are float32."""
     return weight.activations is not None and weight.element == "int" and weight.scale_dtype == "float32"
 
 
@@ -137,8 +137,10 @@ def _torch(weight: WeightFormat, decoder: bool) -> bool:
 
 
 def _onnxruntime(weight: WeightFormat, decoder: bool) -> bool:
-    if weight.ggml_type is not None or weight.element != "int" or weight.activations == "static" or weight.activation_group_size is not None:
+    if weight.ggml_type is not None or weight.element != "int" or weight.activation_group_size is not None:
         return False
+    if weight.activations == "static":
+        return left_to_runtime(weight) and not decoder
     if weight.activations == "dynamic":  # one scale for all tokens of an input: a decoder's largest activations leave nothing of the others
         return weight.bits == 8 and weight.group_size == PER_CHANNEL and not decoder
     return weight.bits in (8, 4)

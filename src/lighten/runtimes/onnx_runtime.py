@@ -51,7 +51,7 @@ def _precision(path: Path, *, dynamic: bool) -> str:
 
     graph = onnx.load(path, load_external_data=False).graph
     operators = Counter(node.op_type for node in graph.node)
-    if operators["MatMulInteger"] + operators["DynamicQuantizeMatMul"]:
+    if INTEGER_PRODUCTS & operators.keys():
         return "int8"
     types = {initializer.name: initializer.data_type for initializer in graph.initializer}
     expanded = {node.output[0]: types.get(node.input[0]) for node in graph.node if node.op_type == "DequantizeLinear"}
@@ -62,6 +62,7 @@ def _precision(path: Path, *, dynamic: bool) -> str:
     return "int8" if dynamic else f"float32 with {'8' if most in (TENSOR_INT8, TENSOR_UINT8) else '4'}-bit weights"
 
 
+INTEGER_PRODUCTS = {"MatMulInteger", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "QAttention"}
 TENSOR_UINT8, TENSOR_INT8 = 2, 3
 """Numbers of types in onnx.TensorProto.DataType."""
 
