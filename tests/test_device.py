@@ -484,7 +484,7 @@ DAMAGE = {
     "not JSON": ('{"version": 1, "mach', r"not JSON \(.*at character"),
     "no object": ("[1, 2]", "not a machine profile"),
     "empty": ("", "not JSON"),
-    "old": (damaged(lambda d: d.update(version=0)), "version 0, this lighten reads version 1"),
+    "old": (damaged(lambda d: d.update(version=1)), "version 1, this lighten reads version 2"),
     "missing field": (damaged(lambda d: d.pop("machine")), r"damaged \(KeyError: 'machine'"),
     "unknown field": (damaged(lambda d: d["machine"].update(gpu=1)), "damaged .*gpu"),
     "engines a list": (damaged(lambda d: d.update(engines=[])), r"damaged \(AttributeError"),

@@ -23,6 +23,7 @@ from lighten.cost.workload import check_workload
 from lighten.device import Profile, load_profile, merge_profiles, probe, profile_path, save_profile
 from lighten.device.probe import installed_engines, this_machine
 from lighten.errors import ConstraintError, DeviceError, ModelError, OutputError, TaskError
+from lighten.judge.harness import resolved
 from lighten.judge.measure import Judge, Limits
 from lighten.judge.task import Task, load_task
 from lighten.judge.text import load_text
@@ -105,7 +106,7 @@ def _choose_on_cluster(asked: Asked, journal: Journal) -> dict[str, Any]:
     request = asked.request
     site = Site(
         model=request.model.resolve(), text=request.text and request.text.resolve(),
-        task=request.task and request.task.resolve(), metrics=request.metrics, workload=request.workload, threads=request.threads,
+        task=request.task and resolved(request.task), metrics=request.metrics, workload=request.workload, threads=request.threads,
         memory_bytes=request.memory_bytes, timeout_s=TIMEOUT_S,
     )  # fmt: skip
     with Cluster(address=request.ray_address, site=site, log=asked.log) as cluster:

@@ -138,6 +138,8 @@ FOUR_BITS = (
     "quantize({methods}, bits=4, group_size={groups}) | quantize(rtn, embeddings=true, targets={table})",
     "quantize(rtn, bits=4, group_size={small}, embeddings=true)",
 )
+ALLOCATED = "quantize(auto, bits<=5, widths='4,8', group_size={small})"
+"""By weight, as much as each matters; on what carries 8 bits in groups."""
 MIXED_ENCODER = (
     'quantize(rtn, bits=4, group_size={small}, targets="attention") | quantize(rtn, embeddings=true, targets="intermediate|[0-9].output|embedding")',
     'quantize(rtn, bits=4, group_size={small}, targets="intermediate") | quantize(rtn, embeddings=true, targets="attention|[0-9].output|embedding")',
@@ -146,14 +148,14 @@ MIXED_DECODER = (
     'quantize(rtn, bits=4, group_size={small}, targets="self_attn") | quantize(rtn, embeddings=true, targets="mlp|embed")',
     'quantize(rtn, bits=4, group_size={small}, targets="gate_proj|up_proj") | quantize(rtn, embeddings=true, targets="self_attn|down_proj|embed")',
 )
-ENCODER = ("", "cast({bfloat16|float16})", *EIGHT_BITS, SMOOTHED, "quantize(static)", *FOUR_BITS, *MIXED_ENCODER)
-DECODER = ("", "cast({bfloat16|float16})", *EIGHT_BITS, SMOOTHED, *FOUR_BITS, *MIXED_DECODER)
+ENCODER = ("", "cast({bfloat16|float16})", *EIGHT_BITS, SMOOTHED, "quantize(static)", *FOUR_BITS, ALLOCATED, *MIXED_ENCODER)
+DECODER = ("", "cast({bfloat16|float16})", *EIGHT_BITS, SMOOTHED, *FOUR_BITS, ALLOCATED, *MIXED_DECODER)
 ENCODER_RUNTIMES = ("torch", "torch(dtype=bfloat16)", "onnxruntime", "openvino", "openvino(dtype=bfloat16)", "ctranslate2")
 DECODER_RUNTIMES = ("torch", "torch(dtype=bfloat16)", "onnxruntime", "openvino", "openvino(dtype=bfloat16)", "ctranslate2")
 COMPILED = ("@ torch-compile", "cast(bfloat16) @ torch-compile")
 """Compiled alone: codes are expanded there, and each shape is compiled for a minute."""
 BUCKETED = ("@ torch-compile(batching=bucketed)", "cast(bfloat16) @ torch-compile(batching=bucketed)")
-GGML = "quantize(rtn, format={q8_0|q6_k|q5_k|q4_k|q4_0|q3_k}, embeddings=true) @ llama.cpp"
+GGML = "quantize(rtn, format={q8_0|q6_k|q5_k|q4_k|q4_0|q3_k}, embeddings=true) @ {llama.cpp|llama.cpp(dtype=float16)}"
 
 
 def default_space(spec: ModelSpec, *, own_lengths: bool = False) -> Space:

@@ -23,8 +23,8 @@ from lighten.runtimes.session import Floats, Ids, Session, Setup, Stepping, with
 AT_ONCE = 512
 """Tokens that a decoder computes at once; llama.cpp's own default (`n_ubatch` in include/llama.h)."""
 
-_NO_FLASH = 0  # llama_flash_attn_type of include/llama.h: its flash attention computes in float16
-_F32 = 0  # ggml_type of ggml/include/ggml.h
+_TYPES = {"float32": 0, "float16": 1}  # ggml_type of ggml/include/ggml.h
+_FLASH = {"float32": 0, "float16": 1}  # llama_flash_attn_type of include/llama.h: its flash attention computes in float16
 _NO_POOLING = 0  # llama_pooling_type of include/llama.h
 
 
@@ -33,7 +33,7 @@ def version() -> str:
 
 
 def load(folder: Path, spec: ModelSpec, setup: Setup) -> Session:
-    """The folder's GGUF file, mapped; its cache is float32, as everything is that it computes but the products with quantized weights.
+    """The folder's GGUF file, mapped. In float32 everything is that but the products with quantized weights; in float16 attention and its cache are.
 
     Raises:
         RuntimeUnavailable: the folder holds no GGUF file, or one that llama.cpp does not load.
@@ -41,7 +41,7 @@ def load(folder: Path, spec: ModelSpec, setup: Setup) -> Session:
     path = folder if folder.is_file() else folder / GGUF
     if not path.is_file():
         raise RuntimeUnavailable(f"{folder} holds no {GGUF}; llama.cpp runs GGUF files: compress the model @ llama.cpp, or lighten export --to gguf.")
-    return LlamaSession(path, setup.threads, decoder=spec.is_decoder)
+    return LlamaSession(path, setup.threads, decoder=spec.is_decoder, dtype=setup.dtype)
 
 
 def _api() -> Any:
@@ -68,7 +68,7 @@ def _silenced() -> Any:
 class LlamaSession(Stepping):
     """See `Session`."""
 
-    def __init__(self, path: Path, threads: int, *, decoder: bool) -> None:
+    def __init__(self, path: Path, threads: int, *, decoder: bool, dtype: str) -> None:
         self._api = llama_cpp = _api()
         _silenced()
         llama_cpp.llama_backend_init()
@@ -77,7 +77,7 @@ class LlamaSession(Stepping):
         self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
         if not self._model:
             raise RuntimeUnavailable(f"llama.cpp {llama_cpp.__version__} does not load {path}; `lighten estimate` of it says what it holds.")
-        self._threads, self._decoder = threads, decoder
+        self._threads, self._decoder, self._dtype = threads, decoder, dtype
         self._context: Any = None
         self._room = (0, 0)
         self._history = np.empty((0, 0), np.int64)
@@ -86,12 +86,12 @@ class LlamaSession(Stepping):
 
     @property
     def precision(self) -> str:
-        """The file's type, in llama.cpp's words."""
+        """The file's type, in llama.cpp's words, and that of attention where it is not float32."""
         import ctypes
 
         text = ctypes.create_string_buffer(128)
         self._api.llama_model_desc(self._model, text, len(text))
-        return text.value.decode().split()[-1]
+        return text.value.decode().split()[-1] + (", attention in float16" if self._dtype == "float16" else "")
 
     def encode(self, input_ids: Ids, attention_mask: Ids) -> Floats:
         hidden = np.zeros((*input_ids.shape, self._width), np.float32)
@@ -155,8 +155,8 @@ class LlamaSession(Stepping):
         parameters.n_threads = parameters.n_threads_batch = self._threads
         parameters.embeddings = not self._decoder
         parameters.pooling_type = _NO_POOLING
-        parameters.type_k = parameters.type_v = _F32
-        parameters.flash_attn_type = _NO_FLASH
+        parameters.type_k = parameters.type_v = _TYPES[self._dtype]
+        parameters.flash_attn_type = _FLASH[self._dtype]
         self._context = self._api.llama_init_from_model(self._model, parameters)
         if not self._context:
             raise RuntimeUnavailable(f"llama.cpp has no memory for {sequences} sequences of {length} tokens.")
