@@ -19,8 +19,9 @@ import numpy as np
 import openvino
 
 from lighten.formats.onnx_export import export_onnx
-from lighten.formats.openvino_static import described, quantize_static, quantize_tables
+from lighten.formats.openvino_static import quantize_static, quantize_tables
 from lighten.formats.settings import openvino_settings
+from lighten.formats.static_rounding import described
 from lighten.judge import worker
 from lighten.judge.quality import embedding_fidelity
 from lighten.judge.text import load_text
