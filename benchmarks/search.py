@@ -3,9 +3,9 @@
     python benchmarks/search.py --model .models/minilm --shape encode:1x128 --minimize latency --require "neighbour_agreement>=0.97"
     python benchmarks/search.py --model .models/smollm2-135m-offgrid --shape decode:1x64+64 --minimize latency --require "perplexity_ratio<=1.03"
 
-Every recipe of the model's usual space that can be done is tried once (hours; what is in --work already is not tried again), then the space is
-searched anew with a budget. Both winners are compared by the figures of the first run. Predictions are those that were made before each trial of the
-search; a range is one of 90 %.
+Every recipe of the model's usual space that can be done is tried once (hours; its trials stand in results/everything/, and what is there of this
+machine is not tried again; stopped and started again, it goes on), then the space is searched anew with a budget. Both winners are compared by the
+figures of the first run. Predictions are those that were made before each trial of the search; a range is one of 90 %.
 
 Rows go to results/search.json, by model, shape and objective. The last line on stdout is one JSON object: `rows`.
 """
@@ -16,10 +16,12 @@ import argparse
 import json
 import math
 import os
+import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from runtimes import workload
 from lighten import verbs
 from lighten.choose import Request
 from lighten.choose.constraints import parse_objective
+from lighten.choose.journal import FILE
 from lighten.choose.request import parse_budget
 from lighten.choose.space import default_space
 from lighten.errors import RecipeError
@@ -68,6 +71,21 @@ def accuracy(choice: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@contextmanager
+def kept_trials(out: Path, kept: Path) -> Iterator[None]:
+    """The journal of the run in `out` begins with what is kept, and is kept however the run ends."""
+    journal = out / FILE
+    if kept.exists() and not journal.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(kept, journal)
+    try:
+        yield
+    finally:
+        if journal.exists():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(journal, kept)
+
+
 def row(arguments: argparse.Namespace, spec: ModelSpec) -> dict[str, Any]:
     def request(name: str, **more: Any) -> Request:
         return Request(
@@ -80,7 +98,9 @@ def row(arguments: argparse.Namespace, spec: ModelSpec) -> dict[str, Any]:
         print(line, file=sys.stderr, flush=True)
 
     shape = arguments.shape.replace(":", "-")
-    whole = verbs.choose(request(f"everything-{shape}", recipes=everything(spec)), log=log)
+    wanted = request(f"everything-{shape}", recipes=everything(spec))
+    with kept_trials(wanted.out, arguments.everything / f"{arguments.model.name}-{shape}.jsonl"):
+        whole = verbs.choose(wanted, log=log)
     found = verbs.choose(request(f"search-{shape}-{arguments.minimize or arguments.maximize}", budget_s=parse_budget(arguments.budget)), log=log)
     objective = parse_objective(arguments.minimize, arguments.maximize, decoder=spec.is_decoder)
     by_name = tried(whole)
@@ -109,7 +129,8 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--budget", default="20min", help="of the search")
     parser.add_argument("--text", type=Path, help="a .txt or .jsonl file (default: the embedded text)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--work", type=Path, help="keeps the trials of everything (default: they are thrown away)")
+    parser.add_argument("--work", type=Path, help="keeps the folders of both runs (default: they are thrown away)")
+    parser.add_argument("--everything", type=Path, default=HERE / "results" / "everything", help="where the trials of everything are kept")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "search.json")
     arguments = parser.parse_args(given)
     with tempfile.TemporaryDirectory(prefix="search-") as scratch:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from tiny_models import bert_config, save
 from transformers import AutoModel
 
+import lighten.runtimes
 from lighten import verbs
 from lighten.choose import Request, handover, outcome, run
 from lighten.choose import trial as trial_module
@@ -470,6 +471,20 @@ def test_proxies_are_made_once_for_all_runtimes_and_kept(copied, tmp_path):
     again, _ = searched(copied, tmp_path, "--minimize", "size", "--require", "neighbour_agreement>=0.5")
     assert again.code == 0
     assert copied.scene.built().count(built[0]) == 1  # taken over from the first run, as its trials are
+
+
+@pytest.mark.parametrize(("package", "anew"), [("onnxruntime", {ONNX}), ("numpy", {BF16, ONNX}), ("ctranslate2", set())])
+def test_a_package_of_another_version_has_what_it_runs_measured_anew(copied, monkeypatch, package, anew):
+    of = lighten.runtimes.version
+    monkeypatch.setattr(lighten.runtimes, "version", lambda name: "0.0" if name == package else of(name))
+    before = len(read_trials(copied.out))
+    assert copied.again("--minimize", "size", recipes=(BF16, ONNX)).code == 0
+    new = [
+        f"{trial['recipe']} @ {trial['runtime']}".strip()
+        for trial in read_trials(copied.out)[before:]
+        if trial["id"] != copied.choice["baseline"]["id"]
+    ]
+    assert set(new) == anew
 
 
 def test_fresh_measures_anew(copied, tmp_path):

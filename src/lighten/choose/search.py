@@ -60,7 +60,7 @@ class Search:
         fingerprints = {"model": fingerprint(self.request.model), "text": asked.text.fingerprint, "machine": f"{machine.cpu}, {machine.cores} cores"}
         fingerprints |= {"task": asked.task.fingerprint} if asked.task else {}
         self.task = asked.task
-        self.context = context_of(self.request.workload, fingerprints, self.versions, self.request.threads)
+        self.context = context_of(self.request.workload, fingerprints, self.request.threads)
         self.beliefs = Beliefs()
         self.candidates: dict[str, Candidate] = {}
         self.seen_s: dict[str, list[float]] = {}

@@ -28,7 +28,7 @@ from lighten.recipe.on_machine import engine_name, operator_seconds
 from lighten.recipe.predict import compute_dtype
 from lighten.recipe.speculated import tokens_per_pass
 from lighten.recipe.targets import RUNTIMES
-from lighten.runtimes import missing_packages
+from lighten.runtimes import missing_packages, package_versions
 from lighten.runtimes.profiling import require_profiler
 
 STAND_INS = {
@@ -124,9 +124,10 @@ class Candidate:
 
 
 def make_candidate(spec: ModelSpec, workload: Workload, recipe: Recipe, profile: Profile, context: Mapping[str, Any], rates: Rates) -> Candidate:
-    """A recipe with its predictions; `context` is all else that a measurement depends on."""
+    """A recipe with its predictions; `context` is what else a measurement depends on, beside the packages of the recipe's runtime."""
     said = json.dumps({"lighten": __version__, **context}, sort_keys=True)
-    identity = hashlib.sha256(f"{said} {recipe}".encode()).hexdigest()[:12]
+    packages = json.dumps(package_versions(recipe.runtime), sort_keys=True)
+    identity = hashlib.sha256(f"{said} {packages} {recipe}".encode()).hexdigest()[:12]
     try:
         recipe.require_done()
         changed = apply_recipe(recipe, spec)
@@ -304,6 +305,6 @@ class Bench:
         )  # fmt: skip
 
 
-def context_of(workload: Workload, fingerprints: Mapping[str, str], versions: Mapping[str, str], threads: int) -> dict[str, Any]:
-    """What a measurement depends on beside the recipe."""
-    return {"workload": asdict(workload), **fingerprints, "versions": dict(versions), "threads": threads}
+def context_of(workload: Workload, fingerprints: Mapping[str, str], threads: int) -> dict[str, Any]:
+    """What a measurement depends on beside the recipe and its runtime."""
+    return {"workload": asdict(workload), **fingerprints, "versions": package_versions("torch"), "threads": threads}

@@ -95,14 +95,14 @@ def simulating(module: nn.Module, spec: ModelSpec, input_scales: Mapping[str, Te
 
 def _hook(module: nn.Module, spec: ModelSpec, input_scales: Mapping[str, Tensor]) -> list[RemovableHandle]:
     handles = []
-    for name, part in _quantized_inputs(module, spec).items():
+    for name, part in quantized_inputs(module, spec).items():
         static = input_scales[part.name] if part.weight.activations == "static" else None
         round_input = partial(_round_input, weight=part.weight, static=static)
         handles.append(module.get_submodule(name).register_forward_pre_hook(round_input))
     return handles
 
 
-def _quantized_inputs(module: nn.Module, spec: ModelSpec) -> dict[str, Linear]:
+def quantized_inputs(module: nn.Module, spec: ModelSpec) -> dict[str, Linear]:
     """The module's own name of each linear whose inputs are quantized."""
     from lighten.compress.skeleton import find_places
 
@@ -126,7 +126,7 @@ def _quantized_inputs(module: nn.Module, spec: ModelSpec) -> dict[str, Linear]:
 def _round_input(linear: nn.Module, inputs: tuple[Any, ...], *, weight: WeightFormat, static: Tensor | None) -> tuple[Any, ...]:
     x: Tensor = inputs[0]
     if static is not None:
-        return (fake_quantize(x, static.to(x.dtype), element=weight.element), *inputs[1:])
+        return (fake_quantize(x, static.to(x), element=weight.element), *inputs[1:])
     rounded = round_dynamic(x, element=weight.element, zero_points=weight.activation_zero_points, group_size=weight.activation_group_size)
     return (rounded, *inputs[1:])
 

@@ -56,10 +56,21 @@ def open_session(runtime: str, folder: Path, spec: ModelSpec, setup: Setup) -> S
     return Checked(session, spec)
 
 
-def package_versions() -> dict[str, str]:
-    """Versions of what measurements depend on, of the packages that are installed."""
+_OF_ALL = ("torch", "transformers", "numpy")
+"""Packages that every measurement depends on, by the original that is timed beside it."""
+_OF_SOME = ("onnx", "onnxruntime", "openvino", "nncf", "llama_cpp_python", "ctranslate2")
+
+
+def package_versions(runtime: str | None = None) -> dict[str, str]:
+    """Versions of what measurements depend on, of the packages that are installed.
+
+    Args:
+        runtime: of those that its artifacts depend on alone.
+    """
+    kinds = RUNTIMES.values() if runtime is None else [RUNTIMES[runtime]]
+    own = {name for kind in kinds for name in (*kind.builds, *kind.runs)}
     found = {}
-    for name in ("torch", "transformers", "onnx", "onnxruntime", "openvino", "nncf", "llama_cpp_python", "ctranslate2", "numpy"):
+    for name in (*_OF_ALL, *(name for name in _OF_SOME if name.removesuffix("_python") in own)):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

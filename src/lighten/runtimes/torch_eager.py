@@ -34,8 +34,13 @@ def load(folder: Path, spec: ModelSpec, setup: Setup) -> Session:
 
     require_device(setup.device)
     torch.set_num_threads(setup.threads)
-    module = load_module(folder, spec, dtype=setup.dtype, attention="sdpa")
-    return TorchSession(module.to(setup.device), read_kv_format(spec.config), spec)
+    module = load_module(folder, spec, dtype=setup.dtype, attention="sdpa").to(setup.device)
+    products: tuple[str, ...] = ()
+    if setup.device == "cuda":
+        from lighten.runtimes.cuda_products import put_cuda_products
+
+        products = put_cuda_products(module, folder, spec)
+    return TorchSession(module, read_kv_format(spec.config), spec, products)
 
 
 def require_device(device: str) -> None:
@@ -62,13 +67,17 @@ class TorchSession(Croppable):
     """See `Session`. Where the config asks for a quantized cache, attention reads codes at every position, of a lone prompt too.
 
     What is given back lies on the CPU: it is there when the device has finished.
+
+    Args:
+        products: what linears multiply other than in the module's type: fp8, 2:4.
     """
 
-    def __init__(self, module: Any, kv: KVFormat | None = None, spec: ModelSpec | None = None) -> None:
+    def __init__(self, module: Any, kv: KVFormat | None = None, spec: ModelSpec | None = None, products: tuple[str, ...] = ()) -> None:
         self.module = module
         self.body = module.base_model if spec is not None and runs_with_head(spec) else module
         self.spec = spec
         self.kv = kv
+        self.products = products
         self.cache: Any = None
 
     def on_device(self, value: Ids) -> Any:
@@ -87,7 +96,8 @@ class TorchSession(Croppable):
     @property
     def precision(self) -> str:
         dtype = str(self.module.dtype).removeprefix("torch.")
-        return f"{dtype}, emulated" if dtype == "bfloat16" and self.module.device.type == "cpu" and not multiplies_bfloat16() else dtype
+        emulated = dtype == "bfloat16" and self.module.device.type == "cpu" and not multiplies_bfloat16()
+        return ", ".join([dtype, *(["emulated"] if emulated else []), *(f"products of {kind}" for kind in self.products)])
 
     def encode(self, input_ids: Ids, attention_mask: Ids) -> Floats:
         import torch
