@@ -6,9 +6,12 @@ import importlib.util
 import json
 import math
 import os
+import subprocess
 import sys
+import time
 from dataclasses import replace
 
+import psutil
 import pytest
 
 from lighten.device import probe as probe_engines
@@ -291,10 +294,35 @@ def test_the_memory_task_writes_its_figures(tmp_path, monkeypatch) -> None:
         tiny,
         "--large-bytes",
         1000,
+        "--parent",
+        0,
     ]
+    monkeypatch.setattr("lighten.device.probe_child.die_with_parent", lambda parent: None)
     monkeypatch.setattr("sys.argv", ["probe_child", *map(str, arguments)])
     main()
     assert set(json.loads(out.read_text())) == {"base_memory_bytes", "weight_copies", "import_s", "load_s", "loaded_bytes"}
+
+
+def test_a_killed_probe_takes_its_child_along(tmp_path) -> None:
+    program = """
+import subprocess
+from lighten.device import probe
+start = subprocess.Popen
+def started(*command, **options):
+    child = start(*command, **options)
+    if "engine" in command[0]:
+        print(child.pid, flush=True)  # which would go on for a minute
+    return child
+subprocess.Popen = started
+probe(threads=1, log=lambda line: None, engines=["torch/float32"])
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
+        child = psutil.Process(int(parent.stdout.readline()))
+        while "probe_child" not in " ".join(child.cmdline()):  # until then it is a copy of its parent
+            time.sleep(0.01)
+        parent.kill()
+    _, alive = psutil.wait_procs([child], timeout=10)
+    assert not alive
 
 
 class Neighbour:

@@ -1,6 +1,11 @@
-"""The environment variables under which everything is measured: threads fixed in number and place."""
+"""What processes that measure are started in: threads fixed in number and place, an end no later than their parent's."""
 
 from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
@@ -16,3 +21,12 @@ def pinned_environment(threads: int, *, runtime: str) -> dict[str, str]:
     if runtime.startswith("torch") or runtime == "ctranslate2":
         found |= {"OMP_PROC_BIND": "close", "OMP_PLACES": "cores"}
     return found
+
+
+def die_with_parent(parent: int) -> None:
+    """On Linux, end when the parent does, even where it was killed and this process is stopped; at once where it is dead already."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1  # linux/prctl.h
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit(1)

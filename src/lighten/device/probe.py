@@ -133,7 +133,8 @@ def _child(run: _Run, task: str, *arguments: str, environment: dict[str, str] | 
     runtime = arguments[1].split("/")[0] if arguments else ""
     out, said = run.folder / "found.json", run.folder / "stderr.txt"
     out.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "lighten.device.probe_child", task, "--threads", str(run.threads), "--out", str(out), *arguments]
+    command = [sys.executable, "-m", "lighten.device.probe_child", task, "--threads", str(run.threads), "--out", str(out)]
+    command += ["--parent", str(os.getpid()), *arguments]
     variables = {**os.environ, **(environment or pinned_environment(run.threads, runtime=runtime))}
     code = _wait(command, variables, said, TIMEOUT_S.get(runtime, DEFAULT_TIMEOUT_S))
     if code != 0:

@@ -20,6 +20,7 @@ from typing import Any
 
 from lighten.device.cases import CALL, CHAIN, EMPTY, HEADS, STACK, TINY, Case, all_cases, sizes
 from lighten.device.clock import Timing, time_all
+from lighten.device.environment import die_with_parent
 from lighten.device.profile import BlockSample, Sample
 from lighten.units import dtype_bytes
 
@@ -152,7 +153,9 @@ def main() -> None:
     parser.add_argument("--tiny", type=Path)
     parser.add_argument("--large", type=Path)
     parser.add_argument("--large-bytes", type=int, default=0)
+    parser.add_argument("--parent", type=int, required=True)
     args = parser.parse_args()
+    die_with_parent(args.parent)
     if args.task == "engine":
         found: Any = measure_engine(args.engine, args.threads, args.out.parent)
     elif args.task == "memory":

@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from lighten.device.environment import die_with_parent
 from lighten.errors import LightenError
 from lighten.formats.graph_inputs import encoder_inputs
 from lighten.model import ModelSpec, read_spec
@@ -237,15 +236,6 @@ def peak_memory_bytes() -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
-
-
-def die_with_parent(parent: int) -> None:
-    """On Linux, end when the parent does, even where it was killed and this process is stopped; at once where it is dead already."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1  # linux/prctl.h
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit(1)
 
 
 def serve(worker: Worker) -> None:
